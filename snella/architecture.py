@@ -1,0 +1,206 @@
+"""Where a backbone's adaptable linear layers are, by role: query, key, value, proj, fc1, fc2.
+
+All methods of the benchmark speak of the same six matrices per block, as every paper it
+reproduces does. Fused ``qkv`` layers are three matrices (row slices, or real layers after
+:func:`split_qkv`). Only module names and types are looked at, so timm, segment-anything and
+diffusers backbones are described by one table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from snella.errors import Unsupported
+
+ROLES = ("q", "k", "v", "proj", "fc1", "fc2")
+_PARTS = {"qkv": ("q", "k", "v")}
+_ROLE_OF_NAME = {
+    "attn.qkv": "qkv",
+    "attn.qkv.q": "q",
+    "attn.qkv.k": "k",
+    "attn.qkv.v": "v",
+    "attn.to_q": "q",
+    "attn.to_k": "k",
+    "attn.to_v": "v",
+    "attn.proj": "proj",
+    "attn.to_out.0": "proj",
+    "mlp.fc1": "fc1",
+    "mlp.lin1": "fc1",
+    "ff.net.0.proj": "fc1",
+    "mlp.fc2": "fc2",
+    "mlp.lin2": "fc2",
+    "ff.net.2": "fc2",
+}
+_BLOCK = re.compile(r"^(?P<block>(?:.*\.)?(?:blocks|transformer_blocks)\.\d+)\.(?P<name>.+)$")
+_FAMILIES = {
+    "VisionTransformer": "vit",
+    "SwinTransformer": "swin",
+    "ConvNeXt": "convnext",
+    "ImageEncoderViT": "sam",
+    "Sam": "sam",
+    "SD3Transformer2DModel": "sd3",
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One adaptable matrix: output rows ``rows`` of the linear layer at ``path``.
+
+    ``block`` counts transformer (or ConvNeXt) blocks from 0 in order of depth;
+    ``rows`` is ``(0, out_features)`` unless the layer is a fused ``qkv``.
+    """
+
+    path: str
+    role: str
+    block: int
+    rows: tuple[int, int]
+
+
+def family(model: nn.Module) -> str:
+    """Return the backbone's family: vit, swin, convnext, sam or sd3.
+
+    Raises :class:`~snella.errors.Unsupported` for any other class.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in _FAMILIES:
+            return _FAMILIES[cls.__name__]
+    raise Unsupported(
+        f"{type(model).__name__} is not a supported backbone "
+        f"(supported: {', '.join(sorted(set(_FAMILIES)))})."
+    )
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Module paths of the backbone's blocks, in order of depth."""
+    found: dict[str, None] = {}
+    for name, _ in model.named_modules():
+        if match := _BLOCK.match(name):
+            found[match["block"]] = None
+    return list(found)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The backbone's blocks, in order of depth."""
+    return [model.get_submodule(path) for path in block_paths(model)]
+
+
+def slots(model: nn.Module, roles: Iterable[str] = ROLES) -> list[Slot]:
+    """All adaptable matrices with one of ``roles``, by block and then in the order of ROLES.
+
+    Raises :class:`~snella.errors.Unsupported` if there is none: a method must never adapt
+    nothing without saying so.
+    """
+    wanted = tuple(roles)
+    index = {path: i for i, path in enumerate(block_paths(model))}
+    found = []
+    for path, module in model.named_modules():
+        match = _BLOCK.match(path)
+        if not match or not isinstance(module, nn.Linear):
+            continue
+        role = _ROLE_OF_NAME.get(match["name"])
+        if role is None:
+            continue
+        parts = _PARTS.get(role, (role,))
+        size = module.out_features // len(parts)
+        for i, part in enumerate(parts):
+            if part in wanted:
+                rows = (i * size, (i + 1) * size)
+                found.append(Slot(path, part, index[match["block"]], rows))
+    if not found:
+        raise Unsupported(
+            f"{type(model).__name__} has no {'/'.join(wanted)} linear layers to adapt."
+        )
+    return sorted(found, key=lambda s: (s.block, ROLES.index(s.role)))
+
+
+def head(model: nn.Module) -> nn.Module | None:
+    """The task head of a timm classifier, or None where the model has none."""
+    get = getattr(model, "get_classifier", None)
+    module = get() if get else None
+    return None if module is None or isinstance(module, nn.Identity) else module
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` at ``path`` of ``model``."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+class SplitQKV(nn.Module):
+    """A fused ``qkv`` layer as three linear layers; same function, same output order."""
+
+    def __init__(self, fused: nn.Linear) -> None:
+        super().__init__()
+        for part, weight, bias in zip(
+            _PARTS["qkv"], fused.weight.chunk(3), _chunk_bias(fused), strict=True
+        ):
+            setattr(self, part, _linear(weight, bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., 3 * out)."""
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+
+def split_qkv(model: nn.Module) -> None:
+    """Replace each fused ``qkv`` layer of the blocks by three linear layers, in place.
+
+    Raises :class:`~snella.errors.Unsupported` where the backbone reads ``qkv.weight``
+    directly instead of calling the layer (timm's BEiT, EVA, SwinV2): there the split
+    layers would be bypassed silently.
+    """
+    for path in _qkv_paths(model, nn.Linear):
+        attention = model.get_submodule(path.rpartition(".")[0])
+        if _bypasses_layer(attention):
+            raise Unsupported(
+                f"{type(model).__name__}: {type(attention).__name__} reads qkv.weight directly, "
+                "so adapted query, key and value layers would have no effect."
+            )
+        replace(model, path, SplitQKV(model.get_submodule(path)))  # type: ignore[arg-type]
+
+
+def fuse_qkv(model: nn.Module) -> None:
+    """Undo :func:`split_qkv` in place, keeping the current weights."""
+    for path in _qkv_paths(model, SplitQKV):
+        split = model.get_submodule(path)
+        parts = [split.get_submodule(name) for name in _PARTS["qkv"]]
+        bias = None if parts[0].bias is None else torch.cat([p.bias for p in parts]).detach()
+        weight = torch.cat([p.weight for p in parts]).detach()
+        replace(model, path, _linear(weight, bias))
+
+
+def _qkv_paths(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, kind) and path.endswith("attn.qkv") and _BLOCK.match(path)
+    ]
+
+
+def _bypasses_layer(attention: nn.Module) -> bool:
+    return "weight=self.qkv.weight" in _source(type(attention))
+
+
+def _source(cls: type) -> str:
+    import inspect
+
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+
+
+def _chunk_bias(layer: nn.Linear) -> list[Tensor | None]:
+    return [None] * 3 if layer.bias is None else list(layer.bias.chunk(3))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return layer

@@ -1,0 +1,258 @@
+"""The one interface that SNELLA and every baseline implement, and the discovery of method files.
+
+A method file holds one subclass of :class:`Method`. Its typed fields are its hyper-parameters;
+its class attributes say where it comes from and what it can serve. The trainer knows only the
+hooks below and names no method. Hooks get the model and keep no reference to it, so that a
+method object can be copied, printed and compared like the plain settings it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from snella.architecture import (
+    ROLES,
+    Slot,
+    blocks,
+    family,
+    fuse_qkv,
+    head,
+    replace,
+    slots,
+    split_qkv,
+)
+from snella.errors import CannotMerge, Unsupported, UserError, unknown
+
+__all__ = [
+    "ROLES",
+    "Batch",
+    "CannotMerge",
+    "LossFn",
+    "Method",
+    "Slot",
+    "Unsupported",
+    "blocks",
+    "family",
+    "fuse_qkv",
+    "head",
+    "load_method",
+    "no_decay",
+    "replace",
+    "slots",
+    "split_qkv",
+]
+
+Batch = dict[str, Tensor]
+"""What a task's loader yields, e.g. image (B, 3, H, W) float and label (B,) int64."""
+LossFn = Callable[[nn.Module, Batch], Tensor]
+"""The task's loss: a scalar, the mean over the batch."""
+
+
+class Method(BaseModel):
+    """A parameter-efficient fine-tuning method: settings plus hooks.
+
+    Every hook but :meth:`adapt` is optional. When :meth:`adapt` is called all parameters are
+    frozen; afterwards the trainer unfreezes the task head (``model.get_classifier()`` in timm),
+    which every method trains.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
+
+    paper: ClassVar[str] = ""
+    bibkey: ClassVar[str] = ""
+    licence: ClassVar[str] = "MIT"
+    supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext"})
+
+    def adapt(self, model: nn.Module) -> None:
+        """Change the frozen ``model`` in place and set ``requires_grad`` on what trains."""
+        raise NotImplementedError
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn) -> None:
+        """Look at gradients on training batches before training; runs after :meth:`adapt`."""
+
+    def parameter_groups(
+        self, model: nn.Module, lr: float, weight_decay: float
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups of the trainable parameters.
+
+        By default vectors, biases and class tokens are not decayed, as in all released codes.
+        """
+        decayed, plain = [], []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                (plain if no_decay(name, parameter) else decayed).append(parameter)
+        groups = [
+            {"params": decayed, "lr": lr, "weight_decay": weight_decay},
+            {"params": plain, "lr": lr, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def auxiliary_loss(self, model: nn.Module) -> Tensor | None:
+        """A scalar added to the task's loss after each forward pass, or None."""
+        return None
+
+    def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
+        """Called before epoch ``epoch`` of 0 .. ``epochs`` - 1."""
+
+    def on_step_end(self, model: nn.Module) -> None:
+        """Called after each optimizer step while the step's gradients are still alive."""
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold the update into plain weights, so that inference costs what the backbone costs.
+
+        Raises :class:`~snella.errors.CannotMerge` with the reason where the method cannot.
+        """
+        raise CannotMerge(f"{type(self).__name__} does not fold into the backbone's weights")
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """All tensors that change the output: by default what trains, and persistent buffers.
+
+        Must be symmetric with :meth:`load_state`. A method that changes frozen weights or
+        chooses a structure from data overrides both.
+        """
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        return {name: t.detach() for name, t in model.state_dict().items() if name not in frozen}
+
+    def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Load what :meth:`state` returned into a freshly adapted ``model``.
+
+        Raises ``ValueError`` if a tensor has no place in the model.
+        """
+        result = model.load_state_dict(state, strict=False)
+        if result.unexpected_keys:
+            raise ValueError(f"the adapter has tensors unknown here: {result.unexpected_keys[:3]}")
+
+    def check_supported(self, model: nn.Module) -> None:
+        """Raise :class:`~snella.errors.Unsupported` for a family the method does not claim."""
+        kind = family(model)
+        if kind not in self.supports:
+            raise Unsupported(
+                f"{type(self).__name__} cannot serve {kind} backbones "
+                f"(it claims {', '.join(sorted(self.supports))})."
+            )
+
+
+def no_decay(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay spares a parameter: vectors, biases, tokens, position embeddings."""
+    return parameter.ndim <= 1 or name.endswith((".bias", "cls_token", "pos_embed"))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze every parameter."""
+    model.requires_grad_(False)
+
+
+def method_files(folder: Path) -> dict[str, Path]:
+    """All method files of a folder by stem; names with a leading underscore are helpers."""
+    return {p.stem: p for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")}
+
+
+def resolve_method_file(file: str, folder: Path) -> Path:
+    """Find a method file: a stem in ``folder``, or a path to any Python file."""
+    if file.endswith(".py"):
+        path = Path(file)
+        if not path.is_file():
+            raise UserError(f"Method file {file} does not exist; check `file:` of the method.")
+        return path
+    found = method_files(folder)
+    if file not in found:
+        raise unknown(f"method file in {folder}/", file, found)
+    return found[file]
+
+
+def load_method(path: Path) -> type[Method]:
+    """Import a method file and return its one :class:`Method` subclass.
+
+    Raises :class:`~snella.errors.UserError` if it does not import or holds no or two methods.
+    """
+    spec = importlib.util.spec_from_file_location(f"snella_method_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(
+            f"Method file {path} does not import: {type(error).__name__}: {error}"
+        ) from error
+    own = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, Method)
+        and value.__module__ == module.__name__
+        and not value.__name__.startswith("_")
+    ]
+    if len(own) != 1:
+        names = ", ".join(cls.__name__ for cls in own) or "none"
+        raise UserError(
+            f"Method file {path} must define exactly one Method class, found {names}; "
+            "start the names of helper classes with an underscore."
+        )
+    return own[0]
+
+
+def build_method(path: Path, hyperparameters: dict[str, Any]) -> Method:
+    """Load the method of ``path`` with ``hyperparameters``; name file and field if one is wrong."""
+    cls = load_method(path)
+    for name in hyperparameters:
+        if name not in cls.model_fields:
+            raise unknown(f"hyper-parameter of {path}", name, cls.model_fields)
+    try:
+        return cls(**hyperparameters)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise UserError(
+            f"{path}: hyper-parameter {field}: {first['msg']} (got {first['input']!r})."
+        ) from error
+
+
+def prepare_model(method: Method, model: nn.Module) -> None:
+    """Freeze ``model``, let ``method`` adapt it, and unfreeze the task head.
+
+    Raises :class:`~snella.errors.UserError` if nothing is left to train.
+    """
+    method.check_supported(model)
+    freeze(model)
+    method.adapt(model)
+    task_head = head(model)
+    if task_head is not None:
+        task_head.requires_grad_(True)
+    if not trainable(model):
+        raise UserError(f"{type(method).__name__}.adapt marks nothing trainable.")
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of trainable parameters without the head, of the head, and of all."""
+    task_head = head(model)
+    in_head = {id(p) for p in task_head.parameters()} if task_head is not None else set()
+    sizes = [(id(p) in in_head, p.requires_grad, p.numel()) for p in model.parameters()]
+    return {
+        "trainable": sum(n for of_head, trains, n in sizes if trains and not of_head),
+        "head": sum(n for of_head, trains, n in sizes if trains and of_head),
+        "total": sum(n for _, _, n in sizes),
+    }
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    import random
+
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
