@@ -29,6 +29,7 @@ from snella.architecture import (
     slots,
     split_qkv,
 )
+from snella.entries import fold_entries, restore_entries, train_entries
 from snella.errors import CannotMerge, Unsupported, UserError, unknown
 
 __all__ = [
@@ -41,13 +42,16 @@ __all__ = [
     "Unsupported",
     "blocks",
     "family",
+    "fold_entries",
     "fuse_qkv",
     "head",
     "load_method",
     "no_decay",
     "replace",
+    "restore_entries",
     "slots",
     "split_qkv",
+    "train_entries",
 ]
 
 Batch = dict[str, Tensor]

@@ -1,0 +1,55 @@
+"""Train single entries of a frozen tensor: W' = W with W'[indices] = values.
+
+Sparse methods (GPS, SPT) keep their update as one trainable vector per tensor, so that the
+gradients they accumulate, the optimizer's state and the saved adapter have the size of what
+trains. Training the values is training the tensor under a gradient mask.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+_KEY = re.compile(r"^(?P<path>.+)\.parametrizations\.(?P<tensor>\w+)\.0\.indices$")
+
+
+class Entries(nn.Module):
+    """The parametrization of one tensor: ``values`` (n,) at flat row-major ``indices`` (n,)."""
+
+    def __init__(self, tensor: Tensor, indices: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("indices", indices)
+        self.values = nn.Parameter(tensor.detach().flatten()[indices])
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Return a copy of ``tensor`` with the trained values written into it."""
+        return tensor.flatten().scatter(0, self.indices, self.values).view_as(tensor)
+
+
+def train_entries(model: nn.Module, name: str, indices: Tensor) -> None:
+    """Let the entries of parameter ``name`` at flat ``indices`` (n,) int64 train, in place.
+
+    The parameter itself stays frozen; the module that holds it keeps its type.
+    """
+    path, _, tensor = name.rpartition(".")
+    module = model.get_submodule(path)
+    parametrize.register_parametrization(module, tensor, Entries(getattr(module, tensor), indices))
+
+
+def restore_entries(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Prepare ``model`` for a ``state`` in which some parameters have trained entries."""
+    for key, indices in state.items():
+        if match := _KEY.match(key):
+            device = next(model.parameters()).device
+            train_entries(model, f"{match['path']}.{match['tensor']}", indices.to(device))
+
+
+def fold_entries(model: nn.Module) -> None:
+    """Write all trained entries into their tensors, in place; the modules are plain again."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            for tensor, chain in list(module.parametrizations.items()):  # type: ignore[union-attr]
+                if isinstance(chain[0], Entries):
+                    parametrize.remove_parametrizations(module, tensor)
