@@ -134,6 +134,16 @@ class Method(BaseModel):
         if result.unexpected_keys:
             raise ValueError(f"the adapter has tensors unknown here: {result.unexpected_keys[:3]}")
 
+    def training_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Further tensors that an interrupted training needs to go on, e.g. moving averages.
+
+        They are checkpointed but are no part of the adapter.
+        """
+        return {}
+
+    def load_training_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Load what :meth:`training_state` returned; runs after :meth:`load_state`."""
+
     def check_supported(self, model: nn.Module) -> None:
         """Raise :class:`~snella.errors.Unsupported` for a family the method does not claim."""
         kind = family(model)

@@ -1,0 +1,52 @@
+# snella-bench: the tables of parameter-efficient fine-tuning, from raw data to LaTeX.
+#
+#   <data>/prepared/{dataset}/manifest.json                                     prepare.smk
+#   <results>/runs/{suite}/{backbone}/{dataset}/{method}/seed{seed}/record.json  train.smk
+#   <results>/{table}.tex .csv .md, <results>/{table}.pdf .png                   tables.smk
+#   <results>/pretrain/vit_quick.safetensors                                     pretrain.smk
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+
+
+pathvars:
+    results=CONFIG.results,
+    data=CONFIG.data,
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/rules/prepare.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/tables.smk"
+include: "workflow/rules/pretrain.smk"
+
+
+localrules:
+    all,
+    pretrain,
+
+
+rule all:
+    default_target: True
+    input:
+        "<results>/table1.tex",
+
+
+rule pretrain:
+    input:
+        "<results>/pretrain/vit_quick.safetensors",
+
+
+onerror:
+    shell(
+        "echo 'Some runs failed; finished ones are kept and the same command retries the rest."
+        " To build the table with gaps: add --config allow_missing=true' >&2"
+    )

@@ -1,0 +1,14 @@
+from snella.workflow import WorkflowPlan
+
+# All logic is in snella.plan; a mistake in the configuration is one line here.
+PLAN = WorkflowPlan.from_snakemake(config)
+CONFIG = PLAN.config
+
+
+wildcard_constraints:
+    suite=r"[A-Za-z0-9_-]+",
+    backbone=r"[A-Za-z0-9_.-]+",
+    dataset=r"[A-Za-z0-9_.-]+",
+    method=r"[A-Za-z0-9_.-]+",
+    seed=r"\d+",
+    table=r"[A-Za-z0-9_]+",

@@ -1,0 +1,16 @@
+# Remakes the quick suite's small backbone, which ships as workflow/resources/vit_quick.safetensors.
+rule pretrain_backbone:
+    output:
+        "<results>/pretrain/vit_quick.safetensors",
+    log:
+        "<logs>/pretrain.log",
+    benchmark:
+        "<logs>/benchmarks/pretrain.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    threads: 2
+    resources:
+        mem_mb=3000,
+        runtime=120,
+    shell:
+        "python -m snella.pretrain --out {output:q} > {log:q} 2>&1"
