@@ -1,0 +1,163 @@
+"""Honest checks of the quick suite: chance < linear probe < fine-tuned, and pre-training helps.
+
+For every task and seed this trains, with one small loop that shares nothing with the package's
+trainer: a linear probe on the frozen shipped backbone, full fine-tuning from its weights and full
+fine-tuning from random weights, each ten epochs of AdamW on `train800`. The learning rate of each
+way is the better of two on `val200` (first seed); accuracies are of the last epoch on `test`.
+
+    python benchmarks/quick_suite_checks.py --out benchmarks/results/quick_suite_checks.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch.nn import functional
+
+from snella.data.quick import QUICK, make
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ROOT / "workflow" / "resources" / "vit_quick.safetensors"
+RATES = {"linear": (1e-2, 3e-2), "full": (5e-4, 1e-3), "scratch": (5e-4, 1e-3)}
+
+
+def tensors(split: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images normalised to mean 0.5, std 0.5 as (N, 3, 32, 32) float32, and labels."""
+    images = torch.from_numpy(split[0]).permute(0, 3, 1, 2).float()
+    return images / 127.5 - 1, torch.from_numpy(split[1])
+
+
+def backbone(classes: int, weights: Path | None, seed: int) -> VisionTransformer:
+    """The quick backbone with a new head, from its file or from random weights."""
+    torch.manual_seed(seed)
+    record = json.loads(WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
+    model = VisionTransformer(**{**record["architecture"], "num_classes": classes})
+    if weights is not None:
+        missing = model.load_state_dict(load_file(weights), strict=False)
+        if missing.unexpected_keys or set(missing.missing_keys) != {"head.weight", "head.bias"}:
+            raise SystemExit(f"{weights}: does not fit the architecture: {missing}")
+    return model
+
+
+def train(
+    model: VisionTransformer, way: str, rate: float, data: dict, seed: int, args: argparse.Namespace
+) -> VisionTransformer:
+    """AdamW, one epoch of warm-up, then a cosine; the linear probe trains the head only."""
+    images, labels = data["train800"]
+    model.requires_grad_(way != "linear")
+    model.head.requires_grad_(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=1e-4 if way == "linear" else 0.05)
+    steps = args.epochs * -(-len(labels) // args.batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, pct_start=1 / args.epochs, cycle_momentum=False
+    )
+    shuffle = torch.Generator().manual_seed(seed)
+    for _ in range(args.epochs):
+        for batch in torch.randperm(len(labels), generator=shuffle).split(args.batch):
+            loss = functional.cross_entropy(model(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model
+
+
+@torch.no_grad()
+def accuracy(model: VisionTransformer, split: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Top-1 accuracy in per cent."""
+    return 100 * (model(split[0]).argmax(1) == split[1]).float().mean().item()
+
+
+def check_task(name: str, args: argparse.Namespace) -> dict:
+    """All ways and seeds on one task: chance, chosen rates, and test accuracies per way."""
+    data = {split: tensors(value) for split, value in make(name).items()}
+    classes = QUICK[name].num_classes
+    counts = np.bincount(data["test"][1].numpy(), minlength=classes)
+    result: dict = {"chance": 100 * float(counts.max()) / float(counts.sum()), "rate": {}}
+    for way, rates in RATES.items():
+        weights = None if way == "scratch" else args.weights
+        scores: list[float] = []
+        for seed in range(args.seeds):
+            tried = rates if seed == 0 else (result["rate"][way],)
+            models = [
+                train(backbone(classes, weights, seed), way, rate, data, seed, args)
+                for rate in tried
+            ]
+            best = int(np.argmax([accuracy(model, data["val200"]) for model in models]))
+            result["rate"][way] = tried[best]
+            scores.append(accuracy(models[best], data["test"]))
+        result[way] = scores
+    return result
+
+
+def verdicts(result: dict) -> dict[str, bool]:
+    """What must hold, on means over seeds."""
+    linear, full, scratch = (float(np.mean(result[way])) for way in RATES)
+    return {
+        "linear above chance": linear > result["chance"],
+        "fine-tuned above linear": full > linear,
+        "pre-trained above random": full > scratch,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="*", default=list(QUICK))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    say = sys.stdout.write
+    started = time.time()
+    results = {}
+    say(f"{'task':<12} {'chance':>7} {'linear':>13} {'fine-tuned':>13} {'from random':>13}\n")
+    for name in args.tasks:
+        results[name] = result = check_task(name, args)
+        cells = [f"{np.mean(result[w]):6.1f} ± {np.std(result[w]):4.1f}" for w in RATES]
+        failed = [claim for claim, holds in verdicts(result).items() if not holds]
+        say(
+            f"{name:<12} {result['chance']:7.1f} {' '.join(cells)} {'; NOT '.join(['', *failed])}\n"
+        )
+        sys.stdout.flush()
+    broken = [n for n, r in results.items() if not all(verdicts(r).values())]
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        report = {
+            "command": f"python benchmarks/quick_suite_checks.py --seeds {args.seeds}",
+            "date": datetime.now(UTC).date().isoformat(),
+            "seeds": list(range(args.seeds)),
+            "epochs": args.epochs,
+            "batch": args.batch,
+            "rates": RATES,
+            "backbone": json.loads(WEIGHTS.with_suffix(".json").read_text("utf-8"))["sha256"],
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "numpy": np.__version__,
+            },
+            "seconds": round(time.time() - started, 1),
+            "tasks": results,
+            "holds": {name: verdicts(result) for name, result in results.items()},
+        }
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if broken:
+        raise SystemExit(f"the checks fail on: {', '.join(broken)}")
+
+
+if __name__ == "__main__":
+    main()

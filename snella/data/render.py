@@ -1,0 +1,301 @@
+"""Painting with signed distances: the primitives and the four rendered tasks of the quick suite.
+
+A shape is a signed distance d(x, y) in pixels (negative inside); its anti-aliased coverage is
+clip(1/2 − d, 0, 1), and a layer is composed as image + coverage · (colour − image). All images of
+a task are painted at once, as arrays (N, 32, 32), from one numpy generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+SIZE = 32
+Painter = Callable[[np.random.Generator, NDArray[np.int64]], NDArray[np.uint8]]
+
+
+# ---------------------------------------------------------------------------------- primitives
+
+
+def column(values: Array | NDArray[np.int64]) -> Array:
+    """Per-image numbers (N,) -> (N, 1, 1), ready to broadcast over pixels."""
+    return np.asarray(values, dtype=np.float64)[:, None, None]
+
+
+def pixels() -> tuple[Array, Array]:
+    """Pixel-centre coordinates x (to the right) and y (up), each (1, 32, 32), 0 at the middle."""
+    axis = np.arange(SIZE, dtype=np.float64) - (SIZE - 1) / 2
+    return axis[None, None, :], -axis[None, :, None]
+
+
+def posed(centre: Array, angle: Array) -> tuple[Array, Array]:
+    """Every pixel's (u, v) in the frame of an object with centre (N, 2) and angle (N,) in rad."""
+    x, y = pixels()
+    dx, dy = x - column(centre[:, 0]), y - column(centre[:, 1])
+    cos, sin = column(np.cos(angle)), column(np.sin(angle))
+    return cos * dx + sin * dy, cos * dy - sin * dx
+
+
+def ellipse(u: Array, v: Array, a: Array | float, b: Array | float) -> Array:
+    """Approximate signed distance to an ellipse with half axes a (along u) and b (along v)."""
+    level = np.sqrt((u / a) ** 2 + (v / b) ** 2)
+    slope = np.sqrt((u / a**2) ** 2 + (v / b**2) ** 2) + 1e-9
+    return level * (level - 1) / slope
+
+
+def box(u: Array, v: Array, a: Array | float, b: Array | float) -> Array:
+    """Signed distance (Chebyshev) to a rectangle with half sides a and b."""
+    return np.maximum(np.abs(u) - a, np.abs(v) - b)
+
+
+def triangle(u: Array, v: Array, r: Array | float) -> Array:
+    """Signed distance to a regular triangle with in-radius r / 2, one corner along +v."""
+    return np.maximum(np.abs(u) * 0.8660254 + v * 0.5, -v) - r / 2
+
+
+def paint(image: Array, distance: Array, colour: Array) -> Array:
+    """Compose a layer: image (N, 32, 32, 3), distance (N, 32, 32), colour (N, 3) in [0, 1]."""
+    cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
+    return image + cover * (colour[:, None, None, :] - image)
+
+
+def hsv(hue: Array, saturation: Array, value: Array) -> Array:
+    """Colours (N, 3) from hue (in turns), saturation and value, each (N,)."""
+    offset = np.array([5.0, 3.0, 1.0])
+    k = (offset + 6 * np.asarray(hue)[:, None]) % 6
+    ramp = np.clip(np.minimum(k, 4 - k), 0, 1)
+    return np.asarray(value)[:, None] * (1 - np.asarray(saturation)[:, None] * ramp)
+
+
+def any_colour(rng: np.random.Generator, n: int) -> Array:
+    """Bright random colours (N, 3)."""
+    return hsv(rng.random(n), rng.uniform(0.3, 1.0, n), rng.uniform(0.65, 1.0, n))
+
+
+def backdrop(rng: np.random.Generator, n: int, low: float = 0.1, high: float = 0.45) -> Array:
+    """Smooth random backgrounds (N, 32, 32, 3): 4 × 4 random colours, interpolated bilinearly."""
+    coarse = rng.uniform(low, high, (n, 1, 1, 1)) + rng.uniform(-0.1, 0.1, (n, 4, 4, 3))
+    at = np.linspace(0, 3, SIZE)
+    left = np.minimum(at.astype(int), 2)
+    weight = at - left
+    rows = (
+        coarse[:, left] * (1 - weight)[:, None, None]
+        + coarse[:, left + 1] * (weight[:, None, None])
+    )
+    return rows[:, :, left] * (1 - weight)[:, None] + rows[:, :, left + 1] * weight[:, None]
+
+
+def finish(rng: np.random.Generator, image: Array, noise: float = 0.03) -> NDArray[np.uint8]:
+    """Lighting gradient, sensor noise and rounding to uint8."""
+    n = len(image)
+    x, y = pixels()
+    tilt = rng.uniform(-0.008, 0.008, (2, n))
+    light = 1 + column(tilt[0]) * x + column(tilt[1]) * y
+    noisy = image * light[..., None] + noise * rng.standard_normal(image.shape)
+    return np.rint(np.clip(noisy, 0, 1) * 255).astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------------- structured
+
+
+def _scatter(rng: np.random.Generator, counts: NDArray[np.int64]) -> tuple[Array, Array]:
+    """Positions (N, max, 2) and radii (N, max) of objects that do not touch, by rejection."""
+    most = int(counts.max())
+    where = np.full((len(counts), most, 2), 1e3)
+    radius = rng.uniform(2.2, 4.0, (len(counts), most))
+    limit = SIZE / 2 - 3.5
+    for i, count in enumerate(counts):
+        placed = 0
+        while placed < count:
+            spot = rng.uniform(-limit, limit, 2)
+            gap = np.hypot(*(where[i, :placed] - spot).T) - radius[i, :placed] - radius[i, placed]
+            if placed == 0 or gap.min() > 0.5:
+                where[i, placed] = spot
+                placed += 1
+            else:
+                radius[i, placed] = max(1.8, radius[i, placed] * 0.98)
+    return where, radius
+
+
+def paint_count(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """label + 1 discs, squares and triangles of any colour and size over two faint stripes."""
+    n = len(labels)
+    image = backdrop(rng, n)
+    for _ in range(2):
+        u, v = posed(rng.uniform(-12, 12, (n, 2)), rng.uniform(0, np.pi, n))
+        image = paint(image, box(u, v, 60.0, 0.6), rng.uniform(0.2, 0.5, (n, 3)))
+    where, radius = _scatter(rng, labels + 1)
+    for j in range(where.shape[1]):
+        u, v = posed(where[:, j], rng.uniform(0, 2 * np.pi, n))
+        r = column(radius[:, j])
+        shape = column(rng.integers(0, 3, n))
+        distance = np.select(
+            [shape == 0, shape == 1],
+            [np.hypot(u, v) - r, box(u, v, 0.85 * r, 0.85 * r)],
+            triangle(u, v, 1.25 * r),
+        )
+        image = paint(image, distance, any_colour(rng, n))
+    return finish(rng, image)
+
+
+ORIENTATIONS = 12
+
+
+def paint_orientation(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """An arrow, drop or flag pointing at label · 30° ± 9°, anywhere, in any colour and size."""
+    n = len(labels)
+    image = backdrop(rng, n)
+    angle = (labels + rng.uniform(-0.3, 0.3, n)) * 2 * np.pi / ORIENTATIONS - np.pi / 2
+    u, v = posed(rng.uniform(-6, 6, (n, 2)), angle)
+    s = column(rng.uniform(6.0, 9.5, n))
+    arrow = np.minimum(box(u, v + 0.35 * s, 0.2 * s, 0.65 * s), triangle(u, v - 0.4 * s, 0.65 * s))
+    drop = np.minimum(np.hypot(u, v + 0.45 * s) - 0.5 * s, triangle(u, v - 0.2 * s, 0.72 * s))
+    flag = np.minimum(box(u, v, 0.13 * s, s), np.hypot(u, v - 0.62 * s) - 0.42 * s)
+    sprite = column(rng.integers(0, 3, n))
+    distance = np.select([sprite == 0, sprite == 1], [arrow, drop], flag)
+    return finish(rng, paint(image, distance, any_colour(rng, n)))
+
+
+# --------------------------------------------------------------------------- fine-grained: beetles
+
+
+@dataclass(frozen=True)
+class Beetle:
+    """What tells a species: half width and thorax width (of the length), bands, spot rows."""
+
+    name: str
+    width: float
+    thorax: float
+    bands: int = 0
+    spots: int = 0
+
+
+BEETLES: tuple[Beetle, ...] = (
+    Beetle("slender plain", 0.40, 0.26),
+    Beetle("slender two-banded", 0.40, 0.26, bands=2),
+    Beetle("slender three-banded", 0.40, 0.26, bands=3),
+    Beetle("slender four-spotted", 0.40, 0.26, spots=2),
+    Beetle("slender six-spotted", 0.40, 0.26, spots=3),
+    Beetle("stout plain", 0.56, 0.40),
+    Beetle("stout two-banded", 0.56, 0.40, bands=2),
+    Beetle("stout three-banded", 0.56, 0.40, bands=3),
+    Beetle("stout four-spotted", 0.56, 0.40, spots=2),
+    Beetle("stout six-spotted", 0.56, 0.40, spots=3),
+)
+
+
+def _species(table: Sequence[object], labels: NDArray[np.int64], field: str) -> Array:
+    """The value of one field of each image's species, as (N, 1, 1)."""
+    return column(np.array([getattr(row, field) for row in table], dtype=np.float64)[labels])
+
+
+def paint_beetles(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Beetles from above; pose, size and both colours vary within every species."""
+    n = len(labels)
+    image = backdrop(rng, n, 0.35, 0.8)
+    u, v = posed(rng.uniform(-3, 3, (n, 2)), rng.uniform(-0.6, 0.6, n))
+    length = column(rng.uniform(10.5, 13.5, n))
+    u, v = u / length, v / length
+    vary = column(rng.uniform(0.93, 1.07, n))
+    width = _species(BEETLES, labels, "width") * vary
+    hue = rng.random(n)
+    shell = hsv(hue, rng.uniform(0.5, 0.9, n), rng.uniform(0.35, 0.6, n))
+    mark = hsv(hue + rng.uniform(0.3, 0.7, n), rng.uniform(0.3, 0.9, n), rng.uniform(0.8, 1.0, n))
+    dark = shell * 0.4
+
+    for side in (-1.0, 1.0):
+        for leg in (-0.45, -0.1, 0.25):
+            reach = np.abs(v - leg - 0.25 * side * u) - 0.035
+            legs = np.maximum(reach, np.maximum(-side * u, side * u - width - 0.3))
+            image = paint(image, legs * length, dark)
+    image = paint(image, ellipse(u, v - 0.8, 0.17, 0.17) * length, dark)
+    thorax = _species(BEETLES, labels, "thorax") * vary
+    image = paint(image, ellipse(u, v - 0.58, thorax, 0.24) * length, dark)
+    body = ellipse(u, v + 0.2, width, 0.7)
+    image = paint(image, body * length, shell)
+    return finish(rng, _markings(image, labels, u, v, width, body, length, mark))
+
+
+def _markings(
+    image: Array,
+    labels: NDArray[np.int64],
+    u: Array,
+    v: Array,
+    width: Array,
+    body: Array,
+    length: Array,
+    mark: Array,
+) -> Array:
+    """Paint a species' cross bands or pairs of spots onto the wing cases."""
+    bands, spots = _species(BEETLES, labels, "bands"), _species(BEETLES, labels, "spots")
+    for number, kind in ((2, "band"), (3, "band"), (2, "spot"), (3, "spot")):
+        wanted = (bands if kind == "band" else spots) == number
+        step = 1.0 / number
+        for k in range(number):
+            along = v + 0.2 - (k - (number - 1) / 2) * step
+            if kind == "band":
+                layer = np.abs(along) - 0.22 * step
+            else:
+                layer = np.hypot(np.abs(u) - 0.45 * width, along) - 0.27 * step**0.5 * 0.7
+            layer = np.where(wanted, np.maximum(layer, body + 0.02), 1.0)
+            image = paint(image, layer * length, mark)
+    return image
+
+
+# ---------------------------------------------------------------------------- fine-grained: leaves
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What tells a species: lobes and their depth, length over width, teeth, and side veins."""
+
+    name: str
+    aspect: float
+    lobes: int = 0
+    depth: float = 0.0
+    teeth: int = 0
+    veins: int = 3
+
+
+LEAVES: tuple[Leaf, ...] = (
+    Leaf("round entire", 1.15),
+    Leaf("oval entire", 1.5),
+    Leaf("lance entire", 2.1),
+    Leaf("round toothed", 1.15, teeth=14),
+    Leaf("oval toothed", 1.5, teeth=14),
+    Leaf("lance toothed", 2.1, teeth=14),
+    Leaf("three-lobed shallow", 1.15, lobes=3, depth=0.16),
+    Leaf("three-lobed deep", 1.15, lobes=3, depth=0.32),
+    Leaf("five-lobed shallow", 1.15, lobes=5, depth=0.16),
+    Leaf("five-lobed deep", 1.15, lobes=5, depth=0.32),
+)
+
+
+def paint_leaves(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Leaves on litter; pose, size, tint (the same green to red for all) and contrast vary."""
+    n = len(labels)
+    image = backdrop(rng, n, 0.15, 0.6)
+    u, v = posed(rng.uniform(-2.5, 2.5, (n, 2)), rng.uniform(-0.7, 0.7, n))
+    aspect = _species(LEAVES, labels, "aspect") * column(rng.uniform(0.93, 1.07, n))
+    long_half = column(rng.uniform(10.5, 13.5, n))
+    wide_half = long_half / aspect
+    theta = np.arctan2(u / wide_half, v / long_half)
+    lobes, depth = _species(LEAVES, labels, "lobes"), _species(LEAVES, labels, "depth")
+    teeth = _species(LEAVES, labels, "teeth")
+    outline = 1 - depth * 0.5 * (1 - np.cos(lobes * theta)) * (np.cos(theta) > -0.85)
+    outline = outline - 0.1 * (teeth > 0) * np.abs(np.sin(teeth * theta / 2))
+    reach = np.hypot(u / wide_half, v / long_half)
+    distance = (reach / outline - 1) * wide_half * 0.8
+    blade = hsv(rng.uniform(0.02, 0.38, n), rng.uniform(0.5, 0.9, n), rng.uniform(0.5, 0.9, n))
+    image = paint(image, box(u, v + long_half, 0.6, 3.0), blade * 0.6)
+    image = paint(image, distance, blade)
+    vein = blade * column(rng.uniform(0.6, 0.8, n))[:, 0]
+    image = paint(image, np.maximum(np.abs(u) - 0.4, distance), vein)
+    for k in range(3):
+        side = np.abs(v + (0.5 - 0.5 * k) * long_half * 0.8 - 0.7 * np.abs(u)) - 0.2
+        image = paint(image, np.maximum(side, distance + 1), vein)
+    return finish(rng, image)
