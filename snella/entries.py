@@ -41,7 +41,8 @@ def train_entries(model: nn.Module, name: str, indices: Tensor) -> None:
 def restore_entries(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Prepare ``model`` for a ``state`` in which some parameters have trained entries."""
     for key, indices in state.items():
-        if match := _KEY.match(key):
+        match = _KEY.match(key)
+        if match and not _has_entries(model.get_submodule(match["path"]), match["tensor"]):
             device = next(model.parameters()).device
             train_entries(model, f"{match['path']}.{match['tensor']}", indices.to(device))
 
@@ -50,6 +51,12 @@ def fold_entries(model: nn.Module) -> None:
     """Write all trained entries into their tensors, in place; the modules are plain again."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            for tensor, chain in list(module.parametrizations.items()):  # type: ignore[union-attr]
-                if isinstance(chain[0], Entries):
-                    parametrize.remove_parametrizations(module, tensor)
+            for tensor in [t for t in module.parametrizations if _has_entries(module, t)]:  # type: ignore[union-attr]
+                parametrize.remove_parametrizations(module, tensor)
+
+
+def _has_entries(module: nn.Module, tensor: str) -> bool:
+    return parametrize.is_parametrized(module, tensor) and isinstance(
+        module.parametrizations[tensor][0],  # type: ignore[index]
+        Entries,
+    )

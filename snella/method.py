@@ -29,6 +29,7 @@ from snella.architecture import (
     slots,
     split_qkv,
 )
+from snella.calibration import batch_gradients, first_images
 from snella.entries import fold_entries, restore_entries, train_entries
 from snella.errors import CannotMerge, Unsupported, UserError, unknown
 
@@ -40,8 +41,10 @@ __all__ = [
     "Method",
     "Slot",
     "Unsupported",
+    "batch_gradients",
     "blocks",
     "family",
+    "first_images",
     "fold_entries",
     "fuse_qkv",
     "head",
