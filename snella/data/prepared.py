@@ -72,7 +72,8 @@ def write_prepared(
         manifest["test_images_also_in_trainval"] = sum(h in training for h in hashes["test"])
         manifest["files"] = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
         manifest["digest"] = digest_files(partial, manifest["files"])
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        (partial / MANIFEST).write_text(text, encoding="utf-8")
         swap(partial, folder, folder.with_name(f".{folder.name}.{token}.old"))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
