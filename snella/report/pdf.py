@@ -1,0 +1,83 @@
+"""A table's picture: one tight page, compiled by pdfLaTeX where it is installed."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from snella.report.latex import STYLE
+
+log = logging.getLogger(__name__)
+
+RESOLUTION = 200  # dots per inch of the PNG
+SECONDS = 60
+BEGIN, END = r"\begin{tabular}", r"\end{tabular}"
+
+# The page is as large as the table, without the standalone class (which is not in Debian's
+# texlive-latex-recommended): the float becomes a plain box, first measured, then shipped out.
+PAGE = r"""\documentclass{article}
+\usepackage{booktabs}\usepackage{graphicx}
+\pagestyle{empty}\parindent0pt
+\renewenvironment{table}[1][]{}{}
+\renewenvironment{table*}[1][]{}{}
+\renewcommand\caption[1]{{\small #1\par}\vspace{5pt}}
+\begin{document}
+\setbox0\hbox{%(style)s%(tabular)s}%%
+\newdimen\tablewidth \tablewidth=\wd0 \ifdim\tablewidth<90mm \tablewidth=90mm \fi
+\setbox0\vbox{\hsize\tablewidth \textwidth\tablewidth \linewidth\tablewidth \columnwidth\tablewidth
+\input{%(file)s}}%%
+\pdfpagewidth=\dimexpr\wd0+16pt\relax \pdfpageheight=\dimexpr\ht0+\dp0+16pt\relax
+\pdfhorigin=8pt \pdfvorigin=8pt \hoffset0pt \voffset0pt \shipout\box0
+\end{document}
+"""
+
+
+def compile_pdf(tex: Path) -> tuple[Path, Path | None] | None:
+    """Compile ``tex`` to a PDF and a PNG beside it.
+
+    Returns their paths (no PNG without pdftoppm), or None, with one line logged, where pdfLaTeX
+    is missing or does not accept the file.
+    """
+    if shutil.which("pdflatex") is None:
+        log.warning("No pdflatex on this machine: %s is not compiled.", tex)
+        return None
+    text = tex.read_text()
+    tabular = text[text.find(BEGIN) : text.find(END) + len(END)] if BEGIN in text else ""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "table.tex").write_text(text)
+        page = PAGE % {"style": STYLE, "tabular": tabular, "file": "table.tex"}
+        (work / "page.tex").write_text(page)
+        problem = _pdflatex(work)
+        if problem:
+            log.warning("pdflatex does not compile %s: %s", tex, problem)
+            return None
+        pdf = Path(shutil.copyfile(work / "page.pdf", tex.with_suffix(".pdf")))
+    return pdf, _png(pdf)
+
+
+def _pdflatex(work: Path) -> str:
+    """Run pdfLaTeX; the first error line of its log, or an empty string."""
+    command = ["pdflatex", "-interaction=batchmode", "-halt-on-error", "page.tex"]
+    try:
+        done = subprocess.run(command, cwd=work, capture_output=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"still running after {SECONDS} s"
+    if done.returncode == 0 and (work / "page.pdf").exists():
+        return ""
+    report = work / "page.log"
+    lines = report.read_text(errors="replace").splitlines() if report.exists() else []
+    return next((line for line in lines if line.startswith("!")), "no error in its log")
+
+
+def _png(pdf: Path) -> Path | None:
+    if shutil.which("pdftoppm") is None:
+        log.warning("No pdftoppm on this machine: %s gets no picture.", pdf)
+        return None
+    base = pdf.with_suffix("")
+    command = ["pdftoppm", "-png", "-r", str(RESOLUTION), "-singlefile", str(pdf), str(base)]
+    done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+    return base.with_suffix(".png") if done.returncode == 0 else None
