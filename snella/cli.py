@@ -15,7 +15,6 @@ from snella import config as configuration
 from snella.errors import UserError
 
 
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; print a user's mistake as one line."""
     options = build_parser().parse_args(arguments)

@@ -21,7 +21,7 @@ TYPICAL_SECONDS = 20.0
 
 
 class ProgressDisplay:
-    """A bar of epochs with loss, accuracy and the time left; plain lines where it is no terminal."""
+    """Epochs, loss, accuracy and time left: a bar, or plain lines where it is no terminal."""
 
     def __init__(self, title: str) -> None:
         self.console = Console()

@@ -132,7 +132,7 @@ def _loop(listener: socket.socket) -> None:
                 child = _fork(connection, listener)
                 children[child] = connection
                 selector.register(connection, selectors.EVENT_READ, child)
-            else:  # the client has gone: end its job, gently
+            elif _has_gone(children[key.data]):  # end the client's job, gently
                 selector.unregister(key.fileobj)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(key.data, signal.SIGTERM)
@@ -147,6 +147,16 @@ def _loop(listener: socket.socket) -> None:
                     connection.sendall(str(code if code >= 0 else 128 - code).encode())
                 connection.close()
                 idle_since = time.monotonic()
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    """Whether the client closed its end; a request that the child has not read yet is no sign."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _fork(connection: socket.socket, listener: socket.socket) -> int:

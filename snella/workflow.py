@@ -80,6 +80,10 @@ class WorkflowPlan:
         file = self.run(wildcards).settings["backbone"]["file"]
         return [file] if file else []
 
+    def data_folder(self, wildcards: Any, output: Any) -> str:
+        """The data folder that a prepared manifest lies in."""
+        return Path(output[0]).parents[2].as_posix()
+
     def dataset_entry(self, wildcards: Any) -> str:
         """A data set's entry, canonical JSON."""
         return json.dumps(self.config.datasets[wildcards.dataset].model_dump(), sort_keys=True)

@@ -11,7 +11,7 @@ rule prepare:
         "../../envs/environment.yaml"
     params:
         entry=PLAN.dataset_entry,
-        data=CONFIG.data,
+        data=PLAN.data_folder,
     shell:
         "snella prepare {wildcards.dataset:q} --config data={params.data:q}"
         " datasets.{wildcards.dataset}={params.entry:q} > {log:q} 2>&1"
