@@ -73,7 +73,7 @@ class Board:
             if seed in self._runs[method, dataset]:
                 raise UserError(f"Two records of {method} on {dataset}, seed {seed}; keep one.")
             self._runs[method, dataset][seed] = run
-        self.seeds = sorted({seed for runs in self._runs.values() for seed in runs})
+        self.seeds = sorted({seed for runs in self._runs.values() for seed in runs}) or [0]
         self.records = [
             run
             for runs in self._runs.values()
@@ -109,7 +109,7 @@ class Board:
         values: dict[int, float] = {}
         pending: dict[int, str] = {}
         failed: dict[int, str] = {}
-        for seed in self.seeds or [0]:
+        for seed in self.seeds:
             run = runs.get(seed, Missing(method, dataset, seed))
             if isinstance(run, Missing):
                 pending[seed] = run.reason

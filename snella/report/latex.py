@@ -62,7 +62,8 @@ def _character(c: str) -> str:
         return c if c.isprintable() else "?"
     # pdfLaTeX composes accents over Latin letters, all but the ogonek (U+0328)
     parts = unicodedata.decomposition(c).split()
-    accented = ord(c) < 0x180 and len(parts) == 2 and parts[1] not in ("0328", "006A")
+    composed = len(parts) == 2 and not parts[0].startswith("<") and parts[1] != "0328"
+    accented = composed and ord(c) < 0x180
     return c if accented or c in "ßæÆøØœŒłŁ" else "?"
 
 

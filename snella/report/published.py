@@ -50,12 +50,13 @@ class Printed:
 class Facts:
     """How a paper's own numbers were made, as far as paper and released code say it.
 
-    ``fields`` maps a protocol field to (the published value, what to say if ours differs).
+    ``fields`` maps a protocol field to (the published value, what to say if ours differs);
+    ``remarks`` are (published suite or empty for all, text).
     """
 
     fields: Mapping[str, tuple[str, str]]
     seeds: int
-    remarks: tuple[str, ...] = ()
+    remarks: tuple[tuple[str, str], ...] = ()
 
 
 FACTS: Mapping[str, Facts] = {
@@ -80,11 +81,17 @@ FACTS: Mapping[str, Facts] = {
         },
         seeds=1,
         remarks=(
-            "Several printed rows are copied from earlier papers, whose protocols differ.",
-            "Published VTAB-1k numbers are from copies re-saved as JPEG (it matters for small "
-            "images) and train on train and val.",
-            "Published FGVC numbers train on train alone and are the better of the raw and the "
-            "averaged (EMA) weights.",
+            ("", "Several printed rows are copied from earlier papers, whose protocols differ."),
+            (
+                "vtab1k",
+                "Published VTAB-1k numbers are from copies re-saved as JPEG (it matters for small "
+                "images) and train on train and val.",
+            ),
+            (
+                "fgvc",
+                "SNELLA's published FGVC numbers train on train alone and are the better of the "
+                "raw and the averaged (EMA) weights.",
+            ),
         ),
     ),
 }

@@ -90,7 +90,7 @@ class Table:
     @property
     def remarks(self) -> list[str]:
         """What the reader has to know about the numbers, one sentence each."""
-        seeds = len(self.board.seeds) or 1
+        seeds = len(self.board.seeds)
         spread = f"{seeds} seeds, mean ± sample standard deviation" if seeds > 1 else "one seed"
         selection = SELECTION_WORDS.get(self.board.selection, self.board.selection)
         result = [

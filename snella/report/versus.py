@@ -67,7 +67,9 @@ class Versus:
             result.append(
                 f"Mismatch: published numbers are of {facts.seeds} seed; ours: {len(board.seeds)}."
             )
-        return result + list(facts.remarks)
+        places = [place(column, self.table.suite) for column in self.columns]
+        suites = {"", *(where.suite for where in places if where is not None)}
+        return result + [text for suite, text in facts.remarks if suite in suites]
 
     def _summary(self) -> list[str]:
         pairs = [p for p in self.pairs.values() if p.difference is not None]

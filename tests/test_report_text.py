@@ -1,0 +1,175 @@
+"""What the LaTeX, Markdown, CSV and terminal writers print."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_support import METHODS, QUICK, REAL, record, records, spec
+from rich.console import Console
+
+from snella.report import Missing, compile_pdf, print_table, write_table
+from snella.report.grid import Footnotes, table_grid
+from snella.report.latex import escape, to_latex
+from snella.report.markdown import to_markdown
+from snella.report.pdf import _pdflatex
+from snella.report.tables import build_table
+from snella.report.text import pieces
+
+needs_latex = pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
+HARD = r"50% of $x_1 & {y}^2 ~ #3 \n <a|b> ß é ş ± λ – “q” ą 日本 ²"
+
+
+def grid(runs=None, suite=REAL, methods=METHODS, **changes):
+    runs = records(suite=suite.name) if runs is None else runs
+    return table_grid(build_table("table1", spec(**changes), suite, methods, runs))
+
+
+def test_latex_has_groups_blocks_marks_and_footnotes():
+    runs = records(lambda m, d, s: {"full": 0.9, "linear": 0.8, "lora-8": 0.7}[m])
+    runs[0] = record("full", "beetles", None, status="oom", reason="100% of it")
+    text = to_latex(grid(runs))
+    assert r" &  & \multicolumn{3}{c}{FGVC} & \multicolumn{3}{c}{VTAB-1k} \\" in text
+    assert r"\cmidrule(lr){3-5}\cmidrule(lr){6-8}" in text
+    assert r"\multicolumn{8}{@{}l}{\textit{Others}} \\" in text
+    assert r"Full & 12.3 & --\rlap{\textsuperscript{a}} & \textbf{90.0} &" in text
+    assert r"Linear & 12.3 & \textbf{80.0} & \underline{80.0} &" in text
+    assert r"\textsuperscript{a}\,out of memory: 100\% of it." in text
+    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 1
+
+
+def test_decimal_points_stand_in_line():
+    runs = records(lambda m, d, s: {"full": 1.0, "linear": 0.05, "lora-8": 0.5}[m])
+    text = to_latex(grid(runs))
+    assert r"\phantom{00}5.0" in text and r"\phantom{0}\underline{50.0}" in text
+
+
+def test_a_demo_says_so_in_comment_caption_header_and_csv(tmp_path):
+    paths = write_table(spec(), QUICK, METHODS, records(suite="quick"), tmp_path, "t")
+    assert [p.name for p in paths] == ["t.csv", "t.md", "t.tex", "t_cells.csv"]
+    banner = "Quick suite (demo data and backbone; not comparable with published numbers)"
+    tex = (tmp_path / "t.tex").read_text().splitlines()
+    assert tex[0] == f"% {banner}"
+    assert any(line.startswith(r"\caption{" + banner) for line in tex)
+    assert any(r"\itshape " + banner in line for line in tex)
+    assert all(banner in path.read_text() for path in paths)
+
+
+def test_numbers_chosen_on_the_test_set_are_marked_everywhere(tmp_path):
+    runs = records(protocol={"selection": "best-test"})
+    for run in runs:
+        run["metrics"]["best-test"] = run["metrics"]["last"]
+    paths = write_table(spec(), REAL, METHODS, runs, tmp_path, "t")
+    assert all("best-test" in path.read_text() for path in paths)
+    assert r"beetles\textsuperscript{\dag}" in (tmp_path / "t.tex").read_text()
+    assert "beetles†" in (tmp_path / "t.md").read_text()
+
+
+def test_spread_over_seeds_is_printed():
+    text = to_markdown(grid(records(lambda m, d, s: 0.5 + s / 100, seeds=[0, 1, 2])))
+    assert "**51.0 ± 1.0**" in text and "3 seeds, mean ± sample standard deviation" in text
+
+
+def test_wide_and_tidy_csv_hold_full_precision(tmp_path):
+    runs = records(1 / 3, seeds=[0, 1])
+    runs = [r for r in runs if r["run"]["method"] != "linear"]
+    runs += [Missing("linear", "beetles", 0)]
+    write_table(spec(), REAL, METHODS, runs, tmp_path, "t")
+    wide = {r["method"]: r for r in csv.DictReader((tmp_path / "t.csv").open())}
+    assert float(wide["full"]["beetles"]) == pytest.approx(100 / 3, abs=1e-12)
+    assert (wide["full"]["beetles std"], wide["full"]["beetles n"]) == ("0.0", "2")
+    assert wide["linear"]["beetles"] == "" and "beetles: not run" in wide["linear"]["notes"]
+    tidy = list(csv.DictReader((tmp_path / "t_cells.csv").open()))
+    assert len(tidy) == 3 * 7
+    cell = next(c for c in tidy if (c["method"], c["column"]) == ("full", "natural"))
+    assert (cell["kind"], cell["n"], cell["unit"]) == ("mean_of_tasks", "2", "%")
+    assert cell["seeds"] == "0;1"
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path):
+    runs = records(lambda m, d, s: len(m + d) / 100)
+    for folder in ("a", "b"):
+        write_table(
+            spec(), REAL, METHODS, runs[:: 1 if folder == "a" else -1], tmp_path / folder, "t"
+        )
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_terminal_table_is_split_where_the_terminal_is_narrow():
+    made = grid()
+    assert pieces(made, 200) == [[0, 1, 2, 3, 4, 5, 6]]
+    assert pieces(made, 60) == [[0, 1, 2, 3], [4, 5, 6]]
+    assert pieces(made, 1) == [[i] for i in range(7)]
+    console = Console(file=io.StringIO(), width=60)
+    print_table(spec(), REAL, METHODS, records(), "table1", console=console)
+    text = console.file.getvalue()
+    assert text.count("LoRA-8") == 2 and "50.0" in text and "…" not in text
+    assert max(map(len, text.splitlines())) <= 60
+
+
+def test_markdown_shows_labels_as_they_are():
+    text = to_markdown(grid(methods={"full": "a|b_*c*<x>"}, runs=[]))
+    assert r"| a\|b\_\*c\*&lt;x&gt; |" in text
+
+
+def test_footnotes_share_a_letter_for_the_same_text_and_go_on_after_z():
+    notes = Footnotes()
+    assert [notes.letter(str(i)) for i in range(28)][-3:] == ["z", "aa", "ab"]
+    assert notes.letter("0") == "a" and notes.letter("") == ""
+
+
+@given(st.text())
+def test_escaped_text_has_no_active_character(text):
+    plain = escape(text)
+    for command in ("textbackslash", "textasciitilde", "textasciicircum"):
+        plain = plain.replace(f"\\{command}{{}}", "")
+    for character in "&%#_{}":
+        plain = plain.replace(f"\\{character}", "")
+    assert not set(plain) & set("&%#~") and "\n" not in plain
+
+
+def test_escape_of_known_characters():
+    assert escape("50% of a_b & {c}") == r"50\% of a\_b \& \{c\}"
+    assert escape("κ ± 1 – é日") == r"$\kappa$ $\pm$ 1 -- é?"
+
+
+@needs_latex
+def test_hard_labels_compile_to_a_pdf(tmp_path):
+    runs = records(methods=["full", "linear"])
+    runs += [record("lora-8", d, None, status="failed", reason=HARD) for d in ("beetles", "count")]
+    methods = {"full": HARD, "linear": "Linear", "lora-8": "LoRA-8"}
+    write_table(
+        spec(caption="{metric} " + HARD.replace("{y}", "")), REAL, methods, runs, tmp_path, "t"
+    )
+    made = compile_pdf(tmp_path / "t.tex")
+    assert made is not None and made[0].read_bytes().startswith(b"%PDF")
+    if shutil.which("pdftoppm"):
+        assert made[1] is not None and made[1].stat().st_size > 10_000
+
+
+@needs_latex
+def test_every_latin_character_compiles(tmp_path):
+    characters = " ".join(map(escape, map(chr, range(0x20, 0x500))))
+    source = rf"\documentclass{{article}}\begin{{document}}{characters}\end{{document}}"
+    (tmp_path / "page.tex").write_text(source)
+    assert _pdflatex(tmp_path) == ""
+
+
+@needs_latex
+def test_broken_latex_is_one_warning(tmp_path, caplog):
+    (tmp_path / "t.tex").write_text(r"\undefinedcommand")
+    assert compile_pdf(tmp_path / "t.tex") is None
+    assert "Undefined control sequence" in caplog.text
+
+
+def test_without_latex_there_is_one_line_and_no_pdf(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert compile_pdf(tmp_path / "t.tex") is None
+    assert [r.message for r in caplog.records] == [
+        f"No pdflatex on this machine: {tmp_path / 't.tex'} is not compiled."
+    ]
