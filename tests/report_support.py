@@ -10,7 +10,7 @@ from snella.report import Missing, SuiteInfo, TableSpec, parse_spec
 GROUPS = {"fgvc": ["beetles", "leaves"], "natural": ["digits", "photos"], "structured": ["count"]}
 DATASETS = [dataset for group in GROUPS.values() for dataset in group]
 METHODS = {"full": "Full", "linear": "Linear", "lora-8": "LoRA-8"}
-QUICK = SuiteInfo("quick", "Quick suite", GROUPS, demo=True, labels={"digits": "Digits"})
+QUICK = SuiteInfo("quick", "Quick suite (demo)", GROUPS, demo=True, labels={"digits": "Digits"})
 REAL = SuiteInfo("mine", "My suite", GROUPS)
 VTAB = {
     "natural": ["cifar100", "caltech101", "dtd", "flowers102", "pets", "svhn", "sun397"],

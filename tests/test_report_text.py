@@ -51,7 +51,7 @@ def test_decimal_points_stand_in_line():
 def test_a_demo_says_so_in_comment_caption_header_and_csv(tmp_path):
     paths = write_table(spec(), QUICK, METHODS, records(suite="quick"), tmp_path, "t")
     assert [p.name for p in paths] == ["t.csv", "t.md", "t.tex", "t_cells.csv"]
-    banner = "Quick suite (demo data and backbone; not comparable with published numbers)"
+    banner = "Quick suite: demo data and backbone, not comparable with published numbers"
     tex = (tmp_path / "t.tex").read_text().splitlines()
     assert tex[0] == f"% {banner}"
     assert any(line.startswith(r"\caption{" + banner) for line in tex)

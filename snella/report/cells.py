@@ -152,26 +152,29 @@ def check_comparable(records: Sequence[Record], mixed: str, *, chosen: bool) -> 
         _agree({str(r["run"][name]) for r in records}, name)
     if not chosen:
         _agree({str(r["protocol"]["selection"]) for r in records}, "selection")
-    free = TUNED | {"selection"}
-    notes = []
+    notes: dict[str, list[str]] = defaultdict(list)
     for dataset in sorted({r["run"]["dataset"] for r in records}):
         rows = [r for r in records if r["run"]["dataset"] == dataset]
-        fields = sorted({name for r in rows for name in r["protocol"]} - free)
-        for name in fields:
-            shown = {
-                str(r["protocol"].get(name)): r["run"]["method"] for r in rows
-            }  # a value and one method that has it
-            if len(shown) < 2:
-                continue
-            text = ", ".join(f"{value} ({method})" for value, method in sorted(shown.items()))
-            released = all(r["protocol"].get("hyperparameters") == "released" for r in rows)
+        released = all(r["protocol"].get("hyperparameters") == "released" for r in rows)
+        for text in _differences(rows):
             if mixed != "note" and not released:
                 raise UserError(
-                    f"Records on {dataset} differ in protocol field {name!r}: {text}. Rerun them "
-                    "under one protocol, or set `mixed: note` in the table."
+                    f"Records on {dataset} differ in protocol field {text}. Rerun them under one "
+                    "protocol, or set `mixed: note` in the table."
                 )
-            notes.append(f"{dataset}: {name} differs between rows: {text}")
-    return notes
+            notes[text].append(dataset)
+    return [f"rows differ on {_some(datasets)} in {text}" for text, datasets in notes.items()]
+
+
+def _differences(rows: Sequence[Record]) -> list[str]:
+    """The protocol fields in which ``rows`` differ, each value with one method that has it."""
+    result = []
+    for name in sorted({name for r in rows for name in r["protocol"]} - TUNED - {"selection"}):
+        shown = {str(r["protocol"].get(name)): r["run"]["method"] for r in rows}
+        if len(shown) > 1:
+            values = ", ".join(f"{value} ({method})" for value, method in sorted(shown.items()))
+            result.append(f"{name}: {values}")
+    return result
 
 
 def _agree(values: set[str], name: str) -> None:
@@ -219,8 +222,9 @@ def _list_reasons(blocked: Sequence[tuple[str, str]]) -> str:
     by_reason: dict[str, list[str]] = defaultdict(list)
     for label, reason in blocked:
         by_reason[reason].append(label)
-    parts = []
-    for reason, labels in by_reason.items():
-        more = f" and {len(labels) - LISTED} more" if len(labels) > LISTED else ""
-        parts.append(f"{', '.join(labels[:LISTED])}{more}: {reason}")
-    return "; ".join(parts)
+    return "; ".join(f"{_some(labels)}: {reason}" for reason, labels in by_reason.items())
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

@@ -49,7 +49,8 @@ class SuiteInfo:
         """What a demo suite's tables say on their face; empty for a real suite."""
         if not self.demo:
             return ""
-        return f"{self.title} (demo data and backbone; not comparable with published numbers)"
+        title = self.title.removesuffix(" (demo)")
+        return f"{title}: demo data and backbone, not comparable with published numbers"
 
 
 @dataclass(frozen=True)
