@@ -7,12 +7,8 @@ trains. Training the values is training the tensor under a gradient mask.
 
 from __future__ import annotations
 
-import re
-
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-
-_KEY = re.compile(r"^(?P<path>.+)\.parametrizations\.(?P<tensor>\w+)\.0\.indices$")
 
 
 class Entries(nn.Module):
@@ -40,23 +36,24 @@ def train_entries(model: nn.Module, name: str, indices: Tensor) -> None:
 
 def restore_entries(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Prepare ``model`` for a ``state`` in which some parameters have trained entries."""
-    for key, indices in state.items():
-        match = _KEY.match(key)
-        if match and not _has_entries(model.get_submodule(match["path"]), match["tensor"]):
-            device = next(model.parameters()).device
-            train_entries(model, f"{match['path']}.{match['tensor']}", indices.to(device))
+    for name, parameter in list(model.named_parameters()):
+        path, _, tensor = name.rpartition(".")
+        indices = state.get(f"{path}.parametrizations.{tensor}.0.indices")
+        if indices is not None:
+            train_entries(model, name, indices.to(parameter.device))
 
 
 def fold_entries(model: nn.Module) -> None:
     """Write all trained entries into their tensors, in place; the modules are plain again."""
     for module in list(model.modules()):
-        if parametrize.is_parametrized(module):
-            for tensor in [t for t in module.parametrizations if _has_entries(module, t)]:  # type: ignore[union-attr]
-                parametrize.remove_parametrizations(module, tensor)
+        for tensor in _tensors_with_entries(module):
+            parametrize.remove_parametrizations(module, tensor)
+            if "bias" in module._parameters:  # comes after weight, as before
+                module._parameters["bias"] = module._parameters.pop("bias")
 
 
-def _has_entries(module: nn.Module, tensor: str) -> bool:
-    return parametrize.is_parametrized(module, tensor) and isinstance(
-        module.parametrizations[tensor][0],  # type: ignore[index]
-        Entries,
-    )
+def _tensors_with_entries(module: nn.Module) -> list[str]:
+    if not parametrize.is_parametrized(module):
+        return []
+    chains = module.parametrizations.items()  # type: ignore[union-attr, operator]
+    return [tensor for tensor, chain in chains if isinstance(chain[0], Entries)]
