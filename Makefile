@@ -15,7 +15,7 @@ table1: environment
 	$(SNAKEMAKE) -- results/table1.tex
 	@if command -v pdflatex >/dev/null; then $(SNAKEMAKE) -- results/table1.pdf; \
 	else echo "No LaTeX here: results/table1.pdf is left out."; fi
-	@snella show results/table1.csv
+	@snella show table1
 
 test: lint unit smoke
 
@@ -37,7 +37,7 @@ smoke: environment
 	  --quiet host -- results/smoke/table1.tex 2>&1 | grep "Nothing to be done"
 	@if command -v pdflatex >/dev/null; then \
 	  $(SNAKEMAKE) --config suite=smoke results=results/smoke -- results/smoke/table1.pdf; fi
-	@snella show results/smoke/table1.csv
+	@snella show table1 --config suite=smoke results=results/smoke
 
 environment: $(VENV)/.ready
 

@@ -61,12 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     with_config(verb("datasets", _datasets))
     prepare = with_config(verb("prepare", _prepare))
     prepare.add_argument("dataset")
-    table = with_config(verb("table", _table))
-    table.add_argument("table", nargs="?", default="table1")
-    show = verb("show", _show)
-    show.add_argument("csv", type=Path, help="a table's .csv")
-    pdf = verb("pdf", _pdf)
-    pdf.add_argument("tex", type=Path)
+    for name, call in (("table", _table), ("show", _show)):
+        with_config(verb(name, call)).add_argument("table", nargs="?", default="table1")
+    verb("pdf", _pdf).add_argument("tex", type=Path)
     return parser
 
 
@@ -153,17 +150,17 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _table(options: argparse.Namespace) -> None:
     """Write a table from the records there are."""
-    from snella.report.build import build_table
+    from snella import tables
 
-    for path in build_table(_load(options), options.table):
+    for path in tables.write(_load(options), options.table):
         sys.stdout.write(f"{path}\n")
 
 
 def _show(options: argparse.Namespace) -> None:
-    """Print a table in the terminal."""
-    from snella.report.build import show_table
+    """Print a table in the terminal, from the records there are."""
+    from snella import tables
 
-    show_table(options.csv)
+    tables.show(_load(options), options.table)
 
 
 def _pdf(options: argparse.Namespace) -> None:

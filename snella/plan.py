@@ -191,7 +191,7 @@ def table_methods(config: Config, table: str) -> list[tuple[str | None, list[str
         for group in spec.get("rows", [])
     ]
     added = [name for name in enabled if name not in listed]
-    return [(title, names) for title, names in [*groups, ("Added methods", added)] if names]
+    return [(title, names) for title, names in [*groups, (None, added)] if names]
 
 
 def table_runs(config: Config, table: str) -> list[Run]:

@@ -119,7 +119,8 @@ def _run(settings: dict[str, Any], folder: Path, report: Report) -> dict[str, An
         report,
     )
     progress = trainer.fit()
-    parameters = count_parameters(loaded.model)
+    counts = count_parameters(loaded.model)
+    parameters = counts | {"with_head": counts["trainable"] + counts["head"]}
     _write_adapter(folder, loaded.method.state(loaded.model), loaded.identity)
     _write_history(folder, progress.history)
     data = loaded.task.data

@@ -77,7 +77,7 @@ VALUES: dict[str, Quantity] = {
             "Trainable parameters, head included",
             COUNT,
             higher_is_better=False,
-            path=("parameters", "trainable"),
+            path=("parameters", "with_head"),
             after_failure=True,
         ),
         Quantity(

@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-from snella.report.build import build_table
+from snella import tables
 from snella.workflow import WorkflowPlan
 
 with open(snakemake.log[0], "w") as log:  # noqa: F821
     sys.stdout = sys.stderr = log
     plan = WorkflowPlan.from_snakemake(snakemake.config)  # noqa: F821
-    written = build_table(plan.config, snakemake.wildcards.table)  # noqa: F821
+    written = tables.write(plan.config, snakemake.wildcards.table)  # noqa: F821
     log.write("\n".join(str(Path(path)) for path in written) + "\n")
