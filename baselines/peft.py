@@ -9,14 +9,19 @@ Differences from the papers and from PEFT's own training recipes:
 LoRA-FA is "freeze A, AdamW on B", the algorithm of its paper; PEFT's optimizer rescales the
 gradient by (AAᵀ)⁻¹ in bfloat16 instead. LoRA+ multiplies the learning rate of B alone; PEFT's
 helper also puts the head's bias into the fast group. AdaLoRA gets its orthogonality penalty,
+which PEFT adds only to models whose output has a ``loss``. CorDA and LoRA-GA are initialised on
+training data in :meth:`Peft.calibrate`; they, PiSSA and OLoRA change the frozen weights, which is
+undone and redone exactly on loading because the initial factors are part of the state.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 import peft
 import torch
+from peft.tuners.adalora.layer import RankAllocator
+from peft.tuners.lora.corda import collect_eigens_for_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import (
     Field,
@@ -24,6 +29,7 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from torch import Tensor, nn
@@ -31,13 +37,17 @@ from torch import Tensor, nn
 from snella.errors import CannotMerge, Unsupported, UserError, unknown
 from snella.method import (
     ROLES,
+    Batch,
+    LossFn,
     Method,
+    family,
     fuse_qkv,
     head,
     no_decay,
     replace,
     slots,
     split_qkv,
+    trainable,
 )
 
 _ADAPTER = "default"
@@ -65,12 +75,14 @@ _KINDS = {
     "dora": _lora(use_dora=True),
     "pissa": _lora(init_lora_weights="pissa"),
     "olora": _lora(init_lora_weights="olora"),
+    "corda": _lora(),
+    "lora_ga": _lora(),
+    "adalora": _Kind("AdaLoraConfig", "target_r", "lora_alpha", "lora_dropout"),
     "fourierft": _Kind("FourierFTConfig", alpha="scaling"),
     "waveft": _Kind("WaveFTConfig", alpha="scaling"),
     "vera": _Kind("VeraConfig", "r", dropout="vera_dropout"),
     "shira": _Kind("ShiraConfig", "r"),
     "oft": _Kind("OFTConfig", dropout="module_dropout"),
-    "boft": _Kind("BOFTConfig", dropout="boft_dropout"),
     "hra": _Kind("HRAConfig", "r"),
     "loha": _Kind("LoHaConfig", "r", "alpha", "rank_dropout"),
     "lokr": _Kind("LoKrConfig", "r", "alpha", "rank_dropout"),
@@ -79,7 +91,9 @@ _KINDS = {
     "randlora": _Kind("RandLoraConfig", "r", "randlora_alpha", "randlora_dropout"),
 }
 _OURS = {"target_modules", "modules_to_save", "task_type", "peft_type", "inference_mode"}
-_CHANGES_WEIGHTS = {"pissa", "olora"}
+_OURS |= {"init_r", "total_step", "tinit", "tfinal"}
+_DATA_DRIVEN = {"corda", "lora_ga"}
+_CHANGES_WEIGHTS = {"pissa", "olora", *_DATA_DRIVEN}
 
 
 class Peft(Method):
@@ -90,7 +104,7 @@ class Peft(Method):
     licence: ClassVar[str] = "Apache-2.0"
     supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext", "sam"})
 
-    method: str = Field("lora", description=f"One of {', '.join(_KINDS)}.")
+    method: Literal[tuple(_KINDS)] = "lora"
     rank: PositiveInt | None = Field(None, description="Rank; None is PEFT's default.")
     alpha: PositiveFloat | None = Field(None, description="Scale; None is rank (LoRA: scale 1).")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input.")
@@ -101,10 +115,15 @@ class Peft(Method):
     )
     options: dict[str, Any] = Field({}, description="Further fields of PEFT's config class.")
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if value not in _KINDS:
+            raise unknown("PEFT method", value, _KINDS)
+        return value
+
     @model_validator(mode="after")
-    def _check(self) -> "Peft":
-        if self.method not in _KINDS:
-            raise unknown("PEFT method", self.method, _KINDS)
+    def _consistent(self) -> "Peft":
         kind = _KINDS[self.method]
         for name, field in (("rank", kind.rank), ("alpha", kind.alpha), ("dropout", kind.dropout)):
             if getattr(self, name) and not field:
@@ -115,6 +134,13 @@ class Peft(Method):
             )
         _check_options(kind, self.options)
         return self
+
+    def check_supported(self, model: nn.Module) -> None:
+        super().check_supported(model)
+        if self.method == "oft" and (kind := family(model)) in {"convnext", "sam"}:
+            raise Unsupported(
+                f"PEFT's OFT takes the four-dimensional tokens of {kind} for a convolution's input."
+            )
 
     def adapt(self, model: nn.Module) -> None:
         if not self.fused_qkv and {"q", "k", "v"} & set(self.roles):
@@ -133,28 +159,62 @@ class Peft(Method):
                 layer.lora_A.requires_grad_(False)
         if self.method in _CHANGES_WEIGHTS:
             for _, layer in _tuner_layers(model):
-                _record_initial(layer)
+                _record_initial(layer, zero=self.method in _DATA_DRIVEN)
+        if self.method == "adalora":
+            model.adalora = _RankBudget(model, config)
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn) -> None:
+        if self.method not in _DATA_DRIVEN:
+            return
+        layers = [layer for _, layer in _tuner_layers(model)]
+        look = _look_at_inputs if self.method == "corda" else _look_at_gradients
+        training = model.training
+        model.eval()
+        look(model, [layer.get_base_layer() for layer in layers], batches, loss_fn)
+        model.train(training)
+        initialise = _initialise_corda if self.method == "corda" else _initialise_lora_ga
+        for layer in layers:
+            weight = layer.get_base_layer().weight.detach().clone()
+            initialise(layer, self.options)
+            layer.get_base_layer().weight.data = weight
+            _record_initial(layer)
+            _subtract_initial(layer)
 
     def parameter_groups(
         self, model: nn.Module, lr: float, weight_decay: float
     ) -> list[dict[str, Any]]:
         ratio = self.lr_ratio or (16.0 if self.method == "lora_plus" else 1.0)
-        groups: dict[tuple[float, float], list[Tensor]] = {}
         task_head = head(model)
-        of_head = set(map(id, task_head.parameters())) if task_head is not None else set()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                fast = (
-                    ".lora_B." in name
-                    if self.method == "lora_plus"
-                    else id(parameter) not in of_head
-                )
-                decay = 0.0 if no_decay(name, parameter) else weight_decay
-                groups.setdefault((lr * ratio if fast else lr, decay), []).append(parameter)
+        slow = set(map(id, task_head.parameters())) if task_head is not None else set()
+        if self.method == "lora_plus":
+            slow |= {id(p) for n, p in model.named_parameters() if ".lora_B." not in n}
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, parameter in trainable(model).items():
+            rate = lr if id(parameter) in slow else lr * ratio
+            decay = 0.0 if no_decay(name, parameter) else weight_decay
+            groups.setdefault((rate, decay), []).append(parameter)
         return [
             {"params": params, "lr": rate, "weight_decay": decay}
             for (rate, decay), params in groups.items()
         ]
+
+    def auxiliary_loss(self, model: nn.Module) -> Tensor | None:
+        """AdaLoRA's penalty: the mean of ||AAᵀ - I|| and ||BᵀB - I|| over all layers, times 0.5."""
+        if self.method != "adalora":
+            return None
+        weight = model.peft_config[_ADAPTER].orth_reg_weight
+        factors = [layer.lora_A[_ADAPTER] for _, layer in _tuner_layers(model)]
+        factors += [layer.lora_B[_ADAPTER].T for _, layer in _tuner_layers(model)]
+        excess = [f @ f.T - torch.eye(len(f), dtype=f.dtype, device=f.device) for f in factors]
+        return weight * torch.stack([torch.linalg.matrix_norm(e) for e in excess]).mean()
+
+    def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
+        if self.method == "adalora":
+            model.adalora.plan(epoch, epochs)
+
+    def on_step_end(self, model: nn.Module) -> None:
+        if self.method == "adalora":
+            model.adalora.step(model)
 
     def merge(self, model: nn.Module) -> None:
         for path, layer in list(_tuner_layers(model)):
@@ -163,12 +223,55 @@ class Peft(Method):
             except NotImplementedError as error:
                 raise CannotMerge(f"PEFT cannot merge {self.method}: {error}") from error
             replace(model, path, layer.get_base_layer())
-        del model.peft_config
         fuse_qkv(model)
+        del model.peft_config
+        if self.method == "adalora":
+            del model.adalora
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """What trains, the adapter's frozen parts (LoRA-FA's A, shared bases), chosen indices."""
+        found = super().state(model)
+        seen: set[tuple[int, torch.Size]] = set()
+        for path, layer in _tuner_layers(model):
+            for name, tensor in layer.state_dict().items():
+                if name.startswith(layer.adapter_layer_names):
+                    found[f"{path}.{name}"] = tensor
+            for name, indices in _index_tensors(layer):
+                found[f"{path}.{name}"] = indices
+        unique = {}
+        for name, tensor in found.items():
+            key = (tensor.data_ptr(), tensor.shape)
+            if key not in seen:
+                unique[name] = tensor
+            seen.add(key)
+        return unique
+
+    @torch.no_grad()
+    def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        state = dict(state)
+        before = {}
+        for path, layer in _tuner_layers(model):
+            for name, indices in _index_tensors(layer):
+                value = state.pop(f"{path}.{name}").to(indices.device)
+                getattr(layer, name)[_ADAPTER] = value
+            if self.method in _CHANGES_WEIGHTS:
+                before[path] = (layer.initial_A.clone(), layer.initial_B.clone())
+        super().load_state(model, state)
+        for path, (a, b) in before.items():
+            _subtract_initial(model.get_submodule(path), undo=(a, b))
+
+    def training_state(self, model: nn.Module) -> dict[str, Tensor]:
+        return model.adalora.state() if self.method == "adalora" else {}
+
+    def load_training_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        if self.method == "adalora":
+            model.adalora.load_state(state)
 
     def _config(self, targets: list[str]) -> peft.PeftConfig:
         kind = _KINDS[self.method]
-        values = dict(kind.preset) | self.options | {"target_modules": targets}
+        of_calibration = f"{self.method}_config"
+        values = {k: v for k, v in self.options.items() if k != of_calibration}
+        values = dict(kind.preset) | values | {"target_modules": targets}
         if self.rank:
             values[kind.rank] = self.rank
         if self.alpha:
@@ -177,6 +280,8 @@ class Peft(Method):
             values[kind.alpha] = self.rank or 8
         if kind.dropout:
             values[kind.dropout] = self.dropout
+        if self.method == "adalora":
+            values |= {"init_r": 3 * (self.rank or 8) // 2, "total_step": 1}
         return getattr(peft, kind.config)(**values)
 
 
@@ -202,6 +307,14 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
             yield path, module
 
 
+def _index_tensors(layer: BaseTunerLayer) -> Iterator[tuple[str, Tensor]]:
+    """Positions that a sparse or spectral method drew, which PEFT keeps outside the state dict."""
+    for name in layer.other_param_names:
+        value = getattr(layer, name, None)
+        if isinstance(value, dict) and isinstance(value.get(_ADAPTER), Tensor):
+            yield name, value[_ADAPTER]
+
+
 @torch.no_grad()
 def _record_initial(layer: BaseTunerLayer, zero: bool = False) -> None:
     """Keep the factors by which initialisation changed the frozen weight: W <- W - s B0 A0."""
@@ -209,3 +322,138 @@ def _record_initial(layer: BaseTunerLayer, zero: bool = False) -> None:
         weight = getattr(layer, name)[_ADAPTER].weight.detach()
         initial = torch.zeros_like(weight) if zero else weight.clone()
         layer.register_buffer(f"initial_{name[-1]}", initial)
+
+
+@torch.no_grad()
+def _subtract_initial(layer: BaseTunerLayer, undo: tuple[Tensor, Tensor] | None = None) -> None:
+    """Take the initial factors off the frozen weight, and put back those in ``undo`` (A0, B0)."""
+    weight, scale = layer.get_base_layer().weight, layer.scaling[_ADAPTER]
+    if undo is not None and torch.equal(undo[0], layer.initial_A):
+        return
+    if undo is not None and undo[1].any():
+        weight.add_(scale * undo[1] @ undo[0])
+    weight.sub_(scale * layer.initial_B @ layer.initial_A)
+
+
+@torch.no_grad()
+def _look_at_inputs(
+    model: nn.Module, layers: list[nn.Module], batches: Iterable[Batch], loss_fn: LossFn
+) -> None:
+    """CorDA: the second moment of each layer's inputs, per image, inputs scaled to maximum 1."""
+
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].float().flatten(0, -2)
+        x = x / x.max().abs()
+        layer.covariance_matrix = layer.covariance_matrix + x.T @ x
+
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    for layer in layers:
+        layer.covariance_matrix = 0.0
+    images = 0
+    for batch in batches:
+        loss_fn(model, batch)
+        images += len(next(iter(batch.values())))
+    for layer, handle in zip(layers, handles, strict=True):
+        handle.remove()
+        layer.covariance_matrix = layer.covariance_matrix / images
+
+
+def _initialise_corda(layer: BaseTunerLayer, options: dict[str, Any]) -> None:
+    """A and B from the SVD of W C: its largest ("ipm") or smallest ("kpm") components."""
+    config = peft.LoraConfig(
+        init_lora_weights="corda", corda_config=options.get("corda_config") or {}
+    )
+    base, rank = layer.get_base_layer(), layer.r[_ADAPTER]
+    eigens = collect_eigens_for_layer(base, config)
+    kept = slice(rank) if config.corda_config.corda_method == "ipm" else slice(-rank, None)
+    eigens.S_WC = eigens.S_WC[kept].clone()
+    eigens.U_WC = eigens.U_WC[:, kept].to(base.weight.device)
+    eigens.V_WC = eigens.V_WC[:, kept].to(base.weight.device)
+    base.eigens = eigens
+    layer.corda_init(_ADAPTER, "corda")
+    del base.covariance_matrix
+
+
+def _look_at_gradients(
+    model: nn.Module, layers: list[nn.Module], batches: Iterable[Batch], loss_fn: LossFn
+) -> None:
+    """LoRA-GA: the mean gradient of the loss at the pretrained weights."""
+    for layer in layers:
+        layer.weight.requires_grad_(True)
+    count = 0
+    for batch in batches:
+        loss_fn(model, batch).backward()
+        count += 1
+    for layer in layers:
+        layer._peft_loraga_grad = layer.weight.grad / count
+        layer.weight.requires_grad_(False)
+        layer.weight.grad = None
+    model.zero_grad(set_to_none=True)
+
+
+def _initialise_lora_ga(layer: BaseTunerLayer, options: dict[str, Any]) -> None:
+    config = peft.LoraConfig(
+        init_lora_weights="lora_ga", lora_ga_config=options.get("lora_ga_config") or {}
+    )
+    layer.lora_ga_init(_ADAPTER, config.lora_ga_config)
+
+
+class _RankBudget:
+    """AdaLoRA's budget of ranks: from 1.5 times the target, cubically down to the target.
+
+    The first epoch counts the steps; the budget falls from a tenth of all steps (but not within
+    the first epoch) to seven tenths, then the surviving ranks stay.
+    """
+
+    def __init__(self, model: nn.Module, config: peft.AdaLoraConfig) -> None:
+        self.config = config
+        self.allocator = RankAllocator(model, config, _ADAPTER)
+        self.steps = 0
+        self.planned = False
+        self.kept: dict[str, Tensor] = {}
+
+    def plan(self, epoch: int, epochs: int) -> None:
+        if epoch > 0 and not self.planned:
+            self._set_plan(self.steps, self.steps // epoch * epochs)
+
+    def _set_plan(self, first: int, total: int) -> None:
+        self.config.total_step, self.config.tfinal = total, 3 * total // 10
+        self.config.tinit = max(first, total // 10)
+        self.planned = True
+
+    @torch.no_grad()
+    def step(self, model: nn.Module) -> None:
+        self.steps += 1
+        last = self.config.total_step - self.config.tfinal
+        if not self.planned:
+            self.allocator.update_ipt(model)
+        elif self.steps < last:
+            self.allocator.update_and_allocate(model, self.steps)
+        elif self.steps == last:
+            _, pattern = self.allocator.update_and_allocate(model, last, force_mask=True)
+            self.kept = {name: torch.tensor(kept)[:, None] for name, kept in pattern.items()}
+            self.allocator.reset_ipt()
+        for name, kept in self.kept.items():
+            value = model.get_parameter(name)
+            value.mul_(kept.to(value.device))
+
+    def state(self) -> dict[str, Tensor]:
+        plan = [self.steps, self.planned, self.config.tinit, self.config.total_step]
+        averages = {"ipt": self.allocator.exp_avg_ipt, "unc": self.allocator.exp_avg_unc}
+        named = {f"{k}/{name}": t for k, d in averages.items() for name, t in d.items()}
+        return named | {f"kept/{n}": t for n, t in self.kept.items()} | {"plan": torch.tensor(plan)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.steps, planned, first, total = state["plan"].tolist()
+        if planned:
+            self._set_plan(first, total)
+        targets = {
+            "ipt": self.allocator.exp_avg_ipt,
+            "unc": self.allocator.exp_avg_unc,
+            "kept": self.kept,
+        }
+        for key, tensor in state.items():
+            kind, _, name = key.partition("/")
+            if kind in targets:
+                targets[kind][name] = tensor
+                self.allocator.ipt[name] = torch.zeros_like(tensor)
