@@ -1,0 +1,135 @@
+"""What every method must do, on tiny backbones: used by the tests of the single methods."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from snella.errors import CannotMerge
+from snella.method import Method, build_method, count_parameters, prepare_model, trainable
+
+BASELINES = Path(__file__).parents[1] / "baselines"
+Batch = dict[str, Tensor]
+
+
+def functions(method: Method) -> SimpleNamespace:
+    """The module-level names of the file that ``method`` comes from."""
+    return SimpleNamespace(**type(method).adapt.__globals__)
+
+
+def make(name: str, **settings: object) -> Method:
+    return build_method(BASELINES / f"{name}.py", settings)
+
+
+def backbone(family: str = "vit", depth: int = 3) -> nn.Module:
+    """A tiny untrained backbone with fixed weights and five classes."""
+    torch.manual_seed(0)
+    if family == "vit":
+        sizes = {"embed_dim": 48, "depth": depth, "num_heads": 3}
+        return timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=5, **sizes
+        )
+    if family == "swin":
+        sizes = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+        return timm.create_model(
+            "swin_tiny_patch4_window7_224", img_size=32, num_classes=5, **sizes
+        )
+    if family == "convnext":
+        sizes = {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 32), "ls_init_value": 1.0}
+        return timm.create_model("convnext_tiny", num_classes=5, conv_mlp=False, **sizes)
+    modeling = pytest.importorskip("segment_anything.modeling")
+    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3, "out_chans": 5}
+    return modeling.ImageEncoderViT(img_size=32, patch_size=8, window_size=2, **sizes)
+
+
+def batch(size: int = 8) -> Batch:
+    images = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return {"image": images, "label": torch.arange(size) % 5}
+
+
+def logits(model: nn.Module, images: Tensor | None = None) -> Tensor:
+    y = model(batch()["image"] if images is None else images)
+    return y.mean((2, 3)) if y.ndim == 4 else y
+
+
+def loss_fn(model: nn.Module, data: Batch) -> Tensor:
+    return F.cross_entropy(logits(model, data["image"]), data["label"])
+
+
+def prepared(method: Method, family: str = "vit", seed: int = 1) -> nn.Module:
+    model = backbone(family).eval()
+    torch.manual_seed(seed)
+    prepare_model(method, model)
+    return model
+
+
+def train(
+    method: Method, model: nn.Module, steps: int = 12, lr: float = 5e-3, decay: float = 1e-4
+) -> tuple[list[float], set[str]]:
+    """AdamW on one batch; returns the losses and what got a non-zero gradient at some step."""
+    optimizer = torch.optim.AdamW(method.parameter_groups(model, lr, decay))
+    losses, live = [], set()
+    for _ in range(steps):
+        loss = loss_fn(model, batch())
+        optimizer.zero_grad()
+        loss.backward()
+        live |= {n for n, p in trainable(model).items() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, live
+
+
+def check_contract(
+    method: Method, family: str = "vit", dead: tuple[str, ...] = (), lr: float = 5e-3
+) -> None:
+    """Learns, lets every trainable tensor learn, moves nothing frozen, restores, merges.
+
+    Tensors whose name contains one of ``dead`` cannot change the output and are excused.
+    """
+    plain = backbone(family).eval()
+    keys, types = list(plain.state_dict()), [type(m) for m in plain.modules()]
+    model = prepared(method, family)
+    method.calibrate(model, [batch(), batch()], loss_fn)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    losses, live = train(method, model, lr=lr)
+    assert losses[-1] < losses[0]
+    assert [n for n in trainable(model) if n not in live and not any(d in n for d in dead)] == []
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+    model.eval()
+    expected = logits(model)
+    state = load(save(method.state(model)))
+    fresh = prepared(method, family, seed=2)
+    method.load_state(fresh, state)
+    assert torch.equal(logits(fresh), expected)
+    assert list(trainable(fresh)) == list(trainable(model)), "an optimizer must find its tensors"
+    method.load_state(fresh, state)
+    assert method.state(fresh).keys() == state.keys()
+
+    twin = copy.deepcopy(model).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_fn(twin, batch()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in twin.parameters())
+    try:
+        method.merge(model)
+    except CannotMerge:
+        return
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    assert list(model.state_dict()) == keys
+    assert [type(m) for m in model.modules()] == types
+
+
+def parameters_on(name: str, method: Method, classes: int = 10) -> int:
+    """Trainable parameters without head of a full-size timm model, without its memory."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=classes)
+        prepare_model(method, model)
+    return count_parameters(model)["trainable"]
