@@ -40,6 +40,7 @@ from snella.training import Progress, Row, Trainer
 
 log = logging.getLogger("snella")
 Report = Callable[[Row, int], None]
+WAIT_SECONDS = 60
 
 
 class Terminated(Exception):
@@ -225,7 +226,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() - begin > 60:
+                if time.monotonic() - begin > WAIT_SECONDS:
                     raise UserError(
                         f"Another process is working on {folder}; wait for it or end it."
                     ) from None

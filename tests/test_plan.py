@@ -1,0 +1,152 @@
+"""Configuration and plan: strict keys, one place of expansion, identities that mean something."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from snella import config as configuration
+from snella import plan
+from snella.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(**overrides):
+    return configuration.load(ROOT / "config/config.yaml", overrides)
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_shipped_suite_expands():
+    for suite in load().suites:
+        config = load(suite=suite)
+        runs = plan.plan(config)
+        assert runs and len({run.folder for run in runs}) == len(runs)
+        assert all(json.loads(run.json) == run.settings for run in runs)
+
+
+def test_every_shipped_table_finds_its_runs():
+    config = load()
+    for table in config.tables:
+        assert all(run.suite == "quick" for run in plan.table_runs(config, table))
+
+
+def test_order_is_methods_then_data_sets_then_seeds():
+    config = load(suite="smoke", suites={"smoke": {"seeds": [0, 1]}})
+    runs = plan.plan(config, methods=["full", "linear"], datasets=["digits", "count"])
+    assert [(r.method, r.dataset, r.seed) for r in runs[:5]] == [
+        ("full", "digits", 0), ("full", "digits", 1), ("full", "count", 0), ("full", "count", 1),
+        ("linear", "digits", 0),
+    ]  # fmt: skip
+
+
+def test_layers_of_settings():
+    """Preset < suite's overrides < method's own < suite's word on that method."""
+    config = load(
+        suites={
+            "quick": {
+                "overrides": {"lr": 0.5, "epochs": 7},
+                "method_overrides": {"linear": {"protocol": {"epochs": 3}}},
+            }
+        },
+        methods={"full": {"protocol": {"lr": 0.25}}},
+    )
+    full = plan.resolve(config, "full", "digits", 0).settings["protocol"]
+    linear = plan.resolve(config, "linear", "digits", 0).settings["protocol"]
+    assert (full["lr"], full["epochs"]) == (0.25, 7)
+    assert linear["epochs"] == 3
+
+
+def test_released_hyper_parameters_come_per_data_set():
+    config = load(
+        protocols={"quick": {"hyperparameters": "released"}},
+        released={"full": {"digits": {"protocol": {"lr": 0.125}}}},
+    )
+    assert plan.resolve(config, "full", "digits", 0).settings["protocol"]["lr"] == 0.125
+    with pytest.raises(UserError, match="full on count"):
+        plan.resolve(config, "full", "count", 0)
+
+
+def test_seeds_pair_methods():
+    assert plan.derive_seed(0, "digits", 0) == plan.derive_seed(0, "digits", 0)
+    different = {plan.derive_seed(b, d, k) for b in (0, 1) for d in ("x", "y") for k in (0, 1)}
+    assert len(different) == 8
+
+
+def test_identity_moves_with_everything_that_moves_a_number():
+    base = plan.identity("{}", b"code", "data", "weights")
+    others = [
+        plan.identity('{"lr": 1}', b"code", "data", "weights"),
+        plan.identity("{}", b"code2", "data", "weights"),
+        plan.identity("{}", b"code", "data2", "weights"),
+        plan.identity("{}", b"code", "data", "weights2"),
+        plan.identity("{}", b"code", "dataweights", ""),
+    ]
+    assert len({base, *others}) == 6
+
+
+def test_a_method_that_no_table_lists_joins_every_table():
+    config = load(methods={"mine": {"file": "full", "label": "Mine"}})
+    assert plan.table_methods(config, "table1")[-1] == (None, ["mine"])
+
+
+@pytest.mark.parametrize(
+    "overrides,words",
+    [
+        ({"suit": "quick"}, ["'suit'", "'suite'"]),
+        ({"suite": "quik"}, ["suite 'quik'", "'quick'"]),
+        ({"methods": {"full": {"fil": "full"}}}, ["methods.full.fil", "methods.full.file"]),
+        ({"methods": {"x": {"file": "ful"}}}, ["'ful'", "'full'"]),
+        ({"suites": {"quick": {"methods": ["ful"]}}}, ["method 'ful'", "'full'"]),
+        ({"suites": {"quick": {"protocol": "quik"}}}, ["protocol 'quik'", "'quick'"]),
+        ({"suites": {"quick": {"backbone": "vit"}}}, ["backbone 'vit'"]),
+        ({"suites": {"quick": {"groups": {"natural": ["digit"]}}}}, ["'digit'", "'digits'"]),
+        ({"suites": {"quick": {"seeds": []}}}, ["suites.quick.seeds"]),
+        ({"protocols": {"quick": {"epoch": 3}}}, ["'epoch'", "'epochs'", "protocol 'quick'"]),
+        ({"protocols": {"quick": {"weight_decay": -1}}}, ["weight_decay", "greater than"]),
+        ({"protocols": {"quick": {"optimizer": "adamv"}}}, ["optimizer", "adamw"]),
+        ({"protocols": {"quick": {"epochs": "many"}}}, ["epochs", "'many'"]),
+        ({"datasets": {"digits": {"kind": "zip"}}}, ["datasets.digits.kind", "'zip'"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_place_and_remedy(overrides, words):
+    with pytest.raises(UserError) as error:
+        plan.plan(load(**overrides))
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_unreadable_and_malformed_files(tmp_path):
+    with pytest.raises(UserError, match=r"Cannot read.*nowhere\.yaml"):
+        configuration.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "bad.yaml").write_text("suite: [quick")
+    with pytest.raises(UserError, match=r"bad\.yaml is not valid YAML"):
+        configuration.load(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- suite")
+    with pytest.raises(UserError, match="mapping"):
+        configuration.load(tmp_path / "list.yaml")
+
+
+def test_one_file_of_ones_own_is_enough(tmp_path):
+    own = {
+        "suite": "mine",
+        "datasets": {"pets": {"path": "/data/pets"}},
+        "suites": {
+            "mine": {
+                "title": "Mine", "backbone": "vit-quick", "protocol": "quick",
+                "groups": {"natural": ["pets"]}, "methods": ["full"],
+            }
+        },
+    }  # fmt: skip
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(own))
+    (run,) = plan.plan(configuration.load(tmp_path / "my.yaml"))
+    assert run.key == "mine/vit-quick/pets/full/seed0"
