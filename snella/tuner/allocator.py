@@ -49,7 +49,7 @@ class Allocator:
         if self.config.interval == "step" and steps is None:
             raise UserError('interval="step" needs on_epoch_start(epoch, epochs, steps_per_epoch).')
         self.epoch, self.epochs, self.steps_per_epoch, self.step = epoch, epochs, steps, 0
-        _seen(layers, name)
+        _seen(layers)
         if self.config.sensitivity_at == "before-step":
             self.before = [factor.detach().clone() for factor in _factors(layers, name)]
         self._report()
@@ -61,7 +61,7 @@ class Allocator:
         """Take in the step's gradients; with ``interval="step"`` also reallocate."""
         if self.epoch is None:
             raise UserError("Call on_epoch_start(epoch, epochs) before the first training step.")
-        _seen(layers, name)
+        _seen(layers)
         self.step += 1
         if not self.config.allocation:
             return
@@ -166,9 +166,9 @@ def _weight_magnitude(layer: SnellaLayer, name: str) -> Tensor:
     return delta.sum(1) / (delta > 0).sum(1).clamp_min(1)
 
 
-def _seen(layers: list[SnellaLayer], name: str) -> None:
+def _seen(layers: list[SnellaLayer]) -> None:
     for layer in layers:
-        layer.steps_without_hook[name] = 0
+        layer.hook_called()
 
 
 def snella_layers(model: nn.Module, adapter_name: str) -> list[SnellaLayer]:

@@ -16,15 +16,20 @@ from torch.nn import functional as F
 
 from snella import sparsify
 from snella.errors import UserError
-from snella.kernels import Kernel, initial_factor, merge
+from snella.kernels import Kernel, initial_factor
 from snella.tuner.config import SnellaConfig
+from snella.tuner.functional import Update, effective_weight, merged_linear, merged_weight
+
+# Training steps seen without a hook before they are taken to be forgotten; a loaded state or a
+# learning-rate finder may change the parameters a few times before training begins.
+PATIENCE = 3
 
 
 class SnellaLayer(BaseTunerLayer):
     """State of the SNELLA adapters of one linear layer, by adapter name."""
 
     adapter_layer_names = ("snella_A", "snella_B", "snella_scalars")
-    other_param_names = ("snella_budget", "settings", "kernels", "scaling", "allocators", "steps_without_hook")
+    other_param_names = ("snella_budget", "settings", "kernels", "scaling", "allocators", "_cache")
 
     def __init__(self, base_layer: nn.Linear, slices: int) -> None:
         self.base_layer = base_layer
@@ -38,7 +43,11 @@ class SnellaLayer(BaseTunerLayer):
         self.kernels: dict[str, Kernel] = {}
         self.scaling: dict[str, float] = {}
         self.allocators: dict[str, Any] = {}
-        self.steps_without_hook: dict[str, int] = {}
+        self._cache: dict[str, tuple[tuple[Any, ...], Update]] = {}
+        self._folded: tuple[tuple[Any, ...], Tensor] | None = None
+        self._generation = 0
+        self._trained: Update | None = None
+        self._unseen_steps = 0
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -55,13 +64,10 @@ class SnellaLayer(BaseTunerLayer):
         self.settings[adapter_name] = config
         self.kernels[adapter_name] = kernel
         self.scaling[adapter_name] = 1.0
-        out_features = self.out_features // self.slices
-        self.snella_A[adapter_name] = nn.Parameter(
-            initial_factor(kernel, self.slices, self.in_features)
-        )
-        self.snella_B[adapter_name] = nn.Parameter(
-            initial_factor(kernel, self.slices, out_features)
-        )
+        factor_a = initial_factor(kernel, self.slices, self.in_features)
+        factor_b = initial_factor(kernel, self.slices, self.out_features // self.slices)
+        self.snella_A[adapter_name] = nn.Parameter(factor_a)
+        self.snella_B[adapter_name] = nn.Parameter(factor_b)
         if kernel.scalars:
             # One vector, so that optimizers that decay matrices only leave the scalars alone.
             values = torch.tensor(list(kernel.scalars.values()) * self.slices)
@@ -79,24 +85,58 @@ class SnellaLayer(BaseTunerLayer):
             budget = [min(b, self.slice_size - 1) for b in budget]
         self.snella_budget[adapter_name].copy_(torch.tensor(budget))
 
-    def _scalars(self, adapter_name: str) -> Tensor:
-        """Kernel scalars as (slices, K)."""
-        if adapter_name in self.snella_scalars:
-            return self.snella_scalars[adapter_name].view(self.slices, -1)
-        return self.snella_A[adapter_name].new_zeros(self.slices, 0)
+    def hook_called(self) -> None:
+        """Note that training calls the hooks, and that the parameters may have changed."""
+        self._unseen_steps = 0
+        self._generation += 1
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The sparse update S, shape (out, in), differentiable; in the adapter's own precision."""
-        merged = merge(
-            self.kernels[adapter_name],
-            self.snella_A[adapter_name],
-            self.snella_B[adapter_name],
-            self._scalars(adapter_name),
+        return merged_weight(None, *self._tensors(adapter_name), self._update(adapter_name))
+
+    def _tensors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        a, b = self.snella_A[adapter_name], self.snella_B[adapter_name]
+        if adapter_name in self.snella_scalars:
+            return a, b, self.snella_scalars[adapter_name]
+        return a, b, a.new_zeros(0)
+
+    def _update(self, adapter_name: str) -> Update:
+        """The adapter's current function; its thresholds are found anew only after a change."""
+        budget = self.snella_budget[adapter_name]
+        # The generation covers optimizers that write through .data, which versions do not show.
+        state = (
+            self._generation,
+            self.scaling[adapter_name],
+            *((t._version, t.data_ptr()) for t in (*self._tensors(adapter_name), budget)),
         )
-        form = str(self.settings[adapter_name].sparsify)
-        budgets = self.snella_budget[adapter_name].tolist()
-        slices = [sparsify.sparsify(w, b, form) for w, b in zip(merged, budgets, strict=True)]
-        return torch.cat(slices) * self.scaling[adapter_name]
+        cached = self._cache.get(adapter_name)
+        if cached is not None and cached[0] == state:
+            return cached[1]
+        config = self.settings[adapter_name]
+        update = Update(
+            self.kernels[adapter_name],
+            str(config.sparsify),
+            budget.tolist(),
+            self.scaling[adapter_name],
+            config.keep_merged,
+            guesses=cached[1].guesses if cached else {},
+        )
+        self._cache[adapter_name] = (state, update)
+        return update
+
+    def _check_hooks(self, adapter_name: str, update: Update) -> None:
+        """Raise if training goes on although nobody calls the hooks that allocation needs."""
+        if update is self._trained or not self.settings[adapter_name].allocation:
+            return
+        self._trained = update
+        self._unseen_steps += 1
+        if self._unseen_steps > PATIENCE:
+            raise UserError(
+                "SNELLA's budget allocation needs two calls that were never made: "
+                "model.on_epoch_start(epoch, epochs) before every epoch and model.on_step_end() "
+                "after every optimizer.step(), before zero_grad() (with transformers' Trainer: "
+                "callbacks=[SnellaCallback()]). To train without, set allocation=False."
+            )
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the update by ``scale`` (1 is as trained)."""
@@ -132,44 +172,106 @@ class SnellaLinear(nn.Module, SnellaLayer):
         self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = self._live_adapters()
+        if not names:
             return self.base_layer(x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.snella_A]
-        if self.merged or not names:
-            return self.base_layer(x, *args, **kwargs)
-        weight = self.base_layer.weight
-        y = self.base_layer(x)
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        if not self._learns(names):
+            return F.linear(x, self._fold(names), bias)
+        self._folded = None
+        y = None
         for name in names:
-            delta = self.get_delta_weight(name).to(weight.dtype)
-            config = self.settings[name]
-            update = F.linear(self._drop_input(x, config), delta)
-            y = y + self._drop_path(update, config)
+            tensors, update = self._tensors(name), self._update(name)
+            if self.training:
+                self._check_hooks(name, update)
+            if y is None and not self._drops(name):
+                y = merged_linear(x, weight, bias, *tensors, update)
+                continue
+            y = self.base_layer(x) if y is None else y
+            product = merged_linear(self._dropout(x, name), None, None, *tensors, update)
+            y = y + self._drop_path(product, name).to(y.dtype)
+        assert y is not None
         return y
 
-    def _drop_input(self, x: Tensor, config: SnellaConfig) -> Tensor:
-        exempt = any(self.key.endswith(suffix) for suffix in config.no_dropout)
-        return x if exempt else F.dropout(x, float(config.dropout or 0), self.training)
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer applies, for modules that bypass ``forward`` (BEiT, Swin v2).
 
-    def _drop_path(self, update: Tensor, config: SnellaConfig) -> Tensor:
-        rate = float(config.drop_path or 0)
+        Differentiable, but the caller's product keeps the merged matrix for backward, and dropout on
+        the update does not act.
+        """
+        names = self._live_adapters()
+        weight = self.base_layer.weight
+        if not names:
+            return weight
+        if not self._learns(names):
+            return self._fold(names)
+        self._folded = None
+        for name in names:
+            update = self._update(name)
+            if self.training:
+                self._check_hooks(name, update)
+            weight = merged_weight(weight, *self._tensors(name), update)
+        return weight
+
+    def _live_adapters(self) -> list[str]:
+        """Adapters that act now, apart from those merged into the frozen weight."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.snella_A]
+
+    def _learns(self, names: list[str]) -> bool:
+        """Whether the update has to be differentiated, or is random because of dropout."""
+        if torch.is_grad_enabled() and any(self.snella_A[name].requires_grad for name in names):
+            return True
+        return any(self._drops(name) for name in names)
+
+    def _drops(self, name: str) -> bool:
+        config = self.settings[name]
+        return self.training and bool(self._dropout_rate(name) or config.drop_path)
+
+    def _dropout_rate(self, name: str) -> float:
+        config = self.settings[name]
+        exempt = any(self.key.endswith(suffix) for suffix in config.no_dropout)
+        return 0.0 if exempt else float(config.dropout or 0)
+
+    def _dropout(self, x: Tensor, name: str) -> Tensor:
+        return F.dropout(x, self._dropout_rate(name), self.training)
+
+    def _drop_path(self, product: Tensor, name: str) -> Tensor:
+        rate = float(self.settings[name].drop_path or 0)
         if not (self.training and rate > 0):
-            return update
+            return product
         # One decision per sample and slice, as in the released code with separate q, k and v.
-        keep = torch.rand(update.shape[0], self.slices, device=update.device) >= rate
-        keep = keep.to(update.dtype).div_(1 - rate)
+        keep = torch.rand(product.shape[0], self.slices, device=product.device) >= rate
+        keep = keep.to(product.dtype).div_(1 - rate)
         keep = keep.repeat_interleave(self.out_features // self.slices, dim=1)
-        return update * keep.view(update.shape[0], *[1] * (update.dim() - 2), -1)
+        return product * keep.view(product.shape[0], *[1] * (product.dim() - 2), -1)
+
+    def _fold(self, names: list[str]) -> Tensor:
+        """W + S as a plain matrix, kept while nothing changes: evaluation costs what W alone costs."""
+        weight = self.base_layer.weight
+        updates = [self._update(name) for name in names]
+        state = (weight._version, weight.data_ptr(), *updates)
+        if self._folded is None or self._folded[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                folded = weight
+                for name, update in zip(names, updates, strict=True):
+                    folded = effective_weight(update, folded, *self._tensors(name))
+                self._folded = (state, folded.to(weight.dtype))
+        return self._folded[1]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the active (or named) adapters into the frozen weight."""
+        self._folded = None
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.snella_A:
                 continue
             weight = self.get_base_weight()
-            merged = (weight + self.get_delta_weight(name)).to(weight.dtype)
+            merged = effective_weight(self._update(name), weight, *self._tensors(name))
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"{self.key}: adapter {name!r} is not finite; it was not merged.")
             weight.copy_(merged)
@@ -183,7 +285,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
         weight = self.get_base_weight()
         while self.merged_adapters:
             delta = self.get_delta_weight(self.merged_adapters.pop())
-            weight.copy_((weight - delta).to(weight.dtype))
+            weight.copy_(weight.to(delta.dtype) - delta)
 
     def __repr__(self) -> str:
         return f"snella.{super().__repr__()}"
