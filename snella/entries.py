@@ -45,15 +45,20 @@ def restore_entries(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def fold_entries(model: nn.Module) -> None:
     """Write all trained entries into their tensors, in place; the modules are plain again."""
+    fold_parametrizations(model, Entries)
+
+
+def fold_parametrizations(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Give each tensor with a parametrization of type ``kind`` its current value, in place."""
     for module in list(model.modules()):
-        for tensor in _tensors_with_entries(module):
+        for tensor in _parametrized_tensors(module, kind):
             parametrize.remove_parametrizations(module, tensor)
             if "bias" in module._parameters:  # comes after weight, as before
                 module._parameters["bias"] = module._parameters.pop("bias")
 
 
-def _tensors_with_entries(module: nn.Module) -> list[str]:
+def _parametrized_tensors(module: nn.Module, kind: type[nn.Module]) -> list[str]:
     if not parametrize.is_parametrized(module):
         return []
     chains = module.parametrizations.items()  # type: ignore[union-attr, operator]
-    return [tensor for tensor, chain in chains if isinstance(chain[0], Entries)]
+    return [tensor for tensor, chain in chains if isinstance(chain[0], kind)]

@@ -30,7 +30,12 @@ from snella.architecture import (
     split_qkv,
 )
 from snella.calibration import batch_gradients, first_images
-from snella.entries import fold_entries, restore_entries, train_entries
+from snella.entries import (
+    fold_entries,
+    fold_parametrizations,
+    restore_entries,
+    train_entries,
+)
 from snella.errors import CannotMerge, Unsupported, UserError, unknown
 
 __all__ = [
@@ -46,6 +51,7 @@ __all__ = [
     "family",
     "first_images",
     "fold_entries",
+    "fold_parametrizations",
     "fuse_qkv",
     "head",
     "load_method",

@@ -131,5 +131,5 @@ def parameters_on(name: str, method: Method, classes: int = 10) -> int:
     """Trainable parameters without head of a full-size timm model, without its memory."""
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=classes)
-        prepare_model(method, model)
+    prepare_model(method, model)
     return count_parameters(model)["trainable"]
