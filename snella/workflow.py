@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,12 @@ class WorkflowPlan:
 
     @classmethod
     def from_snakemake(cls, config: dict[str, Any]) -> WorkflowPlan:
-        """Build from Snakemake's merged configuration; a user's mistake stops parsing."""
-        from snakemake.exceptions import WorkflowError
-
+        """Build from Snakemake's merged configuration; a user's mistake ends it with status 2."""
         try:
             return cls(configuration.merge(dict(config), configuration.DEFAULT, {}))
         except UserError as error:
-            raise WorkflowError(str(error)) from None
+            sys.stderr.write(f"snella: {error}\n")
+            raise SystemExit(2) from None
 
     def run(self, wildcards: Any) -> plan.Run:
         """The run of a train job."""
