@@ -198,7 +198,7 @@ class Peft(Method):
             for (rate, decay), params in groups.items()
         ]
 
-    def auxiliary_loss(self, model: nn.Module) -> Tensor | None:
+    def auxiliary_loss(self, model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor | None:
         """AdaLoRA's penalty: the mean of ||AAᵀ - I|| and ||BᵀB - I|| over all layers, times 0.5."""
         if self.method != "adalora":
             return None

@@ -108,8 +108,8 @@ class Method(BaseModel):
         ]
         return [group for group in groups if group["params"]]
 
-    def auxiliary_loss(self, model: nn.Module) -> Tensor | None:
-        """A scalar added to the task's loss after each forward pass, or None."""
+    def auxiliary_loss(self, model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor | None:
+        """A scalar added to the task's loss after its forward pass on ``batch``, or None."""
         return None
 
     def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:

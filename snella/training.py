@@ -137,7 +137,7 @@ class Trainer:
     def _step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
         with self._precision():
             loss = self.task.loss(self.model, batch)
-            extra = self.method.auxiliary_loss(self.model)
+            extra = self.method.auxiliary_loss(self.model, batch, self.task.loss)
         optimizer.zero_grad(set_to_none=True)
         (loss if extra is None else loss + extra).backward()
         if self.protocol.clip_grad:

@@ -110,7 +110,7 @@ def fit(method: Method, model: nn.Module, epochs: int = 4, lr: float = 5e-3) -> 
         method.on_epoch_start(model, epoch, epochs)
         for _ in range(2):
             loss = loss_fn(model, batch())
-            extra = method.auxiliary_loss(model)
+            extra = method.auxiliary_loss(model, batch(), loss_fn)
             optimizer.zero_grad()
             (loss if extra is None else loss + extra).backward()
             optimizer.step()
@@ -372,7 +372,9 @@ def test_adalora_penalty_is_the_one_peft_drops() -> None:
     tuner = peft.AdaLoraModel(Wrapped(backbone()), config, "default")
     tuner.model = Wrapped(model)
     expected = tuner.forward().loss
-    torch.testing.assert_close(method.auxiliary_loss(model), expected.detach(), check_device=False)
+    torch.testing.assert_close(
+        method.auxiliary_loss(model, batch(), loss_fn), expected.detach(), check_device=False
+    )
 
 
 def test_adalora_ends_at_its_target() -> None:
