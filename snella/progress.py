@@ -16,9 +16,6 @@ from snella import plan
 from snella.config import Config
 from snella.records import read_record
 
-TYPICAL_SECONDS = 20.0
-"""Guess for a run of which there is no record yet."""
-
 
 class ProgressDisplay:
     """Epochs, loss, accuracy and time left: a bar, or plain lines where it is no terminal."""
@@ -86,14 +83,16 @@ def print_plan(config: Config) -> None:
     console = Console()
     console.print(table)
     known = [r["cost"]["train_seconds"] for r in records.values() if r and "cost" in r]
-    typical = statistics.median(known) if known else TYPICAL_SECONDS
-    waiting = [key for key, record in records.items() if not record or record["status"] != "ok"]
-    minutes = len(waiting) * typical / 60
-    basis = f"median of {len(known)} finished runs" if known else "a guess, nothing has run yet"
-    console.print(
-        f"{len(runs)} runs, {len(runs) - len(waiting)} done, {len(waiting)} to do: about "
-        f"{minutes:.0f} core-minutes ({basis}: {typical:.0f} s per run)"
-    )
+    waiting = sum(record is None or record["status"] != "ok" for record in records.values())
+    console.print(f"{len(runs)} runs, {len(runs) - waiting} done, {waiting} to do")
+    if known and waiting:
+        typical = statistics.median(known)
+        console.print(
+            f"about {waiting * typical / 60:.0f} core-minutes of training "
+            f"({typical:.0f} s per run, the median of {len(known)} finished runs)"
+        )
+    elif waiting:
+        console.print("no run has finished yet, so there is nothing to estimate their time from")
 
 
 def print_methods(config: Config) -> None:
