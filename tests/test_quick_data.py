@@ -222,7 +222,7 @@ def test_shapes_have_the_size_they_are_given() -> None:
 
 def test_orientation_turns_the_sprite_counter_clockwise() -> None:
     quarter = render.ORIENTATIONS // 4
-    u, v = render.posed(np.zeros((2, 2)), np.array([0, quarter]) * 2 * np.pi / 12)
+    u, v = render.posed(np.zeros((2, 2)), np.array([0, quarter]) * 2 * np.pi / render.ORIENTATIONS)
     assert np.allclose(np.rot90(u[0]), u[1]) and np.allclose(np.rot90(v[0]), v[1])
 
 

@@ -94,12 +94,12 @@ def _scaled(photo: Image.Image, window: tuple[int, int, int, int]) -> Image.Imag
 # -------------------------------------------------------------------------------------- photos
 
 PHOTO_BLOCK = 64
-FLAT = 9.0
+FLAT = 14.0
 
 
 def _photo_patch(rng: np.random.Generator, photo: Image.Image, corner: tuple[int, int]) -> Images:
-    """One square of 28 to 60 pixels inside a block, scaled to 32, mirrored half of the time."""
-    side = int(rng.integers(28, 61))
+    """One square of 36 to 64 pixels inside a block, scaled to 32, mirrored half of the time."""
+    side = int(rng.integers(36, 65))
     y, x = (int(start + rng.integers(0, PHOTO_BLOCK - side + 1)) for start in corner)
     window = (x, y, x + side, y + side)
     pixels = np.asarray(_scaled(photo, window))
@@ -107,7 +107,7 @@ def _photo_patch(rng: np.random.Generator, photo: Image.Image, corner: tuple[int
 
 
 def photo_patches(rng: np.random.Generator, split: str, labels: NDArray[np.int64]) -> Images:
-    """For each label a textured patch (deviation above 9 levels) of the photograph it numbers."""
+    """For each label a textured patch (deviation above 14 levels) of the photograph it numbers."""
     photos = [Image.open(bundled(path)).convert("RGB") for path in PHOTOGRAPHS.values()]
     homes = [blocks_of((p.height, p.width), PHOTO_BLOCK, split) for p in photos]
     out = []
@@ -121,8 +121,8 @@ def photo_patches(rng: np.random.Generator, split: str, labels: NDArray[np.int64
 
 
 def _lit(rng: np.random.Generator, patch: Images) -> Images:
-    """The patch under another light: each channel times a factor between 3/4 and 5/4."""
-    return np.rint(np.clip(patch * rng.uniform(0.75, 1.25, 3), 0, 255)).astype(np.uint8)
+    """The patch under another light: each channel times a factor between 0.85 and 1.15."""
+    return np.rint(np.clip(patch * rng.uniform(0.85, 1.15, 3), 0, 255)).astype(np.uint8)
 
 
 # -------------------------------------------------------------------------------------- retina

@@ -132,12 +132,12 @@ _TASKS = (
     QuickTask(
         name="orientation",
         group="structured",
-        description="Which way does the sprite point, in steps of 30°? After dSprites-orientation",
+        description="Which way does the sprite point, in steps of 45°? After dSprites-orientation",
         source=_OURS,
         licence="MIT (this repository)",
         real_pixels=False,
         seed=105,
-        class_names=tuple(f"{30 * k}°" for k in range(render.ORIENTATIONS)),
+        class_names=tuple(f"{45 * k}°" for k in range(render.ORIENTATIONS)),
         build=_rendered(render.paint_orientation),
     ),
     QuickTask(

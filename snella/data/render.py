@@ -89,6 +89,15 @@ def backdrop(rng: np.random.Generator, n: int, low: float = 0.1, high: float = 0
     return rows[:, :, left] * (1 - weight)[:, None] + rows[:, :, left + 1] * weight[:, None]
 
 
+def stripes(rng: np.random.Generator, image: Array) -> Array:
+    """Clutter: two faint thin lines across each image."""
+    n = len(image)
+    for _ in range(2):
+        u, v = posed(rng.uniform(-12, 12, (n, 2)), rng.uniform(0, np.pi, n))
+        image = paint(image, box(u, v, 60.0, 0.6), rng.uniform(0.2, 0.4, (n, 3)))
+    return image
+
+
 def finish(rng: np.random.Generator, image: Array, noise: float = 0.03) -> NDArray[np.uint8]:
     """Lighting gradient, sensor noise and rounding to uint8."""
     n = len(image)
@@ -106,7 +115,7 @@ def _scatter(rng: np.random.Generator, counts: NDArray[np.int64]) -> tuple[Array
     """Positions (N, max, 2) and radii (N, max) of objects that do not touch, by rejection."""
     most = int(counts.max())
     where = np.full((len(counts), most, 2), 1e3)
-    radius = rng.uniform(2.2, 4.0, (len(counts), most))
+    radius = rng.uniform(2.6, 3.4, (len(counts), most))
     limit = SIZE / 2 - 3.5
     for i, count in enumerate(counts):
         placed = 0
@@ -124,10 +133,7 @@ def _scatter(rng: np.random.Generator, counts: NDArray[np.int64]) -> tuple[Array
 def paint_count(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
     """label + 1 discs, squares and triangles of any colour and size over two faint stripes."""
     n = len(labels)
-    image = backdrop(rng, n)
-    for _ in range(2):
-        u, v = posed(rng.uniform(-12, 12, (n, 2)), rng.uniform(0, np.pi, n))
-        image = paint(image, box(u, v, 60.0, 0.6), rng.uniform(0.2, 0.5, (n, 3)))
+    image = stripes(rng, backdrop(rng, n, 0.05, 0.3))
     where, radius = _scatter(rng, labels + 1)
     for j in range(where.shape[1]):
         u, v = posed(where[:, j], rng.uniform(0, 2 * np.pi, n))
@@ -142,16 +148,16 @@ def paint_count(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[
     return finish(rng, image)
 
 
-ORIENTATIONS = 12
+ORIENTATIONS = 8
 
 
 def paint_orientation(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """An arrow, drop or flag pointing at label · 30° ± 9°, anywhere, in any colour and size."""
+    """An arrow, drop or flag pointing at label · 45° ± 14°, anywhere, in any colour and size."""
     n = len(labels)
-    image = backdrop(rng, n)
+    image = stripes(rng, backdrop(rng, n))
     angle = (labels + rng.uniform(-0.3, 0.3, n)) * 2 * np.pi / ORIENTATIONS - np.pi / 2
-    u, v = posed(rng.uniform(-6, 6, (n, 2)), angle)
-    s = column(rng.uniform(6.0, 9.5, n))
+    u, v = posed(rng.uniform(-4, 4, (n, 2)), angle)
+    s = column(rng.uniform(7.5, 11.0, n))
     arrow = np.minimum(box(u, v + 0.35 * s, 0.2 * s, 0.65 * s), triangle(u, v - 0.4 * s, 0.65 * s))
     drop = np.minimum(np.hypot(u, v + 0.45 * s) - 0.5 * s, triangle(u, v - 0.2 * s, 0.72 * s))
     flag = np.minimum(box(u, v, 0.13 * s, s), np.hypot(u, v - 0.62 * s) - 0.42 * s)
@@ -265,29 +271,29 @@ LEAVES: tuple[Leaf, ...] = (
     Leaf("round entire", 1.15),
     Leaf("oval entire", 1.5),
     Leaf("lance entire", 2.1),
-    Leaf("round toothed", 1.15, teeth=14),
-    Leaf("oval toothed", 1.5, teeth=14),
-    Leaf("lance toothed", 2.1, teeth=14),
-    Leaf("three-lobed shallow", 1.15, lobes=3, depth=0.16),
-    Leaf("three-lobed deep", 1.15, lobes=3, depth=0.32),
-    Leaf("five-lobed shallow", 1.15, lobes=5, depth=0.16),
-    Leaf("five-lobed deep", 1.15, lobes=5, depth=0.32),
+    Leaf("round toothed", 1.15, teeth=12),
+    Leaf("oval toothed", 1.5, teeth=12),
+    Leaf("lance toothed", 2.1, teeth=12),
+    Leaf("three-lobed shallow", 1.15, lobes=3, depth=0.2),
+    Leaf("three-lobed deep", 1.15, lobes=3, depth=0.4),
+    Leaf("five-lobed shallow", 1.15, lobes=5, depth=0.2),
+    Leaf("five-lobed deep", 1.15, lobes=5, depth=0.4),
 )
 
 
 def paint_leaves(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Leaves on litter; pose, size, tint (the same green to red for all) and contrast vary."""
     n = len(labels)
-    image = backdrop(rng, n, 0.15, 0.6)
-    u, v = posed(rng.uniform(-2.5, 2.5, (n, 2)), rng.uniform(-0.7, 0.7, n))
-    aspect = _species(LEAVES, labels, "aspect") * column(rng.uniform(0.93, 1.07, n))
-    long_half = column(rng.uniform(10.5, 13.5, n))
+    image = backdrop(rng, n, 0.1, 0.4)
+    u, v = posed(rng.uniform(-2, 2, (n, 2)), rng.uniform(-0.4, 0.4, n))
+    aspect = _species(LEAVES, labels, "aspect") * column(rng.uniform(0.95, 1.05, n))
+    long_half = column(rng.uniform(11.5, 14.0, n))
     wide_half = long_half / aspect
     theta = np.arctan2(u / wide_half, v / long_half)
     lobes, depth = _species(LEAVES, labels, "lobes"), _species(LEAVES, labels, "depth")
     teeth = _species(LEAVES, labels, "teeth")
     outline = 1 - depth * 0.5 * (1 - np.cos(lobes * theta)) * (np.cos(theta) > -0.85)
-    outline = outline - 0.1 * (teeth > 0) * np.abs(np.sin(teeth * theta / 2))
+    outline = outline - 0.16 * (teeth > 0) * np.abs(np.sin(teeth * theta / 2))
     reach = np.hypot(u / wide_half, v / long_half)
     distance = (reach / outline - 1) * wide_half * 0.8
     blade = hsv(rng.uniform(0.02, 0.38, n), rng.uniform(0.5, 0.9, n), rng.uniform(0.5, 0.9, n))
