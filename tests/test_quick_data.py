@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella.data import bundled, render
+from snella.data import bundled, render, species
 from snella.data.quick import QUICK, SPLITS, Split, make
 from snella.errors import UserError
 
@@ -184,7 +184,7 @@ def test_a_plain_patch_has_no_vessel() -> None:
 
 @pytest.mark.parametrize(
     "painter",
-    [render.paint_count, render.paint_orientation, render.paint_beetles, render.paint_leaves],
+    [render.paint_count, render.paint_orientation, species.paint_beetles, species.paint_leaves],
 )
 def test_images_of_one_class_differ_in_colour_and_place(painter: render.Painter) -> None:
     images = painter(np.random.default_rng(3), np.full(60, 2, dtype=np.int64)).astype(float)

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from snella.data import bundled, render
+from snella.data import bundled, render, species
 from snella.errors import unknown
 
 Images = NDArray[np.uint8]
@@ -81,7 +81,7 @@ def _digits(rng: np.random.Generator, task: QuickTask) -> dict[str, Split]:
     return {name: (images[part], labels[part]) for name, part in zip(SPLITS, parts, strict=False)}
 
 
-_OURS = "rendered by snella.data.render"
+_OURS = "rendered by snella.data (render, species)"
 
 _TASKS = (
     QuickTask(
@@ -148,8 +148,8 @@ _TASKS = (
         licence="MIT (this repository)",
         real_pixels=False,
         seed=106,
-        class_names=tuple(species.name for species in render.BEETLES),
-        build=_rendered(render.paint_beetles),
+        class_names=tuple(beetle.name for beetle in species.BEETLES),
+        build=_rendered(species.paint_beetles),
     ),
     QuickTask(
         name="leaves",
@@ -159,8 +159,8 @@ _TASKS = (
         licence="MIT (this repository)",
         real_pixels=False,
         seed=107,
-        class_names=tuple(species.name for species in render.LEAVES),
-        build=_rendered(render.paint_leaves),
+        class_names=tuple(leaf.name for leaf in species.LEAVES),
+        build=_rendered(species.paint_leaves),
     ),
 )
 
