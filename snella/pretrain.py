@@ -20,7 +20,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,7 +59,9 @@ class PretrainConfig:
     warmup_epochs: int = 1
     batch_size: int = 64
     lr: float = 1.5e-3
-    weight_init: str = "jax"  # timm's default (std 0.02) leaves a narrow ViT on a plateau for long
+    weight_init: Literal["", "jax"] = (
+        "jax"  # timm's default (std 0.02) leaves a narrow ViT on a plateau for long
+    )
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     seed: int = 0
