@@ -8,7 +8,7 @@ fused layer as one, as NOAH does for the widely quoted LoRA-8 rows. ViT-B/16: Lo
 Differences from the papers and from PEFT's own training recipes:
 LoRA-FA is "freeze A, AdamW on B", the algorithm of its paper; PEFT's optimizer rescales the
 gradient by (AAᵀ)⁻¹ in bfloat16 instead. LoRA+ multiplies the learning rate of B alone; PEFT's
-helper also puts the head's bias into the fast group. AdaLoRA gets its orthogonality penalty,
+own also puts the head's bias into the fast group. AdaLoRA gets its orthogonality penalty,
 which PEFT adds only to models whose output has a ``loss``. CorDA and LoRA-GA are initialised on
 training data in :meth:`Peft.calibrate`; they, PiSSA and OLoRA change the frozen weights, which is
 undone and redone exactly on loading because the initial factors are part of the state.
@@ -252,8 +252,8 @@ class Peft(Method):
         before = {}
         for path, layer in _tuner_layers(model):
             for name, indices in _index_tensors(layer):
-                value = state.pop(f"{path}.{name}").to(indices.device)
-                getattr(layer, name)[_ADAPTER] = value
+                value = state.pop(f"{path}.{name}", indices)
+                getattr(layer, name)[_ADAPTER] = value.to(indices.device)
             if self.method in _CHANGES_WEIGHTS:
                 before[path] = (layer.initial_A.clone(), layer.initial_B.clone())
         super().load_state(model, state)
@@ -281,7 +281,8 @@ class Peft(Method):
         if kind.dropout:
             values[kind.dropout] = self.dropout
         if self.method == "adalora":
-            values |= {"init_r": 3 * (self.rank or 8) // 2, "total_step": 1}
+            target = self.rank or 8
+            values |= {"init_r": max(target + 1, 3 * target // 2), "total_step": 1}
         return getattr(peft, kind.config)(**values)
 
 
@@ -402,7 +403,8 @@ class _RankBudget:
     """AdaLoRA's budget of ranks: from 1.5 times the target, cubically down to the target.
 
     The first epoch counts the steps; the budget falls from a tenth of all steps (but not within
-    the first epoch) to seven tenths, then the surviving ranks stay.
+    the first epoch) to seven tenths, then the surviving ranks stay. In a training of a single
+    epoch it does not fall.
     """
 
     def __init__(self, model: nn.Module, config: peft.AdaLoraConfig) -> None:
@@ -456,4 +458,5 @@ class _RankBudget:
             kind, _, name = key.partition("/")
             if kind in targets:
                 targets[kind][name] = tensor
+            if kind == "ipt":  # the allocator starts anew for a tensor it has no last value of
                 self.allocator.ipt[name] = torch.zeros_like(tensor)

@@ -190,6 +190,16 @@ def test_parameters_on_vit_b16(settings: dict, expected: int) -> None:
     }
 
 
+def test_parameters_on_sam_vit_b() -> None:
+    """SNELLA's Table 5: 4.72 M = 4,058,596 of the decoder + 663,552, if qkv and fc1 are meant."""
+    modeling = pytest.importorskip("segment_anything.modeling")
+    with torch.device("meta"):
+        model = modeling.ImageEncoderViT(embed_dim=768, depth=12, num_heads=12)
+    settings = {"rank": 8, "roles": ["q", "k", "v", "fc1"], "fused_qkv": True}
+    prepare_model(build_method(FILE, settings), model)
+    assert count_parameters(model)["trainable"] == 663_552
+
+
 def test_lora_is_its_equation() -> None:
     method = make("lora", alpha=8, roles=["v"])
     model = prepared(method)
@@ -377,12 +387,13 @@ def test_adalora_penalty_is_the_one_peft_drops() -> None:
     )
 
 
-def test_adalora_ends_at_its_target() -> None:
-    method = make("adalora")
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_adalora_ends_at_its_target(rank: int) -> None:
+    method = make("adalora", rank=rank)
     model = prepared(method)
     fit(method, model, epochs=10)
     ranks = [int((m.lora_E["default"] != 0).sum()) for m in model.modules() if hasattr(m, "lora_E")]
-    assert sum(ranks) == 2 * len(ranks)
+    assert sum(ranks) == rank * len(ranks)
     assert len(set(ranks)) > 1
     assert not [n for n in method.training_state(model) if n.startswith("ipt")]
 
