@@ -134,6 +134,10 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 class SplitQKV(nn.Module):
     """A fused ``qkv`` layer as three linear layers; same function, same output order."""
 
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+
     def __init__(self, fused: nn.Linear) -> None:
         super().__init__()
         for part, weight, bias in zip(
@@ -167,7 +171,8 @@ def fuse_qkv(model: nn.Module) -> None:
     """Undo :func:`split_qkv` in place, keeping the current weights."""
     for path in _qkv_paths(model, SplitQKV):
         split = model.get_submodule(path)
-        parts = [split.get_submodule(name) for name in _PARTS["qkv"]]
+        assert isinstance(split, SplitQKV)
+        parts = [split.q, split.k, split.v]
         bias = None if parts[0].bias is None else torch.cat([p.bias for p in parts]).detach()
         weight = torch.cat([p.weight for p in parts]).detach()
         replace(model, path, _linear(weight, bias))
