@@ -36,8 +36,8 @@ from snella.method import (
 class S2FT(Method):
     """Sparse fine-tuning in the spectrum of the reordered update."""
 
-    paper: ClassVar[str] = "S2FT"
-    bibkey: ClassVar[str] = "zhang2026s2ft"
+    paper: ClassVar[str] = "S²FT"
+    bibkey: ClassVar[str] = "zhang_s2ft"
     supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "sam"})
 
     points: int = Field(default=3000, gt=0, description="n, spectral points per matrix")

@@ -51,7 +51,6 @@ class SPT(Method):
 
     paper: ClassVar[str] = "SPT (ICCV 2023)"
     bibkey: ClassVar[str] = "he2023spt"
-    licence: ClassVar[str] = "Apache-2.0"
     supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext"})
 
     module: Literal["lora", "adapter"] = "lora"
@@ -87,8 +86,8 @@ class SPT(Method):
     def allocate(self, model: nn.Module, scores: dict[str, Tensor]) -> "Allocation":
         """Decide what trains from the ``scores`` of the :func:`candidates`."""
         task_head = head(model)
-        head_size = sum(p.numel() for p in task_head.parameters()) if task_head else 0
-        total = sum(p.numel() for p in model.parameters()) - head_size
+        in_head = set(task_head.parameters()) if task_head is not None else set()
+        total = sum(p.numel() for p in model.parameters() if p not in in_head)
         unit = self.unit or round(1_000_000 * total / _VIT_B)
         matrices = {f"{slot.path}.weight" for slot in slots(model)}
         sizes, thresholds = {}, {}

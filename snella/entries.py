@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 class Entries(nn.Module):
     """The parametrization of one tensor: ``values`` (n,) at flat row-major ``indices`` (n,)."""
 
+    indices: Tensor
+
     def __init__(self, tensor: Tensor, indices: Tensor) -> None:
         super().__init__()
         self.register_buffer("indices", indices)
