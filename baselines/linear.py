@@ -11,6 +11,7 @@ class Linear(Method):
     """Leave the whole backbone frozen; the trainer trains the head of every method."""
 
     supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext", "sam"})
+    head_only: ClassVar[bool] = True
 
     def adapt(self, model: nn.Module) -> None:
         """Nothing but the head trains."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from snella.errors import Unsupported
+from snella.errors import Unsupported, unknown
 
 ROLES = ("q", "k", "v", "proj", "fc1", "fc2")
 _PARTS = {"qkv": ("q", "k", "v")}
@@ -93,9 +93,12 @@ def slots(model: nn.Module, roles: Iterable[str] = ROLES) -> list[Slot]:
     """All adaptable matrices with one of ``roles``, by block and then in the order of ROLES.
 
     Raises :class:`~snella.errors.Unsupported` if there is none: a method must never adapt
-    nothing without saying so.
+    nothing without saying so, and :class:`~snella.errors.UserError` for an unknown role.
     """
     wanted = tuple(roles)
+    for name in wanted:
+        if name not in ROLES:
+            raise unknown("role", name, ROLES)
     index = {path: i for i, path in enumerate(block_paths(model))}
     found = []
     for path, module in model.named_modules():

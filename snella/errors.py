@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -28,3 +30,11 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     close = difflib.get_close_matches(str(name), choices, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return UserError(f"Unknown {kind} {str(name)!r}.{hint} Known: {', '.join(choices) or 'none'}.")
+
+
+def one_line(error: BaseException, file: Path | None = None) -> str:
+    """An exception as one line, with the line of ``file`` that it passed through last."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if file is not None and Path(f.filename) == file]
+    return f"{text} ({file.name}, line {lines[-1]})" if file is not None and lines else text

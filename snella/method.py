@@ -8,13 +8,17 @@ method object can be copied, printed and compared like the plain settings it is.
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import importlib.util
 import inspect
+import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
@@ -36,7 +40,8 @@ from snella.entries import (
     restore_entries,
     train_entries,
 )
-from snella.errors import CannotMerge, Unsupported, UserError, unknown
+from snella.errors import CannotMerge, Unsupported, UserError, one_line, unknown
+from snella.parameters import count_parameters, freeze, no_decay, seed_everything, trainable
 
 __all__ = [
     "ROLES",
@@ -48,6 +53,7 @@ __all__ = [
     "Unsupported",
     "batch_gradients",
     "blocks",
+    "count_parameters",
     "family",
     "first_images",
     "fold_entries",
@@ -58,9 +64,11 @@ __all__ = [
     "no_decay",
     "replace",
     "restore_entries",
+    "seed_everything",
     "slots",
     "split_qkv",
     "train_entries",
+    "trainable",
 ]
 
 Batch = dict[str, Tensor]
@@ -83,6 +91,8 @@ class Method(BaseModel):
     bibkey: ClassVar[str] = ""
     licence: ClassVar[str] = "MIT"
     supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext"})
+    head_only: ClassVar[bool] = False
+    """Whether nothing but the task head trains, by intention."""
 
     def adapt(self, model: nn.Module) -> None:
         """Change the frozen ``model`` in place and set ``requires_grad`` on what trains."""
@@ -98,7 +108,8 @@ class Method(BaseModel):
 
         By default vectors, biases and class tokens are not decayed, as in all released codes.
         """
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 (plain if no_decay(name, parameter) else decayed).append(parameter)
@@ -163,21 +174,6 @@ class Method(BaseModel):
             )
 
 
-def no_decay(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay spares a parameter: vectors, biases, tokens, position embeddings."""
-    return parameter.ndim <= 1 or name.endswith((".bias", "cls_token", "pos_embed"))
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def freeze(model: nn.Module) -> None:
-    """Freeze every parameter."""
-    model.requires_grad_(False)
-
-
 def method_files(folder: Path) -> dict[str, Path]:
     """All method files of a folder by stem; names with a leading underscore are helpers."""
     return {p.stem: p for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")}
@@ -201,15 +197,7 @@ def load_method(path: Path) -> type[Method]:
 
     Raises :class:`~snella.errors.UserError` if it does not import or holds no or two methods.
     """
-    spec = importlib.util.spec_from_file_location(f"snella_method_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(
-            f"Method file {path} does not import: {type(error).__name__}: {error}"
-        ) from error
+    module = _import(path)
     own = [
         value
         for value in vars(module).values()
@@ -224,7 +212,31 @@ def load_method(path: Path) -> type[Method]:
             f"Method file {path} must define exactly one Method class, found {names}; "
             "start the names of helper classes with an underscore."
         )
+    if own[0].adapt is Method.adapt:
+        raise UserError(f"{path}: {own[0].__name__} has no adapt(self, model); write one.")
     return own[0]
+
+
+def _import(path: Path) -> ModuleType:
+    """Run a method file; it is registered, so that its annotations and its source are found."""
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = f"snella_method_{path.stem}_{digest}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise UserError(
+            f"Method file {path} does not import: {one_line(error, path)}; correct the file."
+        ) from error
+    return module
+
+
+def method_file(method: Method) -> Path:
+    """The file that the class of ``method`` was loaded from."""
+    return Path(inspect.getfile(type(method)))
 
 
 def build_method(path: Path, hyperparameters: dict[str, Any]) -> Method:
@@ -238,44 +250,57 @@ def build_method(path: Path, hyperparameters: dict[str, Any]) -> Method:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "settings"
+        message = first["msg"].removeprefix("Value error, ")
         raise UserError(
-            f"{path}: hyper-parameter {field}: {first['msg']} (got {first['input']!r})."
+            f"{path}: hyper-parameter {field}: {message} (got {first['input']!r}); correct it "
+            "under `hyperparameters:` of the method's row."
         ) from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def prepare_model(method: Method, model: nn.Module) -> None:
     """Freeze ``model``, let ``method`` adapt it, and unfreeze the task head.
 
-    Raises :class:`~snella.errors.UserError` if nothing is left to train.
+    Raises :class:`~snella.errors.UserError`, naming the method's file, if ``adapt`` fails or
+    marks nothing; a method that calibrates may still mark something then.
     """
     method.check_supported(model)
     freeze(model)
-    method.adapt(model)
+    try:
+        method.adapt(model)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        file = method_file(method)
+        raise UserError(
+            f"{file}: {type(method).__name__}.adapt does not fit {type(model).__name__}: "
+            f"{one_line(error, file)}{_closest_module(model, error)}"
+        ) from error
+    calibrates = type(method).calibrate is not Method.calibrate
+    marked = bool(trainable(model)) or method.head_only
     task_head = head(model)
     if task_head is not None:
         task_head.requires_grad_(True)
-    if not trainable(model):
-        raise UserError(f"{type(method).__name__}.adapt marks nothing trainable.")
+    if not (marked or calibrates) or not trainable(model):
+        raise _nothing_marked(method, "adapt")
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers of trainable parameters without the head, of the head, and of all."""
-    task_head = head(model)
-    in_head = {id(p) for p in task_head.parameters()} if task_head is not None else set()
-    sizes = [(id(p) in in_head, p.requires_grad, p.numel()) for p in model.parameters()]
-    return {
-        "trainable": sum(n for of_head, trains, n in sizes if trains and not of_head),
-        "head": sum(n for of_head, trains, n in sizes if trains and of_head),
-        "total": sum(n for _, _, n in sizes),
-    }
+def check_marked(method: Method, model: nn.Module) -> None:
+    """Raise :class:`~snella.errors.UserError` if a method that calibrates marked nothing."""
+    calibrates = type(method).calibrate is not Method.calibrate
+    if calibrates and not method.head_only and not count_parameters(model)["trainable"]:
+        raise _nothing_marked(method, "calibrate")
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators."""
-    import random
+def _nothing_marked(method: Method, hook: str) -> UserError:
+    return UserError(
+        f"{method_file(method)}: {type(method).__name__}.{hook} marks nothing trainable; set "
+        "requires_grad on what trains (a method of the head alone says head_only = True)."
+    )
 
-    import numpy as np
 
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def _closest_module(model: nn.Module, error: Exception) -> str:
+    """A hint where ``error`` is about a module that the model does not have."""
+    missing = re.search(r"has no attribute [`'\"](\w+)", str(error))
+    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
+    close = difflib.get_close_matches(missing[1], parts, n=1) if missing else []
+    return f". Did you mean {close[0]!r}?" if close else "."

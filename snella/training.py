@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snella.errors import Diverged
+from snella.errors import Diverged, UserError
 from snella.measure import PeakMemory
-from snella.method import Batch, Method, seed_everything, trainable
+from snella.method import Batch, Method, check_marked, method_file
+from snella.parameters import frozen_checksums, seed_everything, trainable
 from snella.plan import derive_seed
 from snella.protocol import Protocol
 from snella.records import atomic
@@ -67,7 +68,8 @@ class Trainer:
     def fit(self) -> Progress:
         """Train to the last epoch, resuming from the checkpoint if there is one.
 
-        Raises :class:`~snella.errors.Diverged` if the loss becomes NaN or infinite.
+        Raises :class:`~snella.errors.Diverged` if the loss becomes NaN or infinite, and
+        :class:`~snella.errors.UserError` if the method marks nothing or moves frozen weights.
         """
         saved = self._read_checkpoint()
         if saved is None:
@@ -75,6 +77,8 @@ class Trainer:
         else:
             self.method.load_state(self.model, saved["state"])
             self.method.load_training_state(self.model, saved["training_state"])
+        check_marked(self.method, self.model)
+        frozen = frozen_checksums(self.model)
         groups = self.method.parameter_groups(
             self.model, self.protocol.lr, self.protocol.weight_decay
         )
@@ -88,6 +92,7 @@ class Trainer:
             self._restore(saved, optimizer)
         for epoch in range(self.progress.epoch + 1, self.protocol.epochs):
             self._epoch(epoch, optimizer)
+            self._check_frozen(frozen)
         return self.progress
 
     def _calibrate(self) -> None:
@@ -112,6 +117,15 @@ class Trainer:
         self.progress.history.append(row)
         self._write_checkpoint(optimizer)
         self.report(row, self.protocol.epochs)
+
+    def _check_frozen(self, before: dict[str, int]) -> None:
+        now = frozen_checksums(self.model)
+        moved = [name for name, checksum in before.items() if now.get(name, checksum) != checksum]
+        if moved:
+            raise UserError(
+                f"{method_file(self.method)}: {type(self.method).__name__} moves {moved[0]}, which "
+                "it did not mark as trainable; set requires_grad in adapt, or leave it alone."
+            )
 
     def _train(self, epoch: int, seed: int, optimizer: torch.optim.Optimizer) -> Row:
         self.model.train()
