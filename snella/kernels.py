@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class Kernel:
         """Initial (or fixed) piece coefficients c_p: +0.1, −0.1, +0.1, … (released code)."""
         return tuple(0.1 if piece % 2 == 0 else -0.1 for piece in range(self.pieces))
 
-    @property
+    @cached_property
     def scalars(self) -> dict[str, float]:
         """Learnable scalars in storage order, with their initial values."""
         values = dict(_SCALARS[self.name])
@@ -93,6 +94,11 @@ class Kernel:
         if self.is_piecewise and self.learnable_coefficients:
             values |= {f"coefficient_{p}": c for p, c in enumerate(self.coefficients)}
         return values
+
+    @cached_property
+    def scalar_index(self) -> dict[str, int]:
+        """Position of every scalar in storage order."""
+        return {name: k for k, name in enumerate(self.scalars)}
 
     def named(self, scalars: Tensor) -> dict[str, Tensor]:
         """Split the (slices, K) scalars into name → (slices, 1, 1), ready to broadcast."""

@@ -1,7 +1,7 @@
 """Weight-level competition: of a merged matrix, exactly b entries survive (paper Sec. 3.3, Eq. 13).
 
 The b entries of largest magnitude are kept; equal magnitudes are ordered by flat index, so the choice
-is deterministic. With t the largest magnitude that is dropped, the kept entries become
+is deterministic. With t the largest magnitude below all kept ones, the kept entries become
 
     paper      W · (|W| − t)     Eq. 13; the paper takes t = b-th largest, which would keep b − 1
     released   W · |W|           released code; the factor |W| counts as a constant in the gradient
@@ -30,20 +30,34 @@ BUDGET_RULES = ("exact", "quantile")
 class Selection:
     """Which entries survive: magnitude above ``threshold``, or equal to it at flat index < ``cut``.
 
-    threshold: the largest dropped magnitude; −1 when nothing is dropped. A float on the CPU, a scalar
-    tensor elsewhere, so that no device has to be waited for.
-    cut: 0 unless entries tie at the threshold. An int or scalar tensor likewise.
+    threshold: the largest dropped magnitude; −1 when nothing is dropped.
+    cut: 0 unless entries tie at the threshold.
+    subtracted: t of the paper's form; the threshold, or the next magnitude below in case of a tie.
+    Numbers on the CPU, scalar tensors elsewhere, so that no device has to be waited for.
     """
 
     threshold: Tensor | float
     cut: Tensor | int
+    subtracted: Tensor | float
 
     @property
-    def subtracted(self) -> Tensor | float:
-        """The t of |W| − t: the threshold, and 0 when nothing is dropped."""
-        if isinstance(self.threshold, Tensor):
-            return self.threshold.clamp_min(0)
-        return max(self.threshold, 0.0)
+    def has_ties(self) -> bool:
+        """Whether ``cut`` may matter; a device is not asked."""
+        return isinstance(self.cut, Tensor) or self.cut > 0
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where a tile lies in the matrix that was selected from."""
+
+    rows: slice
+    columns: slice
+    row_length: int
+
+    def flat_index(self, device: torch.device) -> Tensor:
+        """Flat index of every entry of the tile."""
+        row = torch.arange(self.rows.start, self.rows.stop, device=device) * self.row_length
+        return row.unsqueeze(1) + torch.arange(self.columns.start, self.columns.stop, device=device)
 
 
 def check_form(form: str) -> None:
@@ -67,19 +81,25 @@ def budget_from_sparsity(sparsity: float, total: int, rule: str = "exact") -> in
     return total - 1 - math.floor(sparsity * (total - 1))
 
 
-def select(merged: Tensor, budget: int, guess: float | None = None, margin: float = 0.01) -> Selection:
+def select(
+    merged: Tensor,
+    budget: int,
+    guess: float | None = None,
+    margin: float = 0.01,
+    buffer: Tensor | None = None,
+) -> Selection:
     """Choose the ``budget`` largest magnitudes of one merged matrix, without a device synchronisation.
 
     merged: any shape, N entries; budget: 0 <= b <= N. Exact for any N. guess, margin: on the CPU, an
     earlier threshold and the relative distance within which the new one is looked for first; they
-    change the time taken, never the result.
+    change the time taken, never the result. buffer: memory to use, as large as ``merged``.
     """
-    magnitude = merged.detach().abs().flatten()
+    magnitude = torch.abs(merged.detach(), out=buffer).flatten()
     total = magnitude.numel()
     if not 0 <= budget <= total:
         raise UserError(f"budget must lie in [0, {total}] for this matrix, got {budget}.")
     if budget == total:
-        return Selection(-1.0, 0)
+        return Selection(-1.0, 0, 0.0)
     if magnitude.device.type != "cpu":
         return _select_on_device(magnitude, budget)
     if magnitude.dtype not in (torch.float32, torch.float64):
@@ -102,10 +122,11 @@ def _select_on_host(
     ordered = np.partition(candidates, dropped - below - 1)
     threshold = ordered[dropped - below - 1]
     surplus = int(np.count_nonzero(ordered[dropped - below :] == threshold))
-    cut = 0
-    if surplus:
-        cut = int(np.flatnonzero(magnitude == threshold)[surplus - 1]) + 1
-    return Selection(float(threshold), cut)
+    if not surplus:
+        return Selection(float(threshold), 0, float(threshold))
+    cut = int(np.flatnonzero(magnitude == threshold)[surplus - 1]) + 1
+    lower = magnitude[magnitude < threshold]
+    return Selection(float(threshold), cut, float(lower.max()) if lower.size else 0.0)
 
 
 def _select_on_device(magnitude: Tensor, budget: int) -> Selection:
@@ -120,23 +141,20 @@ def _select_on_device(magnitude: Tensor, budget: int) -> Selection:
     rank = (magnitude == threshold).cumsum(0)
     surplus = budget - (magnitude > threshold).sum()
     cut = torch.where(surplus > 0, (rank < surplus).sum() + 1, 0)
-    return Selection(threshold, cut)
+    lower = torch.where(magnitude < threshold, magnitude, 0.0).amax()
+    return Selection(threshold, cut, torch.where(surplus > 0, lower, threshold))
 
 
-def flat_index(rows: int, columns: slice, row_length: int, device: torch.device) -> Tensor:
-    """Flat indices of a tile of a matrix: all ``rows`` and some ``columns``."""
-    row = torch.arange(rows, device=device).unsqueeze(1) * row_length
-    return row + torch.arange(columns.start, columns.stop, device=device)
-
-
-def keep_mask(merged: Tensor, selection: Selection, index: Tensor | None = None) -> Tensor:
+def keep_mask(merged: Tensor, selection: Selection, region: Region | None = None) -> Tensor:
     """Boolean mask of the surviving entries, same shape as ``merged``.
 
-    index: flat index of every entry, if ``merged`` is only a tile of the matrix selected from.
+    region: where ``merged`` lies, if it is only a tile of the matrix selected from.
     """
     magnitude = merged.detach().abs()
-    if index is None:
+    if region is None:
         index = torch.arange(magnitude.numel(), device=magnitude.device).view_as(magnitude)
+    else:
+        index = region.flat_index(magnitude.device)
     tied = (magnitude == selection.threshold) & (index < selection.cut)
     return (magnitude > selection.threshold) | tied
 
@@ -144,7 +162,7 @@ def keep_mask(merged: Tensor, selection: Selection, index: Tensor | None = None)
 def sparsify(merged: Tensor, budget: int, form: str = "paper") -> Tensor:
     """Sparse update with exactly ``budget`` kept entries, differentiable by autograd.
 
-    In the paper's form an entry that ties with the threshold is kept with the value 0.
+    merged: one matrix. The readable definition, and the oracle of the tests; see also ``factors``.
     """
     check_form(form)
     if form == "none":
@@ -157,18 +175,31 @@ def sparsify(merged: Tensor, budget: int, form: str = "paper") -> Tensor:
 
 
 def factors(
-    merged: Tensor, selection: Selection, form: str, index: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(S / W, ∂S/∂W) entry by entry, for the forms that sparsify.
+    merged: Tensor,
+    selection: Selection,
+    form: str,
+    amount: Tensor,
+    slope: Tensor | None = None,
+    region: Region | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(S / merged, ∂S/∂merged) entry by entry, written to the buffers ``amount`` and ``slope``.
 
-    paper: (|W| − t, 2|W| − t) on kept entries; released: (|W|, |W|); 0 on dropped entries.
+    paper: (|W| − t, 2|W| − t) on kept entries, the second only if there is a buffer for it;
+    released: (|W|, |W|), one tensor. 0 on dropped entries. region: see ``keep_mask``.
     """
-    magnitude = merged.abs()
-    excess = (magnitude - selection.subtracted).clamp_min_(0) if form == "paper" else None
-    if isinstance(selection.threshold, float) and selection.cut == 0:
-        kept = F.threshold_(magnitude, selection.threshold, 0.0)
+    soft = form == "paper"
+    magnitude = torch.abs(merged, out=slope if soft and slope is not None else amount)
+    if selection.has_ties:
+        mask = keep_mask(merged, selection, region)
+        kept = magnitude * mask
+        if soft:
+            torch.sub(magnitude, selection.subtracted, out=amount).mul_(mask)
     else:
-        kept = magnitude.mul_(keep_mask(merged, selection, index))
-    if excess is None:
+        if soft:
+            torch.sub(magnitude, selection.subtracted, out=amount).clamp_min_(0)
+            if slope is None:
+                return amount, None
+        kept = F.threshold_(magnitude, float(selection.threshold), 0.0)
+    if not soft:
         return kept, kept
-    return excess, kept.add_(excess)
+    return amount, kept.add_(amount)

@@ -1,8 +1,8 @@
 """Merged matrices evaluated and differentiated tile by tile, so that they need not be stored.
 
 A tile is all output features times some input features, so that the softmax over outputs is local.
-For D = Σ_p c_p d_p with d_p = ‖A_p,i − B_p,o‖ the squared distances are one small matrix product, and so
-is the way back: with R = c_p ∂L/∂D / d_p,
+For D = Σ_p c_p d_p with d_p = ‖A_p,i − B_p,o‖ the squared distances are one small matrix product,
+and so is the way back: with R = c_p ∂L/∂D / d_p,
 
     ∂L/∂A_i = A_i Σ_o R_oi − Σ_o R_oi B_o,    ∂L/∂B_o = B_o Σ_i R_oi − Σ_i R_oi A_i.
 
@@ -11,153 +11,223 @@ is the way back: with R = c_p ∂L/∂D / d_p,
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from snella.kernels import Kernel, merge
 
-# Elements per tile: a handful of such buffers stays in a CPU's cache. Accelerators take whole slices.
-CPU_TILE = 192 * 1024
+# Elements per tile. Smaller tiles fit a CPU's inner caches, larger ones need fewer calls; in between
+# it hardly matters. Accelerators take all slices of a layer at once.
+CPU_TILE = 320 * 1024
+
+_local = threading.local()
 
 
 class Scratch:
-    """Buffers reused from tile to tile; with ``keep`` every request gets memory of its own."""
+    """Named buffers for values that are used up at once.
 
-    def __init__(self, like: Tensor, keep: bool = False) -> None:
-        self.like, self.keep = like, keep
+    On the CPU they outlive the call: fresh memory costs more than the arithmetic on it.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
         self.flat: dict[str, Tensor] = {}
 
-    def take(self, name: str, rows: int, columns: int) -> Tensor:
-        """An uninitialised (rows, columns) matrix."""
-        size = rows * columns
-        if self.keep:
-            return self.like.new_empty(rows, columns)
+    @staticmethod
+    def like(tensor: Tensor, dtype: torch.dtype) -> Scratch:
+        """The buffers of this thread for a CPU tensor's kind, or new ones for a device."""
+        if tensor.device.type != "cpu":
+            return Scratch(tensor.device, dtype)
+        pool: dict[torch.dtype, Scratch] = _local.__dict__.setdefault("pool", {})
+        if dtype not in pool:
+            pool[dtype] = Scratch(tensor.device, dtype)
+        return pool[dtype]
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor, valid until its name is taken again."""
+        size = math.prod(shape)
         buffer = self.flat.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = self.flat[name] = self.like.new_empty(size)
-        return buffer[:size].view(rows, columns)
+            with torch.inference_mode(False):
+                buffer = torch.empty(size, device=self.device, dtype=self.dtype)
+            self.flat[name] = buffer
+        return buffer[:size].view(shape)
+
+
+class FreshMemory(Scratch):
+    """Hands out memory that stays valid, for tiles that are kept until backward."""
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a tile lies: which slices of the layer, and which input features of them."""
+
+    slices: slice
+    columns: slice
+
+    @property
+    def width(self) -> int:
+        return self.columns.stop - self.columns.start
+
+
+@dataclass
+class Tile:
+    """Part of the merged matrices, (slices, out, some in), and what the way back needs besides."""
+
+    merged: Tensor
+    linear: Tensor | None = None
+    distances: Tensor | None = None
+    exponential: Tensor | None = None
+    normaliser: Tensor | None = None
+    leaves: list[Tensor] = field(default_factory=list)
 
 
 class PiecewiseTiles:
-    """piecewise-linear and mix-k. Shapes as in ``snella.kernels.merge``; tensors need no gradient."""
+    """piecewise-linear and mix-k; shapes as in ``snella.kernels.merge``, tensors without gradient."""
 
     def __init__(self, kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor) -> None:
         self.kernel, self.a, self.b = kernel, a, b
-        squares_a = a.square().sum(-1, keepdim=True)
+        self.squares_a = a.square().sum(-1, keepdim=True)
         squares_b = b.square().sum(-1, keepdim=True)
+        one_a, one_b = a.new_ones(()).expand_as(self.squares_a), b.new_ones(()).expand_as(squares_b)
         # Left and right factors whose product is |b|² + |a|² − 2 b·a.
-        self.left = torch.cat([b, squares_b, torch.ones_like(squares_b)], -1)
-        self.right = torch.cat([a * -2, torch.ones_like(squares_a), squares_a], -1)
-        largest = squares_a.amax((2, 3)) + squares_b.amax((2, 3))
+        self.left = torch.cat([b, squares_b, one_b], -1)
+        self.right = torch.cat([a * -2, one_a, self.squares_a], -1)
+        largest = (self.squares_a.amax(2) + squares_b.amax(2)).squeeze(-1)
         # Below this a squared distance is rounding noise of the product; a true 0 may not divide.
         limits = torch.finfo(a.dtype)
-        self.floor = largest * limits.eps + limits.tiny
-        self.scalars = dict(zip(kernel.scalars, scalars.unbind(1), strict=True))
-        for p, fixed in enumerate(kernel.coefficients):
-            self.scalars.setdefault(f"coefficient_{p}", scalars.new_full((len(a),), fixed))
-        self.needs_shift = self._exponential_overflows(largest)
-        self.grad_left = torch.zeros_like(self.left.mT)
-        self.grad_right = torch.zeros_like(self.right.mT)
+        self.floor = (largest * limits.eps + limits.tiny)[..., None, None]
+        self.scalars = kernel.named(scalars)
+        if kernel.learnable_coefficients:
+            names = [f"coefficient_{p}" for p in range(kernel.pieces)]
+            self.coefficients = [self.scalars[name] for name in names]
+        else:
+            fixed = a.new_tensor(kernel.coefficients).expand(len(a), -1)
+            self.coefficients = list(fixed[..., None, None].unbind(1))
+        self.needs_shift = kernel.name == "mix-k" and self._may_overflow(largest)
+        self.grad_left: Tensor | None = None
+        self.grad_right: Tensor | None = None
         self.grad_scalars = torch.zeros_like(scalars)
 
-    def _exponential_overflows(self, largest: Tensor) -> bool:
-        """Whether exp(D/τ) needs its maximum subtracted; accelerators are not asked, to avoid a wait."""
-        if self.kernel.name != "mix-k" or largest.device.type != "cpu":
+    def _may_overflow(self, largest: Tensor) -> bool:
+        """Whether exp(D/τ) needs its maximum subtracted; a device is not asked, to avoid a wait."""
+        if largest.device.type != "cpu":
             return True
-        bound = torch.zeros_like(largest[:, 0])
-        for p in range(self.kernel.pieces):
-            bound += self.scalars[f"coefficient_{p}"].abs() * (2 * largest[:, p]).sqrt()
+        reach = (2 * largest).sqrt_()[..., None, None]
+        bound = sum(c.abs() * reach[:, p] for p, c in enumerate(self.coefficients))
         if self.kernel.temperature:
             bound = bound / self.scalars["temperature"].abs()
-        return not bool((bound < 60).all())
+        return not float(torch.as_tensor(bound).max()) < 60
 
-    def columns(self, s: int) -> Iterator[slice]:
-        """Input features of the tiles of slice ``s``."""
-        outputs, inputs = self.b.shape[2], self.a.shape[2]
-        width = inputs
-        if self.a.device.type == "cpu":
-            width = max(16, CPU_TILE // outputs // 16 * 16)
-        return (slice(i, min(i + width, inputs)) for i in range(0, inputs, width))
+    def spans(self) -> Iterator[Span]:
+        """The tiles that make up the layer."""
+        slices, _, inputs, _ = self.a.shape
+        outputs = self.b.shape[2]
+        if self.a.device.type != "cpu" or slices * outputs * inputs <= CPU_TILE:
+            yield Span(slice(0, slices), slice(0, inputs))
+            return
+        width = max(16, CPU_TILE // outputs // 16 * 16)
+        for s in range(slices):
+            for start in range(0, inputs, width):
+                yield Span(slice(s, s + 1), slice(start, min(start + width, inputs)))
 
-    def tile(self, s: int, columns: slice, scratch: Scratch) -> dict[str, Any]:
-        """Evaluate ``merged`` and what its gradient needs, for the given input features."""
-        right = self.right[s, :, columns]
-        rows, width = self.b.shape[2], right.shape[1]
-        distances = []
-        for p in range(self.kernel.pieces):
-            d = scratch.take(f"distance_{p}", rows, width)
-            torch.mm(self.left[s, p], right[p].mT, out=d)
-            distances.append(d.clamp_min_(self.floor[s, p]).sqrt_())
-        linear = scratch.take("linear", rows, width)
-        torch.mul(distances[0], self.scalars["coefficient_0"][s], out=linear)
-        for p in range(1, self.kernel.pieces):
-            linear.addcmul_(distances[p], self.scalars[f"coefficient_{p}"][s])
-        tile = {"distances": distances, "linear": linear, "merged": linear}
-        if self.kernel.name == "mix-k":
-            self._add_softmax(s, tile, scratch)
+    def tile(self, span: Span, scratch: Scratch, out: Tensor | None = None) -> Tile:
+        """Evaluate the merged matrices over a span, into ``out`` if given."""
+        left, right = self.left[span.slices], self.right[span.slices, :, span.columns]
+        slices, pieces, outputs, _ = left.shape
+        distances = scratch.take("distances", slices, pieces, outputs, span.width)
+        torch.bmm(left.flatten(0, 1), right.flatten(0, 1).mT, out=distances.flatten(0, 1))
+        distances.clamp_min_(self.floor[span.slices]).sqrt_()
+        mixed = self.kernel.name == "mix-k"
+        shape = slices, outputs, span.width
+        linear = scratch.take("linear", *shape) if mixed or out is None else out
+        torch.mul(distances[:, 0], self.coefficients[0][span.slices], out=linear)
+        for p in range(1, pieces):
+            linear.addcmul_(distances[:, p], self.coefficients[p][span.slices])
+        tile = Tile(linear, linear, distances)
+        if mixed:
+            self._add_softmax(span, tile, scratch, out)
         return tile
 
-    def _add_softmax(self, s: int, tile: dict[str, Any], scratch: Scratch) -> None:
-        linear = tile["linear"]
+    def _add_softmax(self, span: Span, tile: Tile, scratch: Scratch, out: Tensor | None) -> None:
+        linear = tile.linear
+        assert linear is not None
         exponential = scratch.take("exponential", *linear.shape)
+        logits = linear
         if self.kernel.temperature:
-            torch.div(linear, self.scalars["temperature"][s], out=exponential)
-        else:
-            exponential.copy_(linear)
+            logits = torch.div(linear, self.scalars["temperature"][span.slices], out=exponential)
         if self.needs_shift:
-            exponential.sub_(exponential.amax(0))
-        normaliser = exponential.exp_().sum(0).reciprocal_()
-        merged = scratch.take("merged", *linear.shape)
-        torch.addcmul(linear, exponential, normaliser * self.scalars["scale"][s], out=merged)
-        merged.add_(self.scalars["offset"][s])
-        tile |= {"exponential": exponential, "normaliser": normaliser, "merged": merged}
+            logits = torch.sub(logits, logits.amax(-2, keepdim=True), out=exponential)
+        torch.exp(logits, out=exponential)
+        tile.exponential = exponential
+        tile.normaliser = exponential.sum(-2, keepdim=True).reciprocal_()
+        weight = tile.normaliser * self.scalars["scale"][span.slices]
+        merged = scratch.take("merged", *linear.shape) if out is None else out
+        # The offset stays inside D from here on; sums over logits do not see it.
+        linear.add_(self.scalars["offset"][span.slices])
+        tile.merged = torch.addcmul(linear, exponential, weight, out=merged)
 
-    def backward(self, s: int, columns: slice, tile: dict[str, Any], grad: Tensor) -> None:
-        """Add the tile's share to the gradients; ``grad`` (∂L/∂merged) is overwritten, so is the tile."""
+    def backward(self, span: Span, tile: Tile, grad: Tensor) -> None:
+        """Add the tile's share to the gradients; ``grad`` (∂L/∂merged) and tile are used up."""
+        if self.grad_left is None or self.grad_right is None:
+            self.grad_left = self.left.new_zeros(self.left.mT.shape)
+            self.grad_right = self.right.new_empty(self.right.mT.shape)
         if self.kernel.name == "mix-k":
-            self._softmax_backward(s, tile, grad)
-        left, right = self.left[s].mT, self.right[s, :, columns].mT
-        learnable = self.kernel.learnable_coefficients
-        for p, distance in enumerate(tile["distances"]):
-            if learnable:
-                self._add_scalar(s, f"coefficient_{p}", torch.dot(grad.view(-1), distance.view(-1)))
-            ratio = torch.div(grad, distance, out=distance)
-            ratio.mul_(self.scalars[f"coefficient_{p}"][s])
-            torch.mm(left[p], ratio, out=self.grad_right[s, p, :, columns])
-            self.grad_left[s, p].addmm_(right[p], ratio.mT)
+            self._softmax_backward(span, tile, grad)
+        assert tile.distances is not None
+        ratio = torch.div(grad.unsqueeze(1), tile.distances, out=tile.distances).flatten(0, 1)
+        left = self.left[span.slices].flatten(0, 1)
+        right = self.right[span.slices, :, span.columns].flatten(0, 1)
+        along_columns = self.grad_right[span.slices, :, :, span.columns]
+        along_columns.copy_(torch.bmm(left.mT, ratio).view_as(along_columns))
+        self.grad_left[span.slices].flatten(0, 1).baddbmm_(right.mT, ratio.mT)
 
-    def _softmax_backward(self, s: int, tile: dict[str, Any], grad: Tensor) -> None:
+    def _softmax_backward(self, span: Span, tile: Tile, grad: Tensor) -> None:
         """Turn ∂L/∂merged into ∂L/∂D in place, and collect the scalars' gradients."""
-        exponential, normaliser = tile["exponential"], tile["normaliser"]
-        self._add_scalar(s, "offset", grad.sum())
-        logit = torch.mul(grad, exponential, out=tile["merged"])
-        mean = logit.sum(0).mul_(normaliser)
-        self._add_scalar(s, "scale", mean.sum())
+        exponential, normaliser = tile.exponential, tile.normaliser
+        assert exponential is not None and normaliser is not None
+        self._add_scalar(span, "offset", grad.sum((1, 2)))
+        logit = torch.mul(grad, exponential, out=tile.merged)
+        mean = logit.sum(-2, keepdim=True).mul_(normaliser)
+        self._add_scalar(span, "scale", mean.sum((1, 2)))
         logit.addcmul_(exponential, mean, value=-1)
-        weight = normaliser * self.scalars["scale"][s]
+        weight = normaliser * self.scalars["scale"][span.slices]
         if self.kernel.temperature:
-            temperature = self.scalars["temperature"][s]
+            temperature = self.scalars["temperature"][span.slices]
             weight = weight / temperature
-            # Σ over outputs of ∂L/∂logit is 0, so the kernel's offset in D does not matter.
-            moment = torch.mul(logit, tile["linear"], out=exponential).sum(0)
-            self._add_scalar(s, "temperature", -(moment @ weight) / temperature)
+            moment = torch.mul(logit, tile.linear, out=exponential).sum(-2, keepdim=True)
+            share = (moment * weight).sum((1, 2)) / temperature[:, 0, 0]
+            self._add_scalar(span, "temperature", -share)
         grad.addcmul_(logit, weight)
 
-    def _add_scalar(self, s: int, name: str, value: Tensor) -> None:
-        index = list(self.kernel.scalars).index(name)
-        self.grad_scalars[s, index] += value
+    def _add_scalar(self, span: Span, name: str, value: Tensor) -> None:
+        self.grad_scalars[span.slices, self.kernel.scalar_index[name]] += value
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of A, B and the scalars, once every tile has gone backward."""
+        if self.grad_left is None or self.grad_right is None:
+            return torch.zeros_like(self.a), torch.zeros_like(self.b), self.grad_scalars
         h = self.kernel.coordinates
-        # Rows of grad_right: Σ_o R b, Σ_o R |b|², Σ_o R; of grad_left: −2 Σ_i R a, Σ_i R, Σ_i R |a|².
+        # With R short of c_p, along_a: Σ_o R b, Σ_o R |b|², Σ_o R; along_b: −2 Σ_i R a, Σ_i R, …
         along_a, along_b = self.grad_right.mT, self.grad_left.mT
         grad_a = self.a * along_a[..., h + 1 :] - along_a[..., :h]
+        if self.kernel.learnable_coefficients:
+            # Σ ∂L/∂D d = Σ R d², and d² = |a|² + |b|² − 2 a·b.
+            moment = grad_a * self.a - self.a * along_a[..., :h]
+            total = moment.sum((2, 3)) + along_a[..., h].sum(2)
+            first = self.kernel.scalar_index["coefficient_0"]
+            self.grad_scalars[:, first : first + self.kernel.pieces] = total
+        coefficients = torch.stack(self.coefficients, 1)
         grad_b = self.b * along_b[..., h : h + 1] + along_b[..., :h] / 2
-        return grad_a, grad_b, self.grad_scalars
+        return grad_a * coefficients, grad_b * coefficients, self.grad_scalars
 
 
 class AutogradTiles:
@@ -168,23 +238,27 @@ class AutogradTiles:
         self.leaves = [leaf.detach() for leaf in (a, b, scalars)]
         self.grads = [torch.zeros_like(leaf) for leaf in self.leaves]
 
-    def columns(self, s: int) -> Iterator[slice]:
-        """One tile: the whole slice."""
-        return iter((slice(0, self.leaves[0].shape[2]),))
+    def spans(self) -> Iterator[Span]:
+        """One tile per slice."""
+        slices, _, inputs, _ = self.leaves[0].shape
+        return (Span(slice(s, s + 1), slice(0, inputs)) for s in range(slices))
 
-    def tile(self, s: int, columns: slice, scratch: Scratch) -> dict[str, Any]:
-        """Evaluate one slice under autograd."""
+    def tile(self, span: Span, scratch: Scratch, out: Tensor | None = None) -> Tile:
+        """Evaluate one slice under autograd, into ``out`` too if given."""
         with torch.enable_grad():
-            leaves = [leaf[s : s + 1].clone().requires_grad_() for leaf in self.leaves]
-            merged = merge(self.kernel, *leaves)[0]
-        return {"leaves": leaves, "graph": merged, "merged": merged.detach()}
+            leaves = [leaf[span.slices].clone().requires_grad_() for leaf in self.leaves]
+            graph = merge(self.kernel, *leaves)
+        merged = graph.detach() if out is None else out.copy_(graph.detach())
+        return Tile(merged, linear=graph, leaves=leaves)
 
-    def backward(self, s: int, columns: slice, tile: dict[str, Any], grad: Tensor) -> None:
+    def backward(self, span: Span, tile: Tile, grad: Tensor) -> None:
         """Add the slice's gradients."""
-        used = [leaf for leaf in tile["leaves"] if leaf.numel()]
-        grads = torch.autograd.grad(tile["graph"], used, grad)
-        for total, value in zip(self.grads, grads, strict=False):
-            total[s] += value[0]
+        used = [leaf for leaf in tile.leaves if leaf.numel()]
+        assert tile.linear is not None
+        for total, value in zip(
+            self.grads, torch.autograd.grad(tile.linear, used, grad), strict=False
+        ):
+            total[span.slices] += value
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of A, B and the scalars."""

@@ -1,12 +1,13 @@
 """y = x (W + S)ᵀ + bias as one autograd operation that keeps x and the low-rank matrices only.
 
-Forward merges, sparsifies and adds the frozen weight into one transient matrix. Backward evaluates the
-same tiles again for ∂L/∂x, forms gᵀx once, and contracts it at once into the gradients of A, B and the
-kernel's scalars.
+Forward merges, sparsifies and adds the frozen weight into one transient matrix. Backward evaluates
+the same tiles again for ∂L/∂x, forms gᵀx once, and contracts it at once into the gradients of A, B
+and the kernel's scalars.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from snella.kernels import Kernel
-from snella.sparsify import Selection, factors, flat_index, select
-from snella.tiles import Scratch, Tiles, tiles
+from snella.sparsify import Region, Selection, factors, select
+from snella.tiles import CPU_TILE, FreshMemory, Scratch, Span, Tile, Tiles, tiles
 
 
 @dataclass(eq=False)
@@ -36,12 +37,17 @@ class Update:
     keep: bool = False
     selections: list[Selection] | None = None
     guesses: dict[int, tuple[float, float]] = field(default_factory=dict)
-    kept_tiles: list[list[tuple[slice, dict[str, Any]]]] | None = None
+    kept_tiles: list[tuple[Span, Tile]] | None = None
 
-    def find(self, s: int, merged: Tensor) -> Selection:
+    def is_empty(self, span: Span) -> bool:
+        """Whether nothing survives there, so that there is nothing to compute."""
+        return self.form != "none" and not any(self.budgets[span.slices])
+
+    def find(self, s: int, merged: Tensor, scratch: Scratch) -> Selection:
         """Select in slice ``s``, starting from where its threshold was."""
         guess, margin = self.guesses.get(s, (None, 0.0))
-        selection = select(merged, self.budgets[s], guess, margin)
+        buffer = scratch.take("magnitude", *merged.shape)
+        selection = select(merged, self.budgets[s], guess, margin, buffer)
         if isinstance(selection.threshold, float):
             moved = abs(selection.threshold - guess) / (guess or 1.0) if guess else 0.02
             self.guesses[s] = (selection.threshold, min(max(4 * moved, 0.002), 0.2))
@@ -60,44 +66,136 @@ def _evaluator(update: Update, a: Tensor, b: Tensor, scalars: Tensor) -> Tiles:
 
 
 def effective_weight(
-    update: Update, weight: Tensor | None, a: Tensor, b: Tensor, scalars: Tensor
+    update: Update,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scalars: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
     """W + S, shape (out, in), or S alone without a weight; not differentiable.
 
     In the evaluation precision (see ``compute_type``), so that a small update survives the sum.
     """
     evaluator = _evaluator(update, a, b, scalars)
-    slices, rows, inputs = a.shape[0], b.shape[2], a.shape[2]
-    result = a.new_empty(slices * rows, inputs, dtype=compute_type(a))
-    scratch = Scratch(result, keep=update.keep)
-    found, kept = [], []
-    for s in range(slices):
-        block = result[s * rows : (s + 1) * rows]
-        base = None if weight is None else weight[s * rows : (s + 1) * rows]
+    shape = a.shape[0], b.shape[2], a.shape[2]
+    scratch = Scratch.like(a, compute_type(a))
+    if out is None:
+        out = a.new_empty(shape[0] * shape[1], shape[2], dtype=scratch.dtype)
+    blocks = out.view(shape)
+    kept = []
+    for span in evaluator.spans():
+        part = blocks[span.slices, :, span.columns]
+        if update.keep:
+            tile = evaluator.tile(span, FreshMemory(a.device, scratch.dtype))
+            part.copy_(tile.merged)
+            kept.append((span, tile))
+        elif not update.is_empty(span):
+            evaluator.tile(span, scratch, out=part)
+    bases = [None] * shape[0] if weight is None else list(weight.view(shape).unbind())
+    known, update.selections = update.selections, []
+    for s, (block, base) in enumerate(zip(blocks.unbind(), bases, strict=True)):
         if update.budgets[s] == 0 and update.form != "none":
             block.zero_() if base is None else block.copy_(base)
-            found.append(Selection(float("inf"), 0))
-            kept.append([])
+            update.selections.append(Selection(float("inf"), 0, 0.0))
             continue
-        tiles_of_slice = []
-        for columns in evaluator.columns(s):
-            tile = evaluator.tile(s, columns, scratch)
-            block[:, columns] = tile["merged"]
-            if update.keep:
-                tiles_of_slice.append((columns, tile))
-        kept.append(tiles_of_slice)
         if update.form != "none":
-            known = update.selections
-            found.append(known[s] if known else update.find(s, block))
-            block.mul_(factors(block, found[s], update.form)[0])
-        if update.scale != 1:
-            block.mul_(update.scale)
-        if base is not None:
-            block.add_(base)
-    update.selections = found
+            update.selections.append(known[s] if known else update.find(s, block, scratch))
+        _sparsify_and_add(update, s, block, base, scratch)
     if update.keep:
         update.kept_tiles = kept
-    return result
+    return out
+
+
+def _sparsify_and_add(
+    update: Update, s: int, block: Tensor, base: Tensor | None, scratch: Scratch
+) -> None:
+    """Turn a slice's merged matrix into base + scale · S, in place, some rows at a time."""
+    rows, inputs = block.shape
+    height = max(1, CPU_TILE // inputs) if block.device.type == "cpu" else rows
+    for start in range(0, rows, height):
+        span = slice(start, min(start + height, rows))
+        part = block[span]
+        amount = None
+        if update.form != "none":
+            assert update.selections is not None
+            buffer = scratch.take("amount", *part.shape)
+            region = Region(span, slice(0, inputs), inputs)
+            selection = update.selections[s]
+            amount, _ = factors(part, selection, update.form, buffer, region=region)
+        _combine(part, amount, None if base is None else base[span], update.scale, part)
+
+
+def _combine(
+    merged: Tensor, amount: Tensor | None, base: Tensor | None, scale: float, out: Tensor
+) -> None:
+    """out = base + scale · amount · merged, where a missing base is 0 and a missing amount 1."""
+    if amount is not None and base is not None and scale == 1:
+        torch.addcmul(base, merged, amount, out=out)
+        return
+    torch.mul(merged, scale if amount is None else amount, out=out)
+    if amount is not None and scale != 1:
+        out.mul_(scale)
+    if base is not None:
+        out.add_(base)
+
+
+def _contract(
+    update: Update,
+    dense: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scalars: Tensor,
+    needs_effective: bool,
+) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+    """W + S again (if needed), and ∂L/∂(W + S) contracted into gradients of A, B and scalars."""
+    evaluator = _evaluator(update, a, b, scalars)
+    shape = a.shape[0], b.shape[2], a.shape[2]
+    scratch = Scratch.like(a, compute_type(a))
+    dense = dense.reshape(shape)
+    effective = scratch.take("effective", *shape) if needs_effective else None
+    base = None if weight is None else weight.view(shape)
+    stored: Iterable[tuple[Span, Tile | None]] | None = update.kept_tiles
+    for span, tile in stored or ((span, None) for span in evaluator.spans()):
+        where = span.slices, slice(None), span.columns
+        if update.is_empty(span):
+            if effective is not None:
+                part = effective[where]
+                part.zero_() if base is None else part.copy_(base[where])
+            continue
+        if tile is None:
+            tile = evaluator.tile(span, scratch)
+        grad = scratch.take("grad", *tile.merged.shape)
+        amount = _through_sparsify(update, span, tile.merged, dense[where], grad, shape[2])
+        if effective is not None:
+            part_base = None if base is None else base[where]
+            _combine(tile.merged, amount, part_base, update.scale, effective[where])
+        evaluator.backward(span, tile, grad)
+    update.kept_tiles = None
+    flat = None if effective is None else effective.view(-1, shape[2])
+    return flat, evaluator.gradients()
+
+
+def _through_sparsify(
+    update: Update, span: Span, merged: Tensor, dense: Tensor, grad: Tensor, row_length: int
+) -> Tensor | None:
+    """Write ∂L/∂merged to ``grad``, from ∂L/∂S; return S / merged (None for 1)."""
+    if update.form == "none":
+        torch.mul(dense, update.scale, out=grad)
+        return None
+    assert update.selections is not None
+    scratch = Scratch.like(grad, grad.dtype)
+    amounts = scratch.take("amount", *grad.shape)
+    slopes = scratch.take("slope", *grad.shape)
+    region = Region(slice(0, merged.shape[1]), span.columns, row_length)
+    for i, selection in enumerate(update.selections[span.slices]):
+        amount, slope = factors(merged[i], selection, update.form, amounts[i], slopes[i], region)
+        assert slope is not None
+        torch.mul(dense[i], slope, out=grad[i])
+    if update.scale != 1:
+        grad.mul_(update.scale)
+    return amounts
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -113,7 +211,9 @@ class _MergedLinear(torch.autograd.Function):
         update: Update,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            effective = effective_weight(update, weight, a, b, scalars).to(x.dtype)
+            scratch = Scratch.like(a, compute_type(a))
+            out = scratch.take("effective", a.shape[0] * b.shape[2], a.shape[2])
+            effective = effective_weight(update, weight, a, b, scalars, out).to(x.dtype)
             ctx.save_for_backward(x, weight, a, b, scalars)
             ctx.update = update
             return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
@@ -126,7 +226,8 @@ class _MergedLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with torch.autocast(x.device.type, enabled=False):
             flat = grad.reshape(-1, grad.shape[-1])
-            dense = flat.mT @ x.reshape(-1, x.shape[-1])
+            buffer = Scratch.like(flat, flat.dtype).take("dense", flat.shape[-1], x.shape[-1])
+            dense = torch.mm(flat.mT, x.reshape(-1, x.shape[-1]), out=buffer)
             grad_weight = dense.clone() if needs_weight else None
             effective, (grad_a, grad_b, grad_scalars) = _contract(
                 update, dense, weight, a, b, scalars, needs_effective=needs_x
@@ -175,64 +276,6 @@ class _MergedWeight(torch.autograd.Function):
         )
 
 
-def _contract(
-    update: Update,
-    dense: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scalars: Tensor,
-    needs_effective: bool,
-) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
-    """W + S again (if needed), and ∂L/∂(W + S) contracted into gradients of A, B and the scalars."""
-    evaluator = _evaluator(update, a, b, scalars)
-    rows, inputs = b.shape[2], a.shape[2]
-    dtype = compute_type(a)
-    effective = dense.new_empty(dense.shape, dtype=dtype) if needs_effective else None
-    scratch = Scratch(dense.new_empty(0, dtype=dtype))
-    for s in range(a.shape[0]):
-        span = slice(s * rows, (s + 1) * rows)
-        base = None if weight is None else weight[span]
-        block = None if effective is None else effective[span]
-        if update.budgets[s] == 0 and update.form != "none":
-            if block is not None:
-                block.zero_() if base is None else block.copy_(base)
-            continue
-        stored = update.kept_tiles[s] if update.kept_tiles else None
-        spans = [columns for columns, _ in stored] if stored else evaluator.columns(s)
-        for i, columns in enumerate(spans):
-            tile = stored[i][1] if stored else evaluator.tile(s, columns, scratch)
-            merged = tile["merged"]
-            grad = scratch.take("grad", rows, columns.stop - columns.start)
-            grad.copy_(dense[span, columns])
-            amount = _sparsified(update, s, merged, columns, inputs, grad)
-            if block is not None:
-                torch.mul(merged, amount, out=block[:, columns])
-                if base is not None:
-                    block[:, columns].add_(base[:, columns])
-            evaluator.backward(s, columns, tile, grad)
-    update.kept_tiles = None
-    return effective, evaluator.gradients()
-
-
-def _sparsified(
-    update: Update, s: int, merged: Tensor, columns: slice, inputs: int, grad: Tensor
-) -> Tensor | float:
-    """Take ``grad`` (∂L/∂S) back to ∂L/∂merged in place; return S / merged."""
-    if update.scale != 1:
-        grad.mul_(update.scale)
-    if update.form == "none":
-        return update.scale
-    assert update.selections is not None
-    selection = update.selections[s]
-    index = None
-    if isinstance(selection.cut, Tensor) or selection.cut:
-        index = flat_index(merged.shape[0], columns, inputs, merged.device)
-    amount, factor = factors(merged, selection, update.form, index)
-    grad.mul_(factor)
-    return amount if update.scale == 1 else amount * update.scale
-
-
 def merged_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -245,7 +288,7 @@ def merged_linear(
     """x (W + S)ᵀ + bias, or x Sᵀ without a weight, with gradients for x, A, B and the scalars.
 
     x: (..., in); weight: (out, in); a: (slices, P, in, r/P); b: (slices, P, out/slices, r/P);
-    scalars: (slices · K,). Under autocast the product runs in the autocast type, the merge does not.
+    scalars: (slices · K,). Under autocast the product runs in its type, the merge does not.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
