@@ -4,7 +4,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_TUNER = ("SnellaConfig", "SnellaModel")
+_TUNER = ("SnellaCallback", "SnellaConfig", "SnellaModel", "convert_to_lora", "load_adapter")
 
 
 def __getattr__(name: str) -> Any:

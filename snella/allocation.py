@@ -1,8 +1,8 @@
 """Layer-level competition: how many weights every layer may tune (paper Eq. 7-12, Algorithm 1).
 
-A "layer" is one weight matrix of N_l entries. Its importance is the mean over A plus the mean over B of
-smoothed sensitivity times smoothed uncertainty; the model's budget b(t) falls from b_0 to b_T and is
-shared out in proportion to importance, no layer receiving more than N_l.
+A "layer" is one weight matrix of N_l entries. Its importance is the mean over A plus the mean over
+B of smoothed sensitivity times smoothed uncertainty; the model's budget b(t) falls from b_0 to b_T
+and is shared out in proportion to importance, no layer receiving more than N_l.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ SCORES = ("sensitivity", "magnitude", "weight-magnitude")
 
 @dataclass(frozen=True)
 class Schedule:
-    """The model's budget over time, b(t) = b_T + (1 − t/T)^k (b_0 − b_T)  (Eq. 12, k = 3 for cubic).
+    """The model's budget over time, b(t) = b_T + (1 − t/T)^k (b_0 − b_T)  (Eq. 12; cubic: k = 3).
 
     start, target: b_0 and b_T in entries; constant stays at b_T throughout.
-    warmup: updates at b_0 before the decay; cooldown: updates at b_T after it; interval: updates between
-    two reallocations. reach_target: the last update sits at b_T (paper: t = 0 … T); otherwise it is one
-    update short of it (released code).
+    warmup: updates at b_0 before the decay; cooldown: updates at b_T after it; interval: updates
+    between two reallocations. reach_target: the last update sits at b_T (paper: t = 0 … T);
+    otherwise it is one update short of it (released code).
     """
 
     start: float
@@ -42,7 +42,9 @@ class Schedule:
         if self.shape not in SCHEDULES:
             raise unknown("budget schedule", self.shape, SCHEDULES)
         if self.interval < 1 or self.warmup < 0 or self.cooldown < 0:
-            raise UserError("interval must be at least 1; warmup and cooldown must not be negative.")
+            raise UserError(
+                "interval must be at least 1; warmup and cooldown must not be negative."
+            )
 
     def budget(self, update: int, updates: int) -> int:
         """Entries that may be non-zero in the whole model at update 0 <= t < ``updates``."""
@@ -68,8 +70,8 @@ def allocate(scores: Sequence[float], sizes: Sequence[int], budget: int) -> list
     """Algorithm 1 with integers: entries per layer, summing to min(budget, Σ sizes) exactly.
 
     Layers take budget · score; what a full layer cannot take goes to the others in proportion, and
-    fractions are rounded by largest remainder (ties: lower index first). Scores that are NaN, infinite
-    or negative count as 0; if no score is positive, layers share in proportion to their size.
+    fractions are rounded by largest remainder (ties: lower index first). Scores that are NaN,
+    infinite or negative count as 0; if no score is positive, layers share in proportion to size.
     """
     if len(scores) != len(sizes):
         raise UserError(f"{len(scores)} scores for {len(sizes)} layers.")
@@ -117,8 +119,8 @@ def _round_largest_remainder(granted: list[int], weights: dict[int, float], rema
 def allocate_released(scores: Sequence[float], sizes: Sequence[int], budget: int) -> list[int]:
     """The released code's sharing rule: a truncated first pass, then real-valued passes, truncated.
 
-    Single precision, as released; the sum may stay a few weights below the budget. Scores are
-    normalised to sum 1 by the caller there, here inside. Unusable scores are treated as in ``allocate``.
+    Single precision, as released; the sum may stay a few weights below the budget. Scores need not
+    be normalised; unusable ones are treated as in ``allocate``.
     """
     values = torch.tensor([s if math.isfinite(s) and s > 0 else 0.0 for s in map(float, scores)])
     if not values.any():
@@ -143,10 +145,11 @@ class Importance:
     """Smoothed sensitivity and uncertainty of every low-rank matrix (Eq. 7-10), on its own device.
 
     beta1, beta2: smoothing of sensitivity and of uncertainty.
-    from_first: the averages start at the first step's sensitivity and 0 (Eq. 8); otherwise both start at
-    0 and are smoothed in the first step too (released code).
+    from_first: the averages start at the first step's sensitivity and 0 (Eq. 8); otherwise both
+    start at 0 and are smoothed in the first step too (released code).
     skip_nonfinite: a step with a NaN or infinite gradient anywhere leaves the averages alone and is
-    counted in ``skipped``; otherwise only the entries concerned count as 0 (released code, for NaN).
+    counted in ``skipped``; otherwise only the entries concerned count as 0 (released code does so
+    with NaN, while one infinite entry freezes it for good).
     """
 
     def __init__(
@@ -167,12 +170,12 @@ class Importance:
         self._skipped: Tensor | None = None
 
     @torch.no_grad()
-    def update(self, factors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Take in one optimizer step: the matrices and their gradients, always in the same order."""
+    def update(self, factors: list[Tensor], grads: list[Tensor]) -> None:
+        """Take in one optimizer step: matrices and their gradients, always in the same order."""
         if not self.sensitivity:
             self._start(factors)
         assert self._started is not None and self._skipped is not None
-        current = torch._foreach_mul(factors, grads)
+        current = list(torch._foreach_mul(factors, grads))
         torch._foreach_abs_(current)
         usable = torch.ones_like(self._started)
         if self.skip_nonfinite:
@@ -182,12 +185,12 @@ class Importance:
             value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         rate1, rate2 = self._rates(usable)
         _move_towards(self.sensitivity, current, rate1)
-        deviation = torch._foreach_sub(current, self.sensitivity)
+        deviation = list(torch._foreach_sub(current, self.sensitivity))
         torch._foreach_abs_(deviation)
         _move_towards(self.uncertainty, deviation, rate2)
         self._started |= usable
 
-    def _start(self, factors: Sequence[Tensor]) -> None:
+    def _start(self, factors: list[Tensor]) -> None:
         self.sensitivity = [torch.zeros_like(factor) for factor in factors]
         self.uncertainty = [torch.zeros_like(factor) for factor in factors]
         device = factors[0].device
@@ -195,14 +198,14 @@ class Importance:
         self._skipped = torch.zeros((), dtype=torch.long, device=device)
 
     def _rates(self, usable: Tensor) -> tuple[Tensor, Tensor]:
-        """Smoothing rates as device scalars: (1, 0) at the first step of Eq. 8, (0, 0) when skipped."""
+        """Smoothing rates as device scalars: (1, 0) at Eq. 8's first step, (0, 0) when skipped."""
         assert self._started is not None
         dtype = self.sensitivity[0].dtype
         started, usable = self._started.to(dtype), usable.to(dtype)
         return (1 - self.beta1 * started) * usable, (1 - self.beta2) * started * usable
 
     def scores(self) -> list[Tensor]:
-        """Mean of sensitivity · uncertainty (Eq. 11) of every matrix, per slice: shape (slices,)."""
+        """Mean of sensitivity · uncertainty (Eq. 11) of every matrix, per slice: (slices,) each."""
         products = torch._foreach_mul(self.sensitivity, self.uncertainty)
         return [product.flatten(1).mean(1) for product in products]
 
@@ -222,7 +225,7 @@ class Importance:
             state |= {f"sensitivity.{i}": sensitivity, f"uncertainty.{i}": uncertainty}
         return {name: value.clone() for name, value in state.items()}
 
-    def load_state_dict(self, state: dict[str, Tensor], factors: Sequence[Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], factors: list[Tensor]) -> None:
         """Restore ``state_dict``; ``factors`` gives order, shapes and devices."""
         if not state:
             self.sensitivity, self.uncertainty = [], []
@@ -239,7 +242,7 @@ class Importance:
         self._skipped.copy_(state["skipped"])
 
 
-def _move_towards(averages: list[Tensor], values: Sequence[Tensor], rate: Tensor) -> None:
+def _move_towards(averages: list[Tensor], values: list[Tensor], rate: Tensor) -> None:
     """averages += rate · (values − averages), in place."""
     steps = torch._foreach_sub(values, averages)
     torch._foreach_mul_(steps, rate)

@@ -1,7 +1,7 @@
-"""Kernels κ that merge two low-rank matrices into one dense, full-rank matrix (paper Eq. 6, Table 14).
+"""Kernels κ that merge two low-rank matrices into one dense, full-rank matrix (Eq. 6, Table 14).
 
-``merged[o, i] = κ(B_o, A_i)`` for output feature o and input feature i. The rank is cut into P equal
-pieces; with D = Σ_p c_p ‖A_p,i − B_p,o‖₂ the kernels are
+``merged[o, i] = κ(B_o, A_i)`` for output feature o and input feature i. The rank is cut into P
+equal pieces; with D = Σ_p c_p ‖A_p,i − B_p,o‖₂ the kernels are
 
     linear             A_i · B_o
     piecewise-linear   D
@@ -29,7 +29,7 @@ from snella.errors import UserError, unknown
 PIECEWISE = ("piecewise-linear", "mix-k")
 
 # Names and initial values of the learnable scalars. Table 14 gives no initial values: the offset of
-# sigmoid and rbf cancels their value at A = B = 0, so that fine-tuning starts near the frozen weights.
+# sigmoid and rbf cancels their value at A = B = 0, so that training starts near the frozen weights.
 _SCALARS: dict[str, dict[str, float]] = {
     "linear": {},
     "piecewise-linear": {},
@@ -105,22 +105,21 @@ class Kernel:
         return {name: scalars[:, k, None, None] for k, name in enumerate(self.scalars)}
 
 
-def initial_factor(kernel: Kernel, slices: int, features: int, like: Tensor | None = None) -> Tensor:
-    """Draw A or B, shape (slices, P, features, r/P), from U(−s, s) with s = 1/√(features · r/P).
+def initial_factor(kernel: Kernel, slices: int, features: int) -> Tensor:
+    """Draw A or B, (slices, P, features, r/P), from U(−s, s) with s = 1/√(features · r/P).
 
     This is what ``kaiming_uniform_(a=√5)`` yields on the released code's three-dimensional tensors.
     """
     bound = 1.0 / math.sqrt(features * kernel.coordinates)
     shape = (slices, kernel.pieces, features, kernel.coordinates)
-    options = {} if like is None else {"dtype": like.dtype, "device": like.device}
-    return torch.empty(shape, **options).uniform_(-bound, bound)
+    return torch.empty(shape).uniform_(-bound, bound)
 
 
 def merge(kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor) -> Tensor:
     """Dense merged matrix, by the formulas above, differentiable by autograd.
 
-    a: (slices, P, in, r/P); b: (slices, P, out, r/P); scalars: (slices, K) in ``kernel.scalars`` order.
-    Returns (slices, out, in). The distance has gradient 0 where two points coincide.
+    a: (slices, P, in, r/P); b: (slices, P, out, r/P); scalars: (slices, K), ordered as
+    ``kernel.scalars``. Returns (slices, out, in). Distances have gradient 0 where points coincide.
     """
     return _FORMULAS[kernel.name](kernel, a, b, kernel.named(scalars))
 

@@ -1,7 +1,7 @@
 """Weight-level competition: of a merged matrix, exactly b entries survive (paper Sec. 3.3, Eq. 13).
 
-The b entries of largest magnitude are kept; equal magnitudes are ordered by flat index, so the choice
-is deterministic. With t the largest magnitude below all kept ones, the kept entries become
+The b entries of largest magnitude are kept; equal magnitudes are ordered by flat index, so the
+choice is deterministic. With t the largest magnitude below all kept ones, the kept entries become
 
     paper      W · (|W| − t)     Eq. 13; the paper takes t = b-th largest, which would keep b − 1
     released   W · |W|           released code; the factor |W| counts as a constant in the gradient
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from snella.errors import UserError, unknown
 
@@ -88,11 +87,11 @@ def select(
     margin: float = 0.01,
     buffer: Tensor | None = None,
 ) -> Selection:
-    """Choose the ``budget`` largest magnitudes of one merged matrix, without a device synchronisation.
+    """Choose the ``budget`` largest magnitudes of one merged matrix, without waiting for a device.
 
-    merged: any shape, N entries; budget: 0 <= b <= N. Exact for any N. guess, margin: on the CPU, an
-    earlier threshold and the relative distance within which the new one is looked for first; they
-    change the time taken, never the result. buffer: memory to use, as large as ``merged``.
+    merged: any shape, N entries; budget: 0 <= b <= N. Exact for any N. guess, margin: on the CPU,
+    an earlier threshold and the relative distance within which the new one is looked for first;
+    they change the time taken, never the result. buffer: memory to use, as large as ``merged``.
     """
     magnitude = torch.abs(merged.detach(), out=buffer).flatten()
     total = magnitude.numel()
@@ -199,7 +198,7 @@ def factors(
             torch.sub(magnitude, selection.subtracted, out=amount).clamp_min_(0)
             if slope is None:
                 return amount, None
-        kept = F.threshold_(magnitude, float(selection.threshold), 0.0)
+        kept = torch.threshold_(magnitude, float(selection.threshold), 0.0)
     if not soft:
         return kept, kept
     return amount, kept.add_(amount)

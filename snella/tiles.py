@@ -21,8 +21,8 @@ from torch import Tensor
 
 from snella.kernels import Kernel, merge
 
-# Elements per tile. Smaller tiles fit a CPU's inner caches, larger ones need fewer calls; in between
-# it hardly matters. Accelerators take all slices of a layer at once.
+# Elements per tile. Smaller tiles fit a CPU's inner caches, larger ones need fewer calls; in
+# between it hardly matters. Accelerators take all slices of a layer at once.
 CPU_TILE = 320 * 1024
 
 _local = threading.local()
@@ -37,6 +37,7 @@ class Scratch:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.flat: dict[str, Tensor] = {}
+        self.views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @staticmethod
     def like(tensor: Tensor, dtype: torch.dtype) -> Scratch:
@@ -50,13 +51,17 @@ class Scratch:
 
     def take(self, name: str, *shape: int) -> Tensor:
         """An uninitialised tensor, valid until its name is taken again."""
-        size = math.prod(shape)
-        buffer = self.flat.get(name)
-        if buffer is None or buffer.numel() < size:
+        view = self.views.get((name, shape))
+        if view is None:
+            size = math.prod(shape)
+            buffer = self.flat.get(name)
             with torch.inference_mode(False):
-                buffer = torch.empty(size, device=self.device, dtype=self.dtype)
-            self.flat[name] = buffer
-        return buffer[:size].view(shape)
+                if buffer is None or buffer.numel() < size:
+                    self.views = {key: v for key, v in self.views.items() if key[0] != name}
+                    buffer = torch.empty(size, device=self.device, dtype=self.dtype)
+                    self.flat[name] = buffer
+                view = self.views[name, shape] = buffer[:size].view(shape)
+        return view
 
 
 class FreshMemory(Scratch):
@@ -90,21 +95,30 @@ class Tile:
     leaves: list[Tensor] = field(default_factory=list)
 
 
-class PiecewiseTiles:
-    """piecewise-linear and mix-k; shapes as in ``snella.kernels.merge``, tensors without gradient."""
+@dataclass(frozen=True)
+class Bounds:
+    """Limits of the squared distances, which hold until the parameters change.
 
-    def __init__(self, kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor) -> None:
+    floor: (slices, P, 1, 1); below it a squared distance is rounding noise of the product that
+    forms it, and a true 0 may not divide. needs_shift: whether exp(D/τ) could overflow.
+    """
+
+    floor: Tensor
+    needs_shift: bool
+
+
+class PiecewiseTiles:
+    """piecewise-linear and mix-k; shapes as in ``snella.kernels.merge``, without gradients."""
+
+    def __init__(
+        self, kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor, bounds: Bounds | None = None
+    ) -> None:
         self.kernel, self.a, self.b = kernel, a, b
-        self.squares_a = a.square().sum(-1, keepdim=True)
+        squares_a = a.square().sum(-1, keepdim=True)
         squares_b = b.square().sum(-1, keepdim=True)
-        one_a, one_b = a.new_ones(()).expand_as(self.squares_a), b.new_ones(()).expand_as(squares_b)
         # Left and right factors whose product is |b|² + |a|² − 2 b·a.
-        self.left = torch.cat([b, squares_b, one_b], -1)
-        self.right = torch.cat([a * -2, one_a, self.squares_a], -1)
-        largest = (self.squares_a.amax(2) + squares_b.amax(2)).squeeze(-1)
-        # Below this a squared distance is rounding noise of the product; a true 0 may not divide.
-        limits = torch.finfo(a.dtype)
-        self.floor = (largest * limits.eps + limits.tiny)[..., None, None]
+        self.left = torch.cat([b, squares_b, torch.ones_like(squares_b)], -1)
+        self.right = torch.cat([a * -2, torch.ones_like(squares_a), squares_a], -1)
         self.scalars = kernel.named(scalars)
         if kernel.learnable_coefficients:
             names = [f"coefficient_{p}" for p in range(kernel.pieces)]
@@ -112,20 +126,23 @@ class PiecewiseTiles:
         else:
             fixed = a.new_tensor(kernel.coefficients).expand(len(a), -1)
             self.coefficients = list(fixed[..., None, None].unbind(1))
-        self.needs_shift = kernel.name == "mix-k" and self._may_overflow(largest)
+        self.bounds = bounds or self._bounds(squares_a, squares_b)
         self.grad_left: Tensor | None = None
         self.grad_right: Tensor | None = None
         self.grad_scalars = torch.zeros_like(scalars)
 
-    def _may_overflow(self, largest: Tensor) -> bool:
-        """Whether exp(D/τ) needs its maximum subtracted; a device is not asked, to avoid a wait."""
-        if largest.device.type != "cpu":
-            return True
-        reach = (2 * largest).sqrt_()[..., None, None]
-        bound = sum(c.abs() * reach[:, p] for p, c in enumerate(self.coefficients))
-        if self.kernel.temperature:
-            bound = bound / self.scalars["temperature"].abs()
-        return not float(torch.as_tensor(bound).max()) < 60
+    def _bounds(self, squares_a: Tensor, squares_b: Tensor) -> Bounds:
+        largest = squares_a.amax(2, keepdim=True) + squares_b.amax(2, keepdim=True)
+        limits = torch.finfo(largest.dtype)
+        floor = largest * limits.eps + limits.tiny
+        needs_shift = self.kernel.name == "mix-k"
+        if needs_shift and largest.device.type == "cpu":  # a device is not asked, to avoid a wait
+            reach = (2 * largest).sqrt_()
+            bound = torch.stack([c.abs() * reach[:, p] for p, c in enumerate(self.coefficients)])
+            if self.kernel.temperature:
+                bound = bound / self.scalars["temperature"].abs()
+            needs_shift = not float(bound.sum(0).max()) < 60
+        return Bounds(floor, needs_shift)
 
     def spans(self) -> Iterator[Span]:
         """The tiles that make up the layer."""
@@ -134,7 +151,8 @@ class PiecewiseTiles:
         if self.a.device.type != "cpu" or slices * outputs * inputs <= CPU_TILE:
             yield Span(slice(0, slices), slice(0, inputs))
             return
-        width = max(16, CPU_TILE // outputs // 16 * 16)
+        parts = math.ceil(outputs * inputs / CPU_TILE)
+        width = 16 * math.ceil(inputs / parts / 16)
         for s in range(slices):
             for start in range(0, inputs, width):
                 yield Span(slice(s, s + 1), slice(start, min(start + width, inputs)))
@@ -145,7 +163,7 @@ class PiecewiseTiles:
         slices, pieces, outputs, _ = left.shape
         distances = scratch.take("distances", slices, pieces, outputs, span.width)
         torch.bmm(left.flatten(0, 1), right.flatten(0, 1).mT, out=distances.flatten(0, 1))
-        distances.clamp_min_(self.floor[span.slices]).sqrt_()
+        distances.clamp_min_(self.bounds.floor[span.slices]).sqrt_()
         mixed = self.kernel.name == "mix-k"
         shape = slices, outputs, span.width
         linear = scratch.take("linear", *shape) if mixed or out is None else out
@@ -164,7 +182,7 @@ class PiecewiseTiles:
         logits = linear
         if self.kernel.temperature:
             logits = torch.div(linear, self.scalars["temperature"][span.slices], out=exponential)
-        if self.needs_shift:
+        if self.bounds.needs_shift:
             logits = torch.sub(logits, logits.amax(-2, keepdim=True), out=exponential)
         torch.exp(logits, out=exponential)
         tile.exponential = exponential
@@ -192,8 +210,8 @@ class PiecewiseTiles:
 
     def _softmax_backward(self, span: Span, tile: Tile, grad: Tensor) -> None:
         """Turn ∂L/∂merged into ∂L/∂D in place, and collect the scalars' gradients."""
-        exponential, normaliser = tile.exponential, tile.normaliser
-        assert exponential is not None and normaliser is not None
+        linear, exponential, normaliser = tile.linear, tile.exponential, tile.normaliser
+        assert linear is not None and exponential is not None and normaliser is not None
         self._add_scalar(span, "offset", grad.sum((1, 2)))
         logit = torch.mul(grad, exponential, out=tile.merged)
         mean = logit.sum(-2, keepdim=True).mul_(normaliser)
@@ -203,7 +221,7 @@ class PiecewiseTiles:
         if self.kernel.temperature:
             temperature = self.scalars["temperature"][span.slices]
             weight = weight / temperature
-            moment = torch.mul(logit, tile.linear, out=exponential).sum(-2, keepdim=True)
+            moment = torch.mul(logit, linear, out=exponential).sum(-2, keepdim=True)
             share = (moment * weight).sum((1, 2)) / temperature[:, 0, 0]
             self._add_scalar(span, "temperature", -share)
         grad.addcmul_(logit, weight)
@@ -232,6 +250,8 @@ class PiecewiseTiles:
 
 class AutogradTiles:
     """Any kernel, one slice at a time, differentiated by recomputing ``snella.kernels.merge``."""
+
+    bounds = None
 
     def __init__(self, kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor) -> None:
         self.kernel = kernel
@@ -268,6 +288,13 @@ class AutogradTiles:
 Tiles = PiecewiseTiles | AutogradTiles
 
 
-def tiles(kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor) -> Tiles:
-    """The evaluator for this kernel; it keeps only the low-rank matrices."""
-    return (PiecewiseTiles if kernel.is_piecewise else AutogradTiles)(kernel, a, b, scalars)
+def tiles(
+    kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor, bounds: Bounds | None = None
+) -> Tiles:
+    """The evaluator for this kernel; it keeps only the low-rank matrices.
+
+    bounds: those of an earlier evaluator of the same parameters, to save their computation.
+    """
+    if kernel.is_piecewise:
+        return PiecewiseTiles(kernel, a, b, scalars, bounds)
+    return AutogradTiles(kernel, a, b, scalars)

@@ -52,7 +52,9 @@ def snella_tensor(arrays: dict[str, np.ndarray], block: int, layer: str, field: 
         values = [arrays[f"{prefix}{part}.learnable.{key}"] for part in parts]
         return torch.from_numpy(np.stack(values)).double()
     scalars = [
-        np.concatenate([arrays[f"{prefix}{part}.learnable.{key}"] for key in ("alpha", "beta", "gamma")])
+        np.concatenate(
+            [arrays[f"{prefix}{part}.learnable.{key}"] for key in ("alpha", "beta", "gamma")]
+        )
         for part in parts
     ]
     return torch.from_numpy(np.concatenate(scalars)).double()

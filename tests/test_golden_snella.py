@@ -89,13 +89,17 @@ def test_wide_single_precision_layer() -> None:
     data, kernel, a, b, scalars = golden_layer(name)
     merged = merge(kernel, a, b, scalars)[0]
     close(merged[:16, :16], data["merged_block"].T, 1e-5)
-    assert float(merged.detach().double().norm()) == pytest.approx(float(data["merged_fro"]), rel=1e-5)
+    assert float(merged.detach().double().norm()) == pytest.approx(
+        float(data["merged_fro"]), rel=1e-5
+    )
     close(merged.double().sum(0), data["merged_rowsum"], 1e-5)
     budget = budget_from_sparsity(0.9, merged.numel(), "quantile")
     assert abs(budget - int(data["kept"])) <= 2
     update = sparsify(merged, budget, "released")
     assert int(keep_mask(merged, select(merged, budget)).sum()) == budget
-    assert float(update.detach().double().norm()) == pytest.approx(float(data["sparse_fro"]), rel=1e-5)
+    assert float(update.detach().double().norm()) == pytest.approx(
+        float(data["sparse_fro"]), rel=1e-5
+    )
     x = tensor(data["x"]).requires_grad_()
     y = x @ update.T
     mostly_close(y.detach(), data["y"], 1e-4, 0.99)

@@ -43,8 +43,8 @@ class Allocator:
             raise UserError(f"epoch must lie in [0, {epochs}), got {epoch}.")
         if self.epoch is not None and epoch > self.epoch and self.step == 0:
             raise UserError(
-                "SNELLA saw no optimizer step since the last epoch started: call on_step_end() after "
-                "optimizer.step() and before zero_grad(), or set allocation=False."
+                "SNELLA saw no optimizer step since the last epoch started: call on_step_end() "
+                "after optimizer.step() and before zero_grad(), or set allocation=False."
             )
         if self.config.interval == "step" and steps is None:
             raise UserError('interval="step" needs on_epoch_start(epoch, epochs, steps_per_epoch).')
@@ -94,7 +94,9 @@ class Allocator:
         if schedule.reallocates(update, updates):
             share = allocate if self.config.sharing == "exact" else allocate_released
             sizes = [layer.slice_size for layer in layers for _ in range(layer.slices)]
-            granted = iter(share(self.scores(layers, name), sizes, schedule.budget(update, updates)))
+            granted = iter(
+                share(self.scores(layers, name), sizes, schedule.budget(update, updates))
+            )
             for layer in layers:
                 layer.set_budget(name, [next(granted) for _ in range(layer.slices)])
 
@@ -131,8 +133,8 @@ class Allocator:
         skipped = self.importance.skipped
         if skipped > self.reported:
             warnings.warn(
-                f"SNELLA left {skipped - self.reported} step(s) out of the importance scores: their "
-                "gradients were NaN or infinite.",
+                f"SNELLA left {skipped - self.reported} step(s) out of the importance scores: "
+                "their gradients were NaN or infinite.",
                 stacklevel=4,
             )
             self.reported = skipped
@@ -155,7 +157,7 @@ class Allocator:
             self.before = [factor.detach().clone() for factor in factors]
 
 
-def _factors(layers: list[SnellaLayer], name: str) -> list[nn.Parameter]:
+def _factors(layers: list[SnellaLayer], name: str) -> list[Tensor]:
     """A and B of every layer, in a fixed order."""
     return [p for layer in layers for p in (layer.snella_A[name], layer.snella_B[name])]
 
@@ -182,7 +184,7 @@ def snella_layers(model: nn.Module, adapter_name: str) -> list[SnellaLayer]:
 
 def _allocators(model: nn.Module) -> Iterator[tuple[str, list[SnellaLayer], Allocator]]:
     """The allocators of all trained SNELLA adapters of ``model``, made on first use."""
-    found = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+    found: list[SnellaLayer] = [m for m in model.modules() if isinstance(m, SnellaLayer)]
     if not found:
         raise UserError("The model has no SNELLA layer: adapt it with get_peft_model first.")
     for name in sorted({name for layer in found for name in layer.active_adapters}):
@@ -198,7 +200,7 @@ def _allocators(model: nn.Module) -> Iterator[tuple[str, list[SnellaLayer], Allo
 def on_epoch_start(
     model: nn.Module, epoch: int, epochs: int, steps_per_epoch: int | None = None
 ) -> None:
-    """Call before epoch ``epoch`` of 0 … ``epochs`` − 1, on the adapted model or any wrapper of it."""
+    """Call before epoch ``epoch`` of 0 … ``epochs`` − 1, with the adapted model or its wrapper."""
     for name, layers, allocator in _allocators(model):
         allocator.on_epoch_start(layers, name, epoch, epochs, steps_per_epoch)
 

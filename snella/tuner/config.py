@@ -1,15 +1,15 @@
-"""SnellaConfig: every choice of SNELLA (arXiv 2510.24037) as one field of a Hugging Face PEFT config.
+"""SnellaConfig: every choice of SNELLA (arXiv 2510.24037) as a field of a Hugging Face PEFT config.
 
 ``variant`` fills the fields left at None: "paper" follows the text, "released" the authors' code
-(github.com/ssfgunner/SNELL at e9d5185). Each field can be set alone. Further settings of the same code:
-SNELL is ``allocation=False, kernel="piecewise-linear"``, KLoRA also ``sparsify="none"``.
+(github.com/ssfgunner/SNELL at e9d5185). Each field can be set alone. Further settings of the same
+code: SNELL is ``allocation=False, kernel="piecewise-linear"``, KLoRA also ``sparsify="none"``.
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from peft.config import PeftConfig
 
@@ -19,7 +19,7 @@ from snella.kernels import Kernel
 from snella.sparsify import BUDGET_RULES, FORMS
 
 
-class SnellaPeftType(str, enum.Enum):
+class SnellaPeftType(enum.StrEnum):
     """PEFT's own enum is closed; a str member equal to its name works wherever PEFT looks it up."""
 
     SNELLA = "SNELLA"
@@ -55,61 +55,83 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _FRACTIONS = ("initial_sparsity", "target_sparsity", "beta1", "beta2")
 
 
-def _help(text: str, default: Any = None) -> Any:
-    if isinstance(default, dict | list):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class SnellaConfig(PeftConfig):
-    """Configuration of a SNELLA adapter; see the fields' help and ``docs/snella.md``."""
+    """Configuration of a SNELLA adapter.
 
-    rank: int = _help("Rank r of A and B, shared out over the pieces.", 8)
-    target_modules: list[str] | str | None = _help(
-        "Linear layers to adapt: names, a regular expression, or None for those of the blocks of a "
-        "vision transformer, Swin, ConvNeXt, SAM encoder or diffusion transformer."
-    )
-    exclude_modules: list[str] | str | None = _help("Modules left alone although they match.")
-    modules_to_save: list[str] | None = _help("Modules trained in full and saved, e.g. the head.")
-    layers_to_transform: list[int] | int | None = _help("Indices of the blocks to adapt; all if None.")
-    layers_pattern: list[str] | str | None = _help("Name of the list of blocks, for the indices.")
-    fused_parts: dict[str, int] = _help(
-        "Layers that stack several matrices along their output, e.g. query, key and value: name and "
-        "number of equal parts. Each part has its own kernel, budget and threshold.",
-        {"qkv": 3, "kv": 2},
-    )
-    variant: Literal["paper", "released"] = _help("Fills every field left at None.", "paper")
+    Which layers
+        target_modules: linear layers to adapt: names, a regular expression, or None for those of
+            the blocks of a ViT, Swin, ConvNeXt, SAM encoder or diffusion transformer.
+        exclude_modules, layers_to_transform, layers_pattern: as everywhere in PEFT.
+        modules_to_save: modules trained in full and saved with the adapter, e.g. ``["head"]``.
+        fused_parts: layers that stack several matrices along their output, and into how many equal
+            parts they fall. Each part has its own kernel, budget and threshold.
+    Merged matrix (Eq. 6, Table 14)
+        rank, pieces: r and P; the pieces share the rank.
+        kernel: mix-k, piecewise-linear, linear, sigmoid, rbf or rbf-normalised.
+        coefficients: piece coefficients c_p "learnable", or "fixed" at ±0.1.
+        temperature: a learnable temperature in the softmax of mix-k.
+    Sparsity (Eq. 13)
+        sparsify: "paper" (Eq. 13), "released" (W·|W| above the threshold) or "none".
+        initial_sparsity, target_sparsity: share of entries at zero when training starts and ends;
+            without allocation, and with a constant schedule, it is the target throughout.
+        budget_rule: "exact", or "quantile" for the released code's count (at most N − 1).
+    Budget and allocation (Eq. 7-12, Algorithm 1)
+        allocation: layers compete for the budget; off means uniform sparsity.
+        schedule: constant, linear, quadratic or cubic; reach_target: whether the last update sits
+            at the target or one update short of it.
+        interval: update once per "epoch" or "step"; warmup_updates, cooldown_updates, update_every:
+            updates at the initial and at the target sparsity, and between two reallocations.
+        sharing: "exact" integers, or "released" rounding.
+        score: sensitivity, magnitude or weight-magnitude (Table 10).
+        beta1, beta2: smoothing of sensitivity (Eq. 9) and uncertainty (Eq. 10).
+        sensitivity_at: the weight in |w ∂L/∂w| from "before-step" (Eq. 7) or "after-step".
+        smoothing_start: "first-step" (Eq. 8) or "zero".
+        nonfinite: a gradient with NaN or inf means "skip-step" or "zero-entries".
+    Training
+        dropout: on the input of the update, except for layers named in no_dropout.
+        drop_path: stochastic depth on the output of the update, per sample.
+        keep_merged: keep merged matrices for backward, which is faster and needs their memory.
+    """
 
-    kernel: str = _help("mix-k, piecewise-linear, linear, sigmoid, rbf or rbf-normalised.", "mix-k")
-    pieces: int = _help("P, pieces of the piecewise kernels (Eq. 6).", 2)
-    coefficients: str | None = _help("Piece coefficients c_p: learnable or fixed at ±0.1.")
-    temperature: bool | None = _help("Learnable temperature in the softmax of mix-k.")
+    rank: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    fused_parts: dict[str, int] = field(default_factory=lambda: {"qkv": 3, "kv": 2})
+    variant: str = "paper"
 
-    sparsify: str | None = _help("paper (Eq. 13), released (W·|W| above the threshold) or none.")
-    budget_rule: str | None = _help("exact, or quantile: the released code's count, at most N − 1.")
-    initial_sparsity: float | None = _help("Share of entries at zero when training starts.")
-    target_sparsity: float = _help("Share at the end; throughout, if allocation is off.", 0.7)
+    kernel: str = "mix-k"
+    pieces: int = 2
+    coefficients: str | None = None
+    temperature: bool | None = None
 
-    allocation: bool = _help("Layers compete for the budget; off means uniform sparsity.", True)
-    schedule: str = _help("Decay of the budget: constant, linear, quadratic or cubic.", "cubic")
-    interval: str = _help("Reallocate once per epoch or per step.", "epoch")
-    warmup_updates: int = _help("Updates at the initial sparsity.", 0)
-    cooldown_updates: int = _help("Updates at the target sparsity.", 0)
-    update_every: int = _help("Updates between two reallocations.", 1)
-    reach_target: bool | None = _help("The last update sits at the target, not one short of it.")
-    sharing: str | None = _help("Algorithm 1 with exact integers, or the released code's rounding.")
-    score: str = _help("sensitivity, magnitude or weight-magnitude (Table 10).", "sensitivity")
-    beta1: float = _help("Smoothing of the sensitivity (Eq. 9).", 0.85)
-    beta2: float = _help("Smoothing of the uncertainty (Eq. 10).", 0.85)
-    sensitivity_at: str | None = _help("Weight in |w ∂L/∂w|: before-step (Eq. 7) or after-step.")
-    smoothing_start: str | None = _help("first-step (Eq. 8) or zero.")
-    nonfinite: str | None = _help("A gradient with NaN or inf: skip-step or zero-entries.")
+    sparsify: str | None = None
+    budget_rule: str | None = None
+    initial_sparsity: float | None = None
+    target_sparsity: float = 0.7
 
-    dropout: float | None = _help("Dropout on the input of the update.")
-    no_dropout: list[str] = _help("Layers whose update sees its input without dropout.", ["proj"])
-    drop_path: float | None = _help("Stochastic depth on the output of the update, per sample.")
-    keep_merged: bool = _help("Keep merged matrices for backward: faster, needs their memory.", False)
+    allocation: bool = True
+    schedule: str = "cubic"
+    interval: str = "epoch"
+    warmup_updates: int = 0
+    cooldown_updates: int = 0
+    update_every: int = 1
+    reach_target: bool | None = None
+    sharing: str | None = None
+    score: str = "sensitivity"
+    beta1: float = 0.85
+    beta2: float = 0.85
+    sensitivity_at: str | None = None
+    smoothing_start: str | None = None
+    nonfinite: str | None = None
+
+    dropout: float | None = None
+    no_dropout: list[str] = field(default_factory=lambda: ["proj"])
+    drop_path: float | None = None
+    keep_merged: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +165,11 @@ class SnellaConfig(PeftConfig):
             raise UserError('sparsify="none" keeps every entry: also set allocation=False.')
         self.merge_kernel  # noqa: B018  raises the user's error for kernel, rank and pieces
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as saved, in a reproducible order."""
+        fields = super().to_dict()
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
+
     @property
     def merge_kernel(self) -> Kernel:
         """The kernel as the mathematics sees it."""
@@ -156,7 +183,7 @@ class SnellaConfig(PeftConfig):
 
     @property
     def sparsity_at_start(self) -> float:
-        """Sparsity of a fresh adapter: constant schedules and uniform sparsity start at the target."""
+        """Of a fresh adapter; uniform sparsity and constant schedules start at the target."""
         if not self.allocation or self.schedule == "constant":
             return self.target_sparsity
         assert self.initial_sparsity is not None

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from snella.kernels import Kernel
 from snella.sparsify import Region, Selection, factors, select
-from snella.tiles import CPU_TILE, FreshMemory, Scratch, Span, Tile, Tiles, tiles
+from snella.tiles import CPU_TILE, Bounds, FreshMemory, Scratch, Span, Tile, Tiles, tiles
 
 
 @dataclass(eq=False)
@@ -28,6 +28,7 @@ class Update:
     budgets: entries to keep per slice. selections: found by the first forward after a change of the
     parameters, then reused. scale: factor on the update. keep: whether tiles are kept for backward.
     guesses: (threshold, margin) per slice from earlier steps, to find the next threshold faster.
+    bounds: the evaluator's, which also hold until the parameters change.
     """
 
     kernel: Kernel
@@ -38,6 +39,7 @@ class Update:
     selections: list[Selection] | None = None
     guesses: dict[int, tuple[float, float]] = field(default_factory=dict)
     kept_tiles: list[tuple[Span, Tile]] | None = None
+    bounds: Bounds | None = None
 
     def is_empty(self, span: Span) -> bool:
         """Whether nothing survives there, so that there is nothing to compute."""
@@ -62,7 +64,10 @@ def compute_type(parameter: Tensor) -> torch.dtype:
 def _evaluator(update: Update, a: Tensor, b: Tensor, scalars: Tensor) -> Tiles:
     dtype = compute_type(a)
     scalars = scalars.view(a.shape[0], -1)
-    return tiles(update.kernel, *(t.detach().to(dtype) for t in (a, b, scalars)))
+    a, b, scalars = (t.detach().to(dtype) for t in (a, b, scalars))
+    evaluator = tiles(update.kernel, a, b, scalars, update.bounds)
+    update.bounds = evaluator.bounds
+    return evaluator
 
 
 def effective_weight(
@@ -190,7 +195,7 @@ def _through_sparsify(
     slopes = scratch.take("slope", *grad.shape)
     region = Region(slice(0, merged.shape[1]), span.columns, row_length)
     for i, selection in enumerate(update.selections[span.slices]):
-        amount, slope = factors(merged[i], selection, update.form, amounts[i], slopes[i], region)
+        _, slope = factors(merged[i], selection, update.form, amounts[i], slopes[i], region)
         assert slope is not None
         torch.mul(dense[i], slope, out=grad[i])
     if update.scale != 1:

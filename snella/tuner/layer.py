@@ -199,8 +199,8 @@ class SnellaLinear(nn.Module, SnellaLayer):
     def weight(self) -> Tensor:
         """The weight that the layer applies, for modules that bypass ``forward`` (BEiT, Swin v2).
 
-        Differentiable, but the caller's product keeps the merged matrix for backward, and dropout on
-        the update does not act.
+        Differentiable, but the caller's product keeps the merged matrix for backward, and dropout
+        on the update does not act.
         """
         names = self._live_adapters()
         weight = self.base_layer.weight
@@ -251,7 +251,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
         return product * keep.view(product.shape[0], *[1] * (product.dim() - 2), -1)
 
     def _fold(self, names: list[str]) -> Tensor:
-        """W + S as a plain matrix, kept while nothing changes: evaluation costs what W alone costs."""
+        """W + S as a plain matrix, kept while nothing changes: evaluation costs what W does."""
         weight = self.base_layer.weight
         updates = [self._update(name) for name in names]
         state = (weight._version, weight.data_ptr(), *updates)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -26,17 +29,19 @@ DEFAULT_TARGETS = re.compile(rf"(.*\.)?\d+\.(.*\.)?({_NAMES})")
 class SnellaModel(BaseTuner):
     """A model whose linear layers carry SNELLA adapters; made by ``get_peft_model``.
 
-    Call ``on_epoch_start(epoch, epochs)`` before every epoch and ``on_step_end()`` after every optimizer
-    step, before the gradients are cleared (or use ``SnellaCallback`` with transformers' Trainer).
+    Call ``on_epoch_start(epoch, epochs)`` before every epoch and ``on_step_end()`` after every
+    optimizer step, before the gradients are cleared (or use ``SnellaCallback`` with transformers'
+    Trainer).
     """
 
     prefix = "snella_"
     tuner_layer_cls = SnellaLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  declared so by PEFT
 
     def _prepare_adapter_config(
-        self, peft_config: SnellaConfig, model_config: dict[str, Any]
-    ) -> SnellaConfig:
+        self, peft_config: PeftConfig, model_config: dict[str, Any]
+    ) -> PeftConfig:
+        assert isinstance(peft_config, SnellaConfig)
         if peft_config.target_modules is None:
             names = {
                 name
@@ -45,15 +50,15 @@ class SnellaModel(BaseTuner):
             }
             if not names:
                 raise UserError(
-                    f"No linear layers to adapt were recognised in {type(self.model).__name__}; name "
-                    "them with SnellaConfig(target_modules=[...])."
+                    f"No linear layers to adapt were recognised in {type(self.model).__name__}; "
+                    "name them with SnellaConfig(target_modules=[...])."
                 )
-            peft_config.target_modules = names
+            peft_config.target_modules = sorted(names)
         return peft_config
 
     def _create_and_replace(
         self,
-        peft_config: SnellaConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -61,6 +66,7 @@ class SnellaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        assert isinstance(peft_config, SnellaConfig)
         if isinstance(target, SnellaLayer):
             target.update_layer(adapter_name, peft_config, peft_config.inference_mode)
             return
@@ -70,7 +76,7 @@ class SnellaModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def on_epoch_start(self, epoch: int, epochs: int, steps_per_epoch: int | None = None) -> None:
-        """Lower the budget for this epoch (0 … ``epochs`` − 1) and share it out among the layers."""
+        """Lower the budget for this epoch (0 … ``epochs`` − 1) and share it out among layers."""
         allocator.on_epoch_start(self.model, epoch, epochs, steps_per_epoch)
 
     def on_step_end(self) -> None:
@@ -79,3 +85,14 @@ class SnellaModel(BaseTuner):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+
+def load_adapter(model: nn.Module, path: str | Path, trainable: bool = False) -> PeftModel:
+    """Put a saved SNELLA adapter on its backbone, in a process that has not imported SNELLA yet.
+
+    The same as ``PeftModel.from_pretrained`` after ``import snella.tuner``. Raises ``UserError`` if
+    the folder holds no adapter.
+    """
+    if not (Path(path) / "adapter_config.json").is_file():
+        raise UserError(f"{path} holds no adapter: it has no adapter_config.json.")
+    return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
