@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+
+LINE = 300
+"""Characters of an exception that a line of ours repeats; PyTorch's can fill pages."""
 
 
 class UserError(Exception):
@@ -34,7 +38,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
 
 def one_line(error: BaseException, file: Path | None = None) -> str:
     """An exception as one line, with the line of ``file`` that it passed through last."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    text = textwrap.shorten(f"{type(error).__name__}: {error}", LINE, placeholder=" …")
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f.lineno for f in frames if file is not None and Path(f.filename) == file]
     return f"{text} ({file.name}, line {lines[-1]})" if file is not None and lines else text

@@ -1,0 +1,127 @@
+"""A method on a tiny backbone, trained once on the toy task while everything is watched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snella.check.toy import output, tiny_backbone, toy_batch, toy_loss
+from snella.method import Batch, Method, prepare_model
+from snella.parameters import count_parameters, seed_everything, trainable
+
+EPOCHS, STEPS, LR, WEIGHT_DECAY = 3, 4, 5e-3, 1e-4
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was seen in training: losses in eval mode, and names of tensors.
+
+    ``marked`` train, ``live`` got a gradient that is not zero at some step, ``moved`` were not
+    marked and changed, ``left_out`` are marked but given to no optimizer.
+    """
+
+    before: float
+    after: float
+    marked: tuple[str, ...]
+    live: frozenset[str]
+    moved: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+class Subject:
+    """A method on the tiny backbone of the family ``kind``; trained at first use of ``fit``."""
+
+    def __init__(self, method: Method, kind: str, lr: float = LR, **overrides: Any) -> None:
+        self.method, self.kind, self.lr, self.overrides = method, kind, lr, overrides
+        self.batch = toy_batch(kind)
+        self.model = self.adapted(seed=1)
+        self.counts = count_parameters(self.model)
+
+    def plain(self) -> nn.Module:
+        """The backbone as it was before."""
+        return tiny_backbone(self.kind, **self.overrides)
+
+    def adapted(self, seed: int) -> nn.Module:
+        """A fresh backbone, adapted; what the method draws depends on ``seed``."""
+        model = self.plain()
+        seed_everything(seed)
+        prepare_model(self.method, model)
+        return model
+
+    def twin(self) -> Subject:
+        """The same once more, from the start."""
+        return Subject(self.method, self.kind, self.lr, **self.overrides)
+
+    @cached_property
+    def fit(self) -> Fit:
+        """Train :attr:`model`."""
+        return _fit(self.method, self.model, self.batch, self.lr)
+
+    @cached_property
+    def answer(self) -> Tensor:
+        """The trained model's output for the toy batch, in eval mode."""
+        assert self.fit
+        return answer(self.model, self.batch)
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """The trained adapter, as a file would hold it."""
+        assert self.fit
+        state = self.method.state(self.model)
+        return {name: value.detach().contiguous().clone() for name, value in state.items()}
+
+
+@torch.no_grad()
+def answer(model: nn.Module, batch: Batch) -> Tensor:
+    """The output of ``model`` in eval mode, which it is left in."""
+    return output(model.eval(), batch)
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, batch: Batch) -> float:
+    return toy_loss(model.eval(), batch).item()
+
+
+def _fit(method: Method, model: nn.Module, batch: Batch, lr: float) -> Fit:
+    """Calibrate and train ``model`` on one batch, with all hooks, as the trainer does."""
+    seed_everything(2)
+    method.calibrate(model, [batch, batch], toy_loss)
+    before = _loss(model, batch)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    groups = method.parameter_groups(model, lr, WEIGHT_DECAY)
+    optimised = {id(p) for group in groups for p in group["params"]}
+    left_out = [name for name, p in trainable(model).items() if id(p) not in optimised]
+    live = _optimise(method, model, batch, torch.optim.AdamW(groups, lr=lr))
+    moved = [
+        name
+        for name, parameter in model.named_parameters()
+        if name in frozen and not torch.equal(parameter, frozen[name])
+    ]
+    marked = tuple(trainable(model))
+    return Fit(before, _loss(model, batch), marked, live, tuple(moved), tuple(left_out))
+
+
+def _optimise(
+    method: Method, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer
+) -> frozenset[str]:
+    """Take all steps; return which tensors had a gradient that is not zero."""
+    live: set[str] = set()
+    for epoch in range(EPOCHS):
+        seed_everything(3 + epoch)
+        model.train()
+        method.on_epoch_start(model, epoch, EPOCHS)
+        for _ in range(STEPS):
+            loss = toy_loss(model, batch)
+            extra = method.auxiliary_loss(model, batch, toy_loss)
+            optimizer.zero_grad(set_to_none=True)
+            (loss if extra is None else loss + extra).backward()
+            for name, parameter in trainable(model).items():
+                if parameter.grad is not None and bool(parameter.grad.any()):
+                    live.add(name)
+            optimizer.step()
+            method.on_step_end(model)
+    return frozenset(live)
