@@ -130,6 +130,34 @@ def verdicts(result: dict) -> dict[str, bool]:
     }
 
 
+def write_report(task: str, result: dict, seconds: float, options: Options) -> None:
+    """Put one task's result into the report; results of another backbone are thrown away."""
+    backbone_digest = json.loads(WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
+    report: dict = {"backbone": backbone_digest, "tasks": {}}
+    if options.out.is_file():
+        earlier = json.loads(options.out.read_text(encoding="utf-8"))
+        report = earlier if earlier["backbone"] == backbone_digest else report
+    report["tasks"][task] = {
+        **result,
+        "holds": verdicts(result),
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "seconds": round(seconds, 1),
+        "seeds": list(range(options.seeds)),
+        "epochs": options.epochs,
+        "batch": options.batch,
+        "rates": RATES,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "numpy": np.__version__,
+        },
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="*", default=list(QUICK))
@@ -137,40 +165,20 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    say = sys.stdout.write
-    started = time.time()
-    results = {}
+    parser.add_argument("--out", type=Path, help="JSON report; other tasks' results in it stay")
+    options = parser.parse_args()
+    say, broken = sys.stdout.write, []
     say(f"{'task':<12} {'chance':>7} {'linear':>13} {'fine-tuned':>13} {'from random':>13}\n")
-    for name in args.tasks:
-        results[name] = result = check_task(name, args)
+    for name in options.tasks:
+        started = time.perf_counter()
+        result = check_task(name, options)
         cells = [f"{np.mean(result[w]):6.1f} ± {np.std(result[w]):4.1f}" for w in RATES]
         failed = [f"NOT {claim}" for claim, holds in verdicts(result).items() if not holds]
         say(f"{name:<12} {result['chance']:7.1f} {' '.join(cells)} {', '.join(failed)}\n")
         sys.stdout.flush()
-    broken = [n for n, r in results.items() if not all(verdicts(r).values())]
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {
-            "command": " ".join(["python", *sys.argv]),
-            "date": datetime.now(UTC).date().isoformat(),
-            "seeds": list(range(args.seeds)),
-            "epochs": args.epochs,
-            "batch": args.batch,
-            "rates": RATES,
-            "backbone": json.loads(WEIGHTS.with_suffix(".json").read_text("utf-8"))["sha256"],
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "numpy": np.__version__,
-            },
-            "seconds": round(time.time() - started, 1),
-            "tasks": results,
-            "holds": {name: verdicts(result) for name, result in results.items()},
-        }
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        broken += [name] if failed else []
+        if options.out:
+            write_report(name, result, time.perf_counter() - started, options)
     if broken:
         raise SystemExit(f"the checks fail on: {', '.join(broken)}")
 

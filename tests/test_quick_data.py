@@ -112,10 +112,28 @@ def test_digits_are_those_of_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
     theirs = load_digits()
-    images, labels = bundled.digits()
+    scans, labels = bundled.digit_scans()
     assert np.array_equal(labels, theirs.target)
-    small = images[..., 0].reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4))
-    assert np.corrcoef(small.ravel(), theirs.images.ravel())[0, 1] > 0.97
+    assert np.array_equal(scans, (theirs.images * 255 // 16).astype(np.uint8))
+
+
+def test_no_scan_is_in_two_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even as the neighbour of another digit: a split's painter sees only its own scans."""
+    monkeypatch.setattr(bundled, "digit_images", lambda _, scans: scans)
+    seen = [{scan.tobytes() for scan in scans} for scans, _ in make("digits").values()]
+    assert sum(map(len, seen)) == len(set().union(*seen)) == sum(SPLITS.values())
+
+
+def test_a_digit_stands_between_its_two_neighbours() -> None:
+    left, middle, right = np.zeros((3, 8, 8), dtype=np.uint8)
+    middle[2:6, 2:6] = 255
+    ink = bundled._number(np.random.default_rng(0), np.stack([left, middle, right]))
+    rows, columns = np.nonzero(ink > 128)
+    assert abs(rows.mean() - 15.5) < 4 and abs(columns.mean() - 15.5) < 4
+    middle[:] = 0
+    left[:] = right[:] = 255
+    ink = bundled._number(np.random.default_rng(0), np.stack([left, middle, right]))
+    assert ink[16, 0] > 0 and ink[16, -1] > 0 and ink[16, 15] == 0
 
 
 # ---------------------------------------------------------------------------- photographs

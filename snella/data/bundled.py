@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from snella.data import render
 from snella.errors import UserError
 
-SIZE = 32
+SIZE = render.SIZE
 Images = NDArray[np.uint8]
 
 SCIKIT_IMAGE, SCIKIT_LEARN = "skimage/data", "sklearn/datasets/images"
@@ -49,16 +50,44 @@ def bundled(path: str) -> Path:
     return found
 
 
-def digits() -> tuple[Images, NDArray[np.int64]]:
-    """scikit-learn's 1797 handwritten digits, 8 × 8 scans enlarged bilinearly to 32 × 32 RGB.
+# -------------------------------------------------------------------------------------- digits
+
+
+def digit_scans() -> tuple[Images, NDArray[np.int64]]:
+    """scikit-learn's 1797 handwritten digits: scans (1797, 8, 8) as uint8, and labels.
 
     Read from the file that `sklearn.datasets.load_digits` reads, without its seconds of import.
     """
     table = np.loadtxt(bundled(DIGITS), delimiter=",", dtype=np.int64)
-    grey = (table[:, :64].reshape(-1, 8, 8) * 255 // 16).astype(np.uint8)
-    large = [Image.fromarray(x).resize((SIZE, SIZE), Image.Resampling.BILINEAR) for x in grey]
-    stack = np.stack([np.asarray(x) for x in large])
-    return np.repeat(stack[..., None], 3, axis=-1), table[:, 64]
+    return (table[:, :64].reshape(-1, 8, 8) * 255 // 16).astype(np.uint8), table[:, 64]
+
+
+def _number(rng: np.random.Generator, three: Images) -> Images:
+    """Ink (32, 32) of three scans in a row, the middle one in view, 16 to 24 pixels high."""
+    side = int(rng.integers(16, 25))
+    top, left = ((SIZE - side) // 2 + rng.integers(-3, 4, 2) + SIZE).tolist()
+    ink = np.zeros((3 * SIZE, 3 * SIZE), dtype=np.uint8)
+    for scan, place in zip(three, (-1, 0, 1), strict=True):
+        x = left + place * (3 * side // 4)
+        large = Image.fromarray(scan).resize((side, side), Image.Resampling.BILINEAR)
+        here = np.s_[top : top + side, x : x + side]
+        ink[here] = np.maximum(ink[here], np.asarray(large))
+    return ink[SIZE : 2 * SIZE, SIZE : 2 * SIZE]
+
+
+def digit_images(rng: np.random.Generator, scans: Images) -> Images:
+    """House-number-like images of scans (N, 8, 8): each between two others of the same N.
+
+    Upright on a white sheet the scans are too easy: a support-vector machine gets 99.6 %.
+    """
+    n = len(scans)
+    others = rng.integers(0, n, (n, 2))
+    rows = [scans[[left, i, right]] for i, (left, right) in enumerate(others)]
+    ink = np.stack([_number(rng, three) for three in rows]) / 255.0
+    ground = render.backdrop(rng, n, 0.1, 0.5)
+    colour = render.any_colour(rng, n)[:, None, None, :]
+    image = ground + ink[..., None] * (colour - ground)
+    return render.finish(rng, image)
 
 
 # ---------------------------------------------------------------------------- disjoint regions

@@ -74,11 +74,12 @@ def _patches(cut: Callable[[np.random.Generator, str, Labels], Images]) -> Build
 
 def _digits(rng: np.random.Generator, task: QuickTask) -> dict[str, Split]:
     """A random division of the scans; classes are balanced as far as a random draw goes."""
-    images, labels = bundled.digits()
-    order = rng.permutation(len(labels))
-    ends = np.cumsum(list(SPLITS.values()))
-    parts = np.split(order, ends)
-    return {name: (images[part], labels[part]) for name, part in zip(SPLITS, parts, strict=False)}
+    scans, labels = bundled.digit_scans()
+    parts = np.split(rng.permutation(len(labels)), np.cumsum(list(SPLITS.values())))
+    return {
+        name: (bundled.digit_images(rng, scans[part]), labels[part])
+        for name, part in zip(SPLITS, parts, strict=False)
+    }
 
 
 _OURS = "rendered by snella.data (render, species)"
@@ -87,7 +88,8 @@ _TASKS = (
     QuickTask(
         name="digits",
         group="natural",
-        description="Handwritten digits: 8 × 8 scans enlarged to 32 × 32",
+        description="Which handwritten digit is in the middle? Scans of 8 × 8 pixels, enlarged, "
+        "coloured and set between two others on a coloured ground. After SVHN",
         source="scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, test set)",
         licence="CC BY 4.0 (UCI repository)",
         real_pixels=True,
