@@ -1,7 +1,7 @@
 """Small images cut from photographs and scans that ship inside scikit-learn and scikit-image.
 
-Every photograph is divided into square blocks; each block belongs to one split, and a patch lies
-wholly inside its block, so that no pixel of a photograph is in two splits.
+A scan belongs to one split. Every photograph is divided into square blocks; each block belongs to
+one split, and a patch lies wholly inside its block, so that no pixel is in two splits.
 """
 
 from __future__ import annotations

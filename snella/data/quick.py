@@ -1,9 +1,10 @@
 """The quick suite: seven small tasks from bundled photographs and scans or rendered by formula.
 
 Every task has 32 × 32 RGB images in three splits, `train800`, `val200` and `test` (500 images),
-balanced over its classes, made without any download from one seed per task. Real pixels: digits,
-photos, retina (whose labels are computed by a formula). Rendered: count, orientation, beetles,
-leaves.
+balanced over its classes (digits nearly), made without any download from one seed per task. Real
+pixels: digits (scans, set on rendered grounds), photos, retina (one eye, cut into overlapping
+windows; its labels are computed by a formula, not by a physician). Rendered: count, orientation,
+beetles, leaves.
 """
 
 from __future__ import annotations
