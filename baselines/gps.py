@@ -48,13 +48,16 @@ class GPS(Method):
         description="loss whose gradient selects: supervised contrastive, or the task's own",
     )
 
-    def adapt(self, model: nn.Module) -> None:
-        """Train the biases; the weights are chosen by :meth:`calibrate` or :meth:`load_state`."""
+    def check_supported(self, model: nn.Module) -> None:
+        super().check_supported(model)
         if self.score == "supcon" and not hasattr(model, "forward_head"):
             raise Unsupported(
                 f"{type(model).__name__} has no class token or pooled feature for score: supcon; "
                 "use score: cross-entropy, which scores with the task's own loss."
             )
+
+    def adapt(self, model: nn.Module) -> None:
+        """Train the biases; the weights are chosen by :meth:`calibrate` or :meth:`load_state`."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained_part(name, parameter) == "whole")
 

@@ -43,10 +43,10 @@ class S2FT(Method):
     points: int = Field(default=3000, gt=0, description="n, spectral points per matrix")
     alpha: float = Field(default=300.0, gt=0)
     reference_width: int | None = Field(
-        default=None,
+        default=768,
         gt=0,
-        description="if set, points and alpha are meant for a square matrix of this width and "
-        "scale with the number of entries of others",
+        description="points and alpha are meant for a square matrix of this width and scale with "
+        "the number of entries of others; null: they hold for every matrix",
     )
     gamma: float = Field(default=1.5, ge=0)
     coefficients: Literal["real", "complex"] = "real"
@@ -116,13 +116,13 @@ class _Spectrum(nn.Module):
         if count > available:
             raise Unsupported(
                 f"S2FT: {count} points do not fit into a spectrum of {available}; choose fewer "
-                "points or set reference_width."
+                "points, or leave reference_width at its default."
             )
         self.alpha = settings.alpha * share
         device = weight.device
         self.register_buffer("rows", torch.arange(weight.shape[0], device=device))
         self.register_buffer("columns", torch.arange(weight.shape[1], device=device))
-        drawn = draw_points(torch.ones(weight.shape), count, settings.dedupe)
+        drawn = draw_points(torch.ones(weight.shape, device="cpu"), count, settings.dedupe)
         self.register_buffer("points", drawn.to(device))
         self.complex = settings.coefficients == "complex"
         values = torch.zeros(count * (1 + self.complex), device=device)
@@ -177,6 +177,6 @@ def draw_points(weight: Tensor, count: int, dedupe: bool) -> Tensor:
 
 def _distinct(d: int, k: int) -> Tensor:
     """Flat positions of a d x k spectrum, of each pair of mirror images the first only."""
-    position = torch.arange(d * k).view(d, k)
-    mirror = position[-torch.arange(d) % d][:, -torch.arange(k) % k]
+    position = torch.arange(d * k, device="cpu").view(d, k)
+    mirror = position.flip(0, 1).roll((1, 1), (0, 1))  # of (u, v): (-u mod d, -v mod k)
     return position[position <= mirror]
