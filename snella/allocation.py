@@ -122,9 +122,10 @@ def allocate_released(scores: Sequence[float], sizes: Sequence[int], budget: int
     Single precision, as released; the sum may stay a few weights below the budget. Scores need not
     be normalised; unusable ones are treated as in ``allocate``.
     """
-    values = torch.tensor([s if math.isfinite(s) and s > 0 else 0.0 for s in map(float, scores)])
-    if not values.any():
+    clean = [s if math.isfinite(s) and s > 0 else 0.0 for s in map(float, scores)]
+    if not any(clean):
         return allocate(scores, sizes, budget)
+    values = torch.tensor(clean, dtype=torch.float64) / max(clean)
     score = (values / values.sum()).float()
     room = torch.tensor(list(sizes), dtype=torch.float32)
     granted = torch.minimum((budget * score).int().float(), room)
