@@ -56,6 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     execute.add_argument("--folder", type=Path, required=True)
     execute.add_argument("--warm", action="store_true", help="use a warm worker")
 
+    check = with_config(verb("check", _check))
+    check.add_argument("method", help="a row, a file in baselines/, or a path to any .py file")
+    new = with_config(verb("new-baseline", _new_baseline))
+    new.add_argument("name", help="letters, digits and underscores, or a path ending in .py")
+
     with_config(verb("plan", _plan))
     with_config(verb("methods", _methods))
     with_config(verb("datasets", _datasets))
@@ -117,6 +122,25 @@ def _execute(options: argparse.Namespace) -> int:
 
 def _without_warm(options: argparse.Namespace) -> list[str]:
     return ["execute", "--settings", options.settings, "--folder", str(options.folder)]
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Run the contract suite on one method and print a report; status 1 if something fails."""
+    from snella import plan
+    from snella.check.report import check_and_report
+
+    config = _load(options)
+    path, hyperparameters = plan.find_method(config, options.method)
+    others = plan.method_files(config).values()
+    return check_and_report(options.method, path, hyperparameters, list(others))
+
+
+def _new_baseline(options: argparse.Namespace) -> None:
+    """Write a method file that already passes `snella check`, to be edited."""
+    from snella.scaffold import write_baseline
+
+    for line in write_baseline(_load(options), options.name):
+        sys.stdout.write(f"{line}\n")
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -19,6 +19,8 @@ from snella.errors import UserError, unknown
 SECTIONS = ("backbones", "datasets", "methods", "protocols", "suites")
 Name = str
 DEFAULT = Path("config/config.yaml")
+CHECKOUT = Path(__file__).resolve().parents[1]
+"""The repository this package runs from: what it ships serves calls from other directories."""
 
 
 class _Strict(BaseModel):
@@ -48,7 +50,7 @@ class DatasetEntry(_Strict):
 class MethodEntry(_Strict):
     """A row: a method file (a stem in ``baselines/`` or a path), its settings and its label."""
 
-    file: str
+    file: str = Field(description="default: the row's name")
     label: str = ""
     hyperparameters: dict[str, Any] = {}
     protocol: dict[str, Any] = {}
@@ -92,10 +94,15 @@ class Config(_Strict):
     released: dict[Name, dict[Name, dict[str, Any]]] = {}
 
 
-def load(
-    path: Path = Path("config/config.yaml"), overrides: dict[str, Any] | None = None
-) -> Config:
+def locate(path: str) -> str:
+    """``path`` as it is, or if there is no such file but the checkout ships one, that."""
+    shipped = CHECKOUT / path
+    return path if Path(path).exists() or not shipped.exists() else shipped.as_posix()
+
+
+def load(path: Path = DEFAULT, overrides: dict[str, Any] | None = None) -> Config:
     """Read ``path``, the sections beside it, and ``overrides`` (as from ``--config``)."""
+    path = Path(locate(path.as_posix())) if path == DEFAULT else path
     return merge(read_yaml(path), path, overrides or {})
 
 
@@ -109,12 +116,20 @@ def merge(own: dict[str, Any], path: Path, overrides: dict[str, Any]) -> Config:
         base["tables"].update(read_yaml(file))
     released = shipped / "released.yaml"
     base["released"] = read_yaml(released) if released.exists() else {}
-    return validate(Config, _overlay(_overlay(base, own), overrides), str(path))
+    merged = _overlay(_overlay(base, own), overrides)
+    if isinstance(merged["methods"], dict):
+        merged["methods"] = {name: _row(name, row) for name, row in merged["methods"].items()}
+    return validate(Config, merged, str(path))
+
+
+def _row(name: str, entry: Any) -> Any:
+    """A method's entry; without ``file:`` the row is called like its file in ``baselines/``."""
+    return {"file": name, **(entry or {})} if isinstance(entry, dict | None) else entry
 
 
 def _shipped_folder(path: Path) -> Path:
     """The folder of the section files: beside ``path``, or ``config/`` of the checkout."""
-    for folder in (path.parent, Path("config"), Path(__file__).parent.parent / "config"):
+    for folder in (path.parent, Path("config"), CHECKOUT / "config"):
         if (folder / "methods.yaml").exists():
             return folder
     raise UserError(f"No methods.yaml beside {path} or in config/; run from the repository's root.")

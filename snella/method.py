@@ -174,24 +174,6 @@ class Method(BaseModel):
             )
 
 
-def method_files(folder: Path) -> dict[str, Path]:
-    """All method files of a folder by stem; names with a leading underscore are helpers."""
-    return {p.stem: p for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")}
-
-
-def resolve_method_file(file: str, folder: Path) -> Path:
-    """Find a method file: a stem in ``folder``, or a path to any Python file."""
-    if file.endswith(".py"):
-        path = Path(file)
-        if not path.is_file():
-            raise UserError(f"Method file {file} does not exist; check `file:` of the method.")
-        return path
-    found = method_files(folder)
-    if file not in found:
-        raise unknown(f"method file in {folder}/", file, found)
-    return found[file]
-
-
 def load_method(path: Path) -> type[Method]:
     """Import a method file and return its one :class:`Method` subclass.
 

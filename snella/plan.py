@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snella.config import Config, SuiteEntry, validate
+from snella.config import CHECKOUT, Config, SuiteEntry, locate, validate
 from snella.errors import UserError, unknown
 from snella.protocol import Protocol
 
@@ -90,7 +90,11 @@ def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
     protocol, hyperparameters = _layers(config, suite, method, dataset)
     settings = {
         "suite": config.suite,
-        "backbone": {"name": suite.backbone, **backbone.model_dump()},
+        "backbone": {
+            "name": suite.backbone,
+            **backbone.model_dump(),
+            "file": backbone.file and locate(backbone.file),
+        },
         "dataset": {
             "name": dataset,
             "task": data.task,
@@ -143,15 +147,43 @@ def prepared_folder(config: Config, dataset: str) -> Path:
     return Path(config.data) / "prepared" / dataset
 
 
+def method_files(config: Config) -> dict[str, Path]:
+    """All method files by stem: the working directory's ``baselines/``, then the checkout's.
+
+    Names with a leading underscore are helpers.
+    """
+    folders = (CHECKOUT / config.baselines, Path(config.baselines))
+    return {p.stem: p for folder in folders for p in sorted(folder.glob("[!_]*.py"))}
+
+
 def method_path(config: Config, file: str) -> str:
-    """A method file's path: a stem in the baselines folder, or the path as given."""
+    """A method file's path: a stem in ``baselines/``, or a path to any Python file.
+
+    Raises :class:`~snella.errors.UserError` if there is no such file.
+    """
     if file.endswith(".py"):
-        return file
-    path = Path(config.baselines) / f"{file}.py"
-    if not path.exists():
-        found = [p.stem for p in Path(config.baselines).glob("[!_]*.py")]
+        path = locate(Path(file).expanduser().as_posix())
+        if not Path(path).is_file():
+            raise UserError(f"Method file {file} does not exist; correct `file:` of the method.")
+        return path
+    found = method_files(config)
+    if file not in found:
         raise unknown(f"method file in {config.baselines}/", file, found)
-    return path.as_posix()
+    return found[file].as_posix()
+
+
+def find_method(config: Config, name: str) -> tuple[Path, dict[str, Any]]:
+    """What a person means by a method: a row, a file in ``baselines/``, or a path.
+
+    Returns the file and the row's hyper-parameters.
+    """
+    row = config.methods.get(name)
+    if row is not None:
+        return Path(method_path(config, row.file)), row.hyperparameters
+    if name.endswith(".py"):
+        return Path(method_path(config, name)), {}
+    files = method_files(config)
+    return _look_up("method", name, {**dict.fromkeys(config.methods), **files}), {}
 
 
 def derive_seed(base_seed: int, dataset: str, repetition: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -13,9 +15,24 @@ from rich.table import Table
 
 from snella.check.contract import CHECKS, TRAINS
 from snella.check.findings import ALL, Finding
+from snella.check.suite import check_method
 from snella.check.toy import BASE_SIZE
 
 _MARK = {"passed": "[green]✓[/]", "noted": "[yellow]•[/]", "failed": "[red]✗[/]"}
+
+
+def check_and_report(
+    name: str, path: Path, hyperparameters: dict[str, Any], others: Sequence[Path]
+) -> int:
+    """Check a method, print the report, and return the exit status: 1 if something failed."""
+    torch.set_num_threads(1)  # the fastest for models this small
+    console = Console()
+    started = time.monotonic()
+    with console.status("loading") as status:
+        findings = check_method(path, hyperparameters, others, status.update)
+    seconds = time.monotonic() - started
+    print_report(name, path, hyperparameters, findings, seconds, console)
+    return int(any(found.status == "failed" for found in findings))
 
 
 def print_report(
@@ -69,7 +86,8 @@ def _print_summary(
     findings: Sequence[Finding], families: Sequence[str], seconds: float, console: Console
 ) -> None:
     failed = sum(found.status == "failed" for found in findings)
-    where = ", ".join(families)
+    served = {found.family for found in findings if found.check in CHECKS}
+    where = ", ".join(family for family in families if family in served)
     sizes = ", ".join(f"{BASE_SIZE[f][0]}" for f in families if f in BASE_SIZE)
     if sizes:
         console.print(f"Parameters are counted without the head; full size is {sizes}.")
