@@ -59,6 +59,10 @@ class Region:
         return row.unsqueeze(1) + torch.arange(self.columns.start, self.columns.stop, device=device)
 
 
+NOTHING = Selection(math.inf, 0, math.inf)
+"""Selects no entry."""
+
+
 def check_form(form: str) -> None:
     """Raise the user's error for a sparsification form that does not exist."""
     if form not in FORMS:
@@ -184,21 +188,18 @@ def factors(
     """(S / merged, ∂S/∂merged) entry by entry, written to the buffers ``amount`` and ``slope``.
 
     paper: (|W| − t, 2|W| − t) on kept entries, the second only if there is a buffer for it;
-    released: (|W|, |W|), one tensor. 0 on dropped entries. region: see ``keep_mask``.
+    released: (|W|, |W|), both in ``amount``. 0 on dropped entries. region: see ``keep_mask``.
     """
     soft = form == "paper"
     magnitude = torch.abs(merged, out=slope if soft and slope is not None else amount)
-    if selection.has_ties:
-        mask = keep_mask(merged, selection, region)
-        kept = magnitude * mask
-        if soft:
-            torch.sub(magnitude, selection.subtracted, out=amount).mul_(mask)
-    else:
-        if soft:
-            torch.sub(magnitude, selection.subtracted, out=amount).clamp_min_(0)
-            if slope is None:
-                return amount, None
+    mask = keep_mask(merged, selection, region) if selection.has_ties else None
+    if soft:
+        torch.sub(magnitude, selection.subtracted, out=amount)
+        amount = amount.clamp_min_(0) if mask is None else amount.mul_(mask)
+        if slope is None:
+            return amount, None
+    if mask is None:
         kept = torch.threshold_(magnitude, float(selection.threshold), 0.0)
-    if not soft:
-        return kept, kept
-    return amount, kept.add_(amount)
+    else:
+        kept = magnitude.mul_(mask)
+    return (amount, kept.add_(amount)) if soft else (kept, kept)

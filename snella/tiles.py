@@ -197,7 +197,7 @@ class PiecewiseTiles:
         """Add the tile's share to the gradients; ``grad`` (∂L/∂merged) and tile are used up."""
         if self.grad_left is None or self.grad_right is None:
             self.grad_left = self.left.new_zeros(self.left.mT.shape)
-            self.grad_right = self.right.new_empty(self.right.mT.shape)
+            self.grad_right = self.right.new_zeros(self.right.mT.shape)
         if self.kernel.name == "mix-k":
             self._softmax_backward(span, tile, grad)
         assert tile.distances is not None

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from snella.kernels import Kernel
-from snella.sparsify import Region, Selection, factors, select
+from snella.sparsify import NOTHING, Region, Selection, factors, select
 from snella.tiles import CPU_TILE, Bounds, FreshMemory, Scratch, Span, Tile, Tiles, tiles
 
 
@@ -102,7 +102,7 @@ def effective_weight(
     for s, (block, base) in enumerate(zip(blocks.unbind(), bases, strict=True)):
         if update.budgets[s] == 0 and update.form != "none":
             block.zero_() if base is None else block.copy_(base)
-            update.selections.append(Selection(float("inf"), 0, 0.0))
+            update.selections.append(NOTHING)
             continue
         if update.form != "none":
             update.selections.append(known[s] if known else update.find(s, block, scratch))

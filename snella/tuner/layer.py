@@ -291,6 +291,11 @@ class SnellaLinear(nn.Module, SnellaLayer):
         return f"snella.{super().__repr__()}"
 
 
+def slices_of(key: str, config: SnellaConfig) -> int:
+    """Number of matrices that the layer at path ``key`` stacks."""
+    return config.fused_parts.get(key.rpartition(".")[2], 1)
+
+
 def create_layer(
     target: nn.Module, adapter_name: str, config: SnellaConfig, key: str
 ) -> SnellaLinear:
@@ -301,7 +306,7 @@ def create_layer(
             f"{type(target).__name__}. Name the linear layers in target_modules, or leave this one "
             f"out with exclude_modules=[{key!r}]."
         )
-    slices = config.fused_parts.get(key.rpartition(".")[2], 1)
+    slices = slices_of(key, config)
     if target.out_features % slices:
         raise UserError(
             f"{key!r} has {target.out_features} outputs, which fused_parts cannot cut into "

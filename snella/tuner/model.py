@@ -14,14 +14,14 @@ from torch import nn
 from snella.errors import UserError
 from snella.tuner import allocator
 from snella.tuner.config import SnellaConfig
-from snella.tuner.layer import SnellaLayer, create_layer
+from snella.tuner.layer import SnellaLayer, create_layer, slices_of
 
 # Linear layers of attention and MLP inside a numbered block, as timm, transformers, diffusers,
 # segment-anything and open_clip name them.
 _NAMES = (
     r"qkv|kv|q|k|v|query|key|value|[qkvo]_proj|out_proj|proj|to_[qkv]|to_out\.0|to_add_out|"
     r"add_[qkv]_proj|attention\.output\.dense|intermediate\.dense|output\.dense|"
-    r"fc1|fc2|w12|w3|lin1|lin2|c_fc|c_proj|net\.0\.proj|net\.2"
+    r"fc1|fc2|w12|w3|lin1|lin2|linear1|linear2|c_fc|c_proj|net\.0\.proj|net\.2"
 )
 DEFAULT_TARGETS = re.compile(rf"(.*\.)?\d+\.(.*\.)?({_NAMES})")
 
@@ -46,7 +46,7 @@ class SnellaModel(BaseTuner):
             names = {
                 name
                 for name, module in self.model.named_modules()
-                if isinstance(module, nn.Linear) and DEFAULT_TARGETS.fullmatch(name)
+                if isinstance(module, nn.Linear | SnellaLayer) and DEFAULT_TARGETS.fullmatch(name)
             }
             if not names:
                 raise UserError(
@@ -68,6 +68,11 @@ class SnellaModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, SnellaConfig)
         if isinstance(target, SnellaLayer):
+            if target.slices != slices_of(current_key, peft_config):
+                raise UserError(
+                    f"{current_key!r} holds an adapter that cuts it into {target.slices} part(s); "
+                    "give all adapters of a model the same fused_parts."
+                )
             target.update_layer(adapter_name, peft_config, peft_config.inference_mode)
             return
         layer = create_layer(target, adapter_name, peft_config, current_key)

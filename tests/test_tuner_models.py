@@ -1,0 +1,235 @@
+"""SNELLA is alive on every architecture it claims: all gradients flow, saving and merging agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from snella import SnellaConfig, convert_to_lora, load_adapter
+from snella.errors import UserError
+from snella.tuner import SnellaLayer
+
+TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+WINDOWS = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 2)}
+Forward = Callable[[nn.Module], Tensor]
+
+
+def timm_model(name: str, **settings: Any) -> Callable[[], tuple[nn.Module, Forward]]:
+    def make() -> tuple[nn.Module, Forward]:
+        model = timm.create_model(name, num_classes=3, **settings)
+        for key, parameter in model.named_parameters():
+            if "norm" in key and key.endswith("weight"):
+                nn.init.ones_(parameter)  # Swin v2 starts its residual branches at zero
+        size = settings.get("img_size", 32)
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        return model, lambda m: m(images)
+
+    return make
+
+
+def transformers_vit() -> tuple[nn.Module, Forward]:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=8,
+        num_labels=3,
+    )
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return ViTForImageClassification(config), lambda m: m(images).logits
+
+
+def diffusion_transformer() -> tuple[nn.Module, Forward]:
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=4,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)),
+        "encoder_hidden_states": torch.ones(2, 5, 16),
+        "pooled_projections": torch.ones(2, 16),
+        "timestep": torch.tensor([1, 2]),
+    }
+    return model, lambda m: m(**inputs).sample
+
+
+def segment_anything() -> tuple[nn.Module, Forward]:
+    from segment_anything.modeling import ImageEncoderViT
+
+    model = ImageEncoderViT(
+        img_size=32,
+        patch_size=8,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        out_chans=8,
+        use_rel_pos=True,
+        window_size=2,
+        global_attn_indexes=(1,),
+    )
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return model, lambda m: m(images)
+
+
+MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Forward]], int]] = {
+    "ViT": (timm_model("vit_tiny_patch16_224", **TINY), 8),
+    "DeiT3": (timm_model("deit3_small_patch16_224", **TINY), 8),
+    "Swin": (timm_model("swin_tiny_patch4_window7_224", **WINDOWS), 12),
+    "ConvNeXt": (timm_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 16, 16)), 8),
+    "DINOv2": (timm_model("vit_small_patch14_dinov2", **TINY), 8),
+    "CLIP-ViT": (timm_model("vit_base_patch16_clip_224", **TINY), 8),
+    "SAM in timm": (timm_model("samvit_base_patch16", **TINY, global_attn_indexes=(1,)), 8),
+    # These three pass the weight of qkv to F.linear themselves; they get the merged weight.
+    "BEiT": (timm_model("beit_base_patch16_224", **TINY), 8),
+    "EVA02": (timm_model("eva02_tiny_patch14_224", **TINY), 8),
+    "Swin v2": (timm_model("swinv2_tiny_window8_256", **WINDOWS), 12),
+    "transformers ViT": (transformers_vit, 12),
+    "SD3": (diffusion_transformer, 21),
+    "segment-anything": (segment_anything, 8),
+}
+# The last block of SD3 drops its text stream, so the text queries have nothing to act on.
+WITHOUT_EFFECT = {"SD3": "transformer_blocks.1.attn.add_q_proj"}
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("name", MODELS)
+def test_alive(name: str, variant: str, tmp_path: Path) -> None:
+    make, adapted_layers = MODELS[name]
+    torch.manual_seed(0)
+    backbone, forward = make()
+    initial = {key: value.clone() for key, value in backbone.state_dict().items()}
+    settings = SnellaConfig(rank=4, variant=variant, dropout=0.0, drop_path=0.0)
+    model = get_peft_model(backbone, settings)
+    assert sum(isinstance(m, SnellaLayer) for m in model.modules()) == adapted_layers
+    model.on_epoch_start(0, 2)
+    (forward(model.train()) ** 2).sum().backward()
+    dead = WITHOUT_EFFECT.get(name, "nothing")
+    for key, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".snella_" in key)
+        if parameter.requires_grad and dead not in key:
+            assert parameter.grad is not None and parameter.grad.any(), key
+            assert parameter.grad.isfinite().all(), key
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-2 * parameter.grad.sign()
+    model.on_step_end()
+    model.on_epoch_start(1, 2)
+    with torch.no_grad():
+        expected = forward(model.eval())
+        model.save_pretrained(str(tmp_path))
+        fresh, _ = make()
+        fresh.load_state_dict(initial)
+        assert forward(load_adapter(fresh, tmp_path).eval()).equal(expected)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(forward(merged), expected, rtol=1e-4, atol=1e-5)
+    assert merged.state_dict().keys() == initial.keys()
+
+
+def test_separate_and_fused_queries_agree() -> None:
+    """q, k, v as three layers and as one fused layer are the same function of the same numbers."""
+    torch.manual_seed(0)
+    fused = nn.ModuleDict({"0": nn.ModuleDict({"qkv": nn.Linear(8, 24)})})
+    fused = get_peft_model(fused, SnellaConfig(rank=4, allocation=False))
+    layer = fused.base_model.model["0"]["qkv"]
+    x = torch.randn(3, 8)
+    outputs = []
+    for s, part in enumerate(layer.base_layer.weight.detach().split(8)):
+        single = nn.ModuleDict({"0": nn.ModuleDict({"q": nn.Linear(8, 8, bias=False)})})
+        single["0"]["q"].weight.data.copy_(part)
+        single = get_peft_model(single, SnellaConfig(rank=4, allocation=False))
+        target = single.base_model.model["0"]["q"]
+        with torch.no_grad():
+            target.snella_A["default"].copy_(layer.snella_A["default"][s : s + 1])
+            target.snella_B["default"].copy_(layer.snella_B["default"][s : s + 1])
+        outputs.append(target(x))
+    torch.testing.assert_close(layer(x) - layer.base_layer.bias, torch.cat(outputs, -1))
+
+
+def test_transformers_native_adapter_calls(tmp_path: Path) -> None:
+    model, forward = transformers_vit()
+    initial = {key: value.clone() for key, value in model.state_dict().items()}
+    model.add_adapter(SnellaConfig(rank=4, allocation=False, target_modules=["q_proj", "fc1"]))
+    with torch.no_grad():
+        expected = forward(model.eval())
+    model.save_pretrained(str(tmp_path))
+    fresh, _ = transformers_vit()
+    fresh.load_state_dict(initial)
+    fresh.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(forward(fresh.eval()), expected)
+        fresh.delete_adapter("default")
+
+
+def test_diffusers_native_adapter_calls() -> None:
+    model, forward = diffusion_transformer()
+    with torch.no_grad():
+        plain = forward(model.eval())
+        model.add_adapter(SnellaConfig(rank=4, allocation=False, target_modules=["to_q", "to_v"]))
+        adapted = forward(model)
+        assert not adapted.allclose(plain, atol=1e-7)
+        inputs = {"joint_attention_kwargs": {"scale": 0.0}}
+        off = forward(lambda **kwargs: model(**kwargs, **inputs))
+        torch.testing.assert_close(off, plain)
+        assert forward(model).equal(adapted)
+
+
+def test_lora_export_loads_in_diffusers(tmp_path: Path) -> None:
+    model, forward = diffusion_transformer()
+    initial = {key: value.clone() for key, value in model.state_dict().items()}
+    model = get_peft_model(model, SnellaConfig(rank=4, target_modules=["to_q", "to_v"]))
+    with torch.no_grad():
+        expected = forward(model.eval())
+        export = convert_to_lora(model, 16)
+        assert export.error < 1e-5
+        export.save(tmp_path)
+        fresh, _ = diffusion_transformer()
+        fresh.load_state_dict(initial)
+        lora = load_adapter(fresh, tmp_path)
+        torch.testing.assert_close(forward(lora.eval()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_cannot_be_adapted_are_refused() -> None:
+    model = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8,) * 4, conv_mlp=True)
+    with pytest.raises(UserError, match="No linear layers to adapt were recognised in ConvNeXt"):
+        get_peft_model(model, SnellaConfig())
+    with pytest.raises(UserError, match=r"'stages.0.blocks.0.mlp.fc1' is Conv2d"):
+        get_peft_model(model, SnellaConfig(target_modules=["fc1", "fc2"]))
+
+
+def test_modules_that_read_the_weight_themselves() -> None:
+    """nn.MultiheadAttention never calls its out_proj; evaluation takes yet another fast path."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = get_peft_model(nn.Sequential(block), SnellaConfig(rank=4, allocation=False))
+    adapted = [m for m in model.modules() if isinstance(m, SnellaLayer)]
+    assert len(adapted) == 3
+    x = torch.randn(2, 5, 16)
+    trained = model.train()(x)
+    trained.square().sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), trained, rtol=1e-4, atol=1e-5)
+        with model.disable_adapter():
+            assert not model(x).allclose(trained, atol=1e-5)

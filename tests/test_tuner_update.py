@@ -1,0 +1,261 @@
+"""The autograd operation: equal to plain autograd, small in memory, nothing computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from snella import SnellaConfig, tiles
+from snella.kernels import KERNELS, Kernel, initial_factor, merge
+from snella.sparsify import FORMS, Selection, sparsify
+from snella.tuner import functional
+from snella.tuner.functional import Update, merged_linear, merged_weight
+
+
+def problem(
+    kernel: Kernel, slices: int = 3, inputs: int = 20, outputs: int = 12, dtype: Any = torch.float64
+) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    scalars = torch.tensor(list(kernel.scalars.values()) * slices, dtype=dtype)
+    values = {
+        "x": torch.randn(2, 5, inputs, dtype=dtype),
+        "weight": torch.randn(slices * outputs, inputs, dtype=dtype),
+        "bias": torch.randn(slices * outputs, dtype=dtype),
+        "a": initial_factor(kernel, slices, inputs).to(dtype) * 20,
+        "b": initial_factor(kernel, slices, outputs).to(dtype) * 20,
+        "scalars": scalars + 0.1 * torch.rand(len(scalars), dtype=dtype),
+    }
+    return {name: value.requires_grad_() for name, value in values.items()}
+
+
+def plain(values: dict[str, Tensor], update: Update, weight: bool = True) -> Tensor:
+    """The same function by ordinary operations and autograd."""
+    a, b = values["a"], values["b"]
+    merged = merge(update.kernel, a, b, values["scalars"].view(len(a), -1))
+    parts = [sparsify(m, n, update.form) for m, n in zip(merged, update.budgets, strict=True)]
+    delta = torch.cat(parts) * update.scale
+    if weight:
+        return F.linear(values["x"], values["weight"] + delta, values["bias"])
+    return F.linear(values["x"], delta)
+
+
+def compare(
+    values: dict[str, Tensor], update: Update, weight: bool = True, tolerance: float = 1e-8
+) -> None:
+    used = {n: v for n, v in values.items() if v.numel()}
+    if not weight:
+        used = {n: v for n, v in used.items() if n not in ("weight", "bias")}
+    expected = plain(values, update, weight)
+    upstream = torch.randn_like(expected)
+    references = torch.autograd.grad(expected, list(used.values()), upstream)
+    arguments = [values["weight"], values["bias"]] if weight else [None, None]
+    rest = [values[n] for n in ("a", "b", "scalars")]
+    for _ in range(2):  # the second pass reuses thresholds and bounds
+        actual = merged_linear(values["x"], *arguments, *rest, update)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        gradients = torch.autograd.grad(actual, list(used.values()), upstream)
+        for name, gradient, reference in zip(used, gradients, references, strict=True):
+            scale = float(reference.abs().max())
+            torch.testing.assert_close(
+                gradient, reference, rtol=tolerance, atol=tolerance * scale, msg=name
+            )
+
+
+@pytest.mark.parametrize("tile_size", [100, 10**6], ids=["tiled", "whole"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_equals_plain_autograd(
+    name: str, form: str, tile_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "CPU_TILE", tile_size)
+    monkeypatch.setattr(functional, "CPU_TILE", tile_size)
+    kernel = Kernel(name, 4, temperature=True)
+    for budgets in ([0, 100, 240], [0, 0, 0], [240, 1, 17]):
+        compare(problem(kernel), Update(kernel, form, budgets))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scale_kept_tiles_and_separate_branch(form: str) -> None:
+    kernel = Kernel("mix-k", 4)
+    compare(problem(kernel), Update(kernel, form, [50, 0, 99], scale=0.3))
+    compare(problem(kernel), Update(kernel, form, [50, 0, 99], keep=True))
+    compare(problem(kernel), Update(kernel, form, [50, 0, 99], scale=1.7), weight=False)
+
+
+def test_ties_at_the_threshold() -> None:
+    kernel = Kernel("linear", 2)
+    values = problem(kernel, slices=1)
+    with torch.no_grad():
+        values["a"].copy_(values["a"].sign())
+        values["b"].copy_(values["b"].sign())
+    compare(values, Update(kernel, "paper", [100]))
+    compare(values, Update(kernel, "released", [100]))
+
+
+def test_single_precision() -> None:
+    kernel = Kernel("mix-k", 8)
+    compare(
+        problem(kernel, 1, 96, 64, torch.float32), Update(kernel, "paper", [3000]), tolerance=1e-3
+    )
+
+
+@pytest.mark.parametrize("form", ["none", "released"])
+def test_finite_differences(form: str) -> None:
+    """KLoRA is smooth; the released form counts |W| as a constant, so only x is checked there."""
+    kernel = Kernel("mix-k", 2, temperature=True)
+    values = problem(kernel, 1, 4, 3)
+    names = list(values) if form == "none" else ["x", "weight", "bias"]
+
+    def function(*leaves: Tensor) -> Tensor:
+        current = values | dict(zip(names, leaves, strict=True))
+        return merged_linear(*current.values(), Update(kernel, form, [7]))
+
+    assert torch.autograd.gradcheck(function, [values[name] for name in names])
+
+
+def test_finite_differences_of_the_paper_form_between_thresholds() -> None:
+    """With the threshold held just above a dropped entry, Eq. 13 is smooth in A, B and scalars."""
+    kernel = Kernel("mix-k", 2)
+    values = problem(kernel, 1, 4, 3)
+    update = Update(kernel, "paper", [7])
+    merged_linear(*values.values(), update)
+    assert update.selections is not None
+    threshold = 1.001 * float(update.selections[0].threshold)
+    held = [Selection(threshold, 0, threshold)]
+
+    def function(*leaves: Tensor) -> Tensor:
+        again = Update(kernel, "paper", [7], selections=held)
+        return merged_linear(*leaves, again)
+
+    assert torch.autograd.gradcheck(function, list(values.values()), eps=1e-7, atol=1e-4)
+
+
+def test_merged_weight_is_differentiable() -> None:
+    kernel = Kernel("mix-k", 4)
+    values, update = problem(kernel), Update(kernel, "paper", [50, 240, 0])
+    leaves = [values[n] for n in ("weight", "a", "b", "scalars")]
+    product = F.linear(values["x"], merged_weight(*leaves, update), values["bias"])
+    expected = plain(values, update)
+    torch.testing.assert_close(product, expected)
+    upstream = torch.randn_like(expected)
+    for actual, reference in zip(
+        torch.autograd.grad(product, leaves, upstream),
+        torch.autograd.grad(expected, leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, reference)
+
+
+def blocks(width: int = 768, depth: int = 1, image: int = 224) -> VisionTransformer:
+    return VisionTransformer(
+        img_size=image, embed_dim=width, depth=depth, num_heads=width // 64, num_classes=10
+    )
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps for backward, beyond the model's own parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model.train()(x).sum()
+        total = sum(kept.values())
+        loss.backward()
+    return total
+
+
+def test_memory_for_backward_is_that_of_lora() -> None:
+    """ViT-B/16 at 224 pixels; its twelve blocks are alike, one stands for all."""
+    x = torch.randn(1, 3, 224, 224)
+    lora = LoraConfig(r=8, target_modules=r".*blocks\.\d+\..*\.(qkv|proj|fc1|fc2)")
+    reference = saved_bytes(get_peft_model(blocks(), lora), x)
+    for settings in ({}, {"variant": "released", "dropout": 0.0, "drop_path": 0.0}):
+        model = get_peft_model(blocks(), SnellaConfig(rank=8, **settings))
+        assert saved_bytes(model, x) <= 1.01 * reference
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    factors = sum(p.numel() for n, p in model.named_parameters() if "_A" in n or "_B" in n)
+    assert factors <= trained <= 1.001 * factors, "optimizer state is that of the factors"
+
+
+def adapted(**settings: Any) -> PeftModel:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=3
+    )
+    return get_peft_model(model, SnellaConfig(rank=4, allocation=False, **settings))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often thresholds were selected and merged matrices evaluated."""
+    counts = {"select": 0, "tile": 0}
+
+    def count(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(functional, "select", count("select", functional.select))
+    monkeypatch.setattr(tiles.PiecewiseTiles, "tile", count("tile", tiles.PiecewiseTiles.tile))
+    return counts
+
+
+def test_thresholds_are_found_once_per_step(counted: dict[str, int]) -> None:
+    model, x = adapted(), torch.randn(2, 3, 16, 16)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    slices = 3 + 1 + 1 + 1
+    for step in range(1, 3):
+        for _ in range(3):  # gradient accumulation
+            model.train()(x).sum().backward()
+        assert counted["select"] == step * slices
+        optimizer.step()
+
+
+def test_evaluation_uses_one_plain_matrix(counted: dict[str, int]) -> None:
+    model, x = adapted().eval(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        first = model(x)
+        evaluated = counted["tile"]
+        assert all(model(x).equal(first) for _ in range(3))
+    assert counted["tile"] == evaluated == 4, "each of the four layers once"
+    assert counted["select"] == 6
+
+
+def test_kept_tiles_are_not_evaluated_again(counted: dict[str, int]) -> None:
+    for settings, expected in (({"keep_merged": True}, 4), ({}, 8)):
+        counted["tile"] = 0
+        model = adapted(**settings)
+        model(torch.randn(2, 3, 16, 16)).sum().backward()
+        assert counted["tile"] == expected
+
+
+def test_a_changed_parameter_is_seen_at_once() -> None:
+    model, x = adapted().eval(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        before = model(x).clone()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+        after = model(x)
+    assert not after.allclose(before, atol=1e-4)
+    torch.testing.assert_close(model(x).detach(), after, rtol=1e-5, atol=1e-6)
+    for layer in model.modules():
+        if hasattr(layer, "snella_budget"):
+            layer.set_budget("default", [3] * layer.slices)
+    with torch.no_grad():
+        assert not model(x).allclose(after, atol=1e-5)
