@@ -61,12 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     new = with_config(verb("new-baseline", _new_baseline))
     new.add_argument("name", help="letters, digits and underscores, or a path ending in .py")
 
-    with_config(verb("plan", _plan))
     with_config(verb("methods", _methods))
     with_config(verb("datasets", _datasets))
     prepare = with_config(verb("prepare", _prepare))
     prepare.add_argument("dataset")
-    for name, call in (("table", _table), ("show", _show)):
+    for name, call in (("plan", _plan), ("table", _table), ("show", _show)):
         with_config(verb(name, call)).add_argument("table", nargs="?", default="table1")
     verb("pdf", _pdf).add_argument("tex", type=Path)
     return parser
@@ -144,10 +143,10 @@ def _new_baseline(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    """List the runs of the configured suite, which are done, and an estimate of the time."""
+    """List the runs of a table, which are done, and how long the rest may take."""
     from snella.progress import print_plan
 
-    print_plan(_load(options))
+    print_plan(_load(options), options.table)
 
 
 def _methods(options: argparse.Namespace) -> None:

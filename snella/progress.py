@@ -70,11 +70,18 @@ class ProgressDisplay:
             self.console.print(f"log: {folder / 'log.txt'}")
 
 
-def print_plan(config: Config) -> None:
-    """Print each run of the suite, whether it is done, and the time the rest may take."""
-    runs = plan.plan(config)
+def print_plan(config: Config, table_name: str) -> None:
+    """Print each run of a table, whether it is done, and the time the rest may take."""
+    runs = plan.table_runs(config, table_name)
     records = {run.key: read_record(run.folder) for run in runs}
-    table = Table("Method", "Data set", "Seed", "Status", "Seconds", title=f"Suite {config.suite}")
+    table = Table(
+        "Method",
+        "Data set",
+        "Seed",
+        "Status",
+        "Seconds",
+        title=f"{table_name}, suite {config.suite}",
+    )
     for run in runs:
         record = records[run.key]
         status = record["status"] if record else "to do"

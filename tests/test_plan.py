@@ -56,11 +56,11 @@ def test_layers_of_settings():
                 "method_overrides": {"linear": {"protocol": {"epochs": 3}}},
             }
         },
-        methods={"full": {"protocol": {"lr": 0.25}}},
+        methods={"bias": {"protocol": {"lr": 0.25}}},
     )
-    full = plan.resolve(config, "full", "digits", 0).settings["protocol"]
+    bias = plan.resolve(config, "bias", "digits", 0).settings["protocol"]
     linear = plan.resolve(config, "linear", "digits", 0).settings["protocol"]
-    assert (full["lr"], full["epochs"]) == (0.25, 7)
+    assert (bias["lr"], bias["epochs"]) == (0.25, 7)
     assert linear["epochs"] == 3
 
 
