@@ -45,7 +45,8 @@ def print_report(
 ) -> None:
     """Print all findings, then one line for each failure and each note."""
     settings = ", ".join(f"{key}={value}" for key, value in hyperparameters.items())
-    console.print(f"[bold]{escape(name)}[/]  {escape(str(path))}  {escape(settings)}")
+    where = "" if name == str(path) else f"  {path}"
+    console.print(f"[bold]{escape(name)}[/]{escape(f'{where}  {settings}')}", soft_wrap=True)
     cells = {(f.check, f.family): f for f in findings}
     families = list(dict.fromkeys(f.family for f in findings if f.family != ALL))
     table = Table("", *families, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
