@@ -251,6 +251,10 @@ def prepare_model(method: Method, model: nn.Module) -> None:
     freeze(model)
     try:
         method.adapt(model)
+    except Unsupported:
+        raise
+    except UserError as error:
+        raise UserError(f"{method_file(method)}: {error}") from error
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         file = method_file(method)
         raise UserError(

@@ -1,0 +1,179 @@
+"""A bad method file costs one line that names file, field and remedy, and no other row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from snella.check.toy import tiny_backbone
+from snella.cli import main
+from snella.errors import UserError
+from snella.method import build_method, load_method, prepare_model
+
+IMPORTS = """\
+from pydantic import Field
+from torch import nn
+
+from snella.method import Method, slots
+"""
+FULL = """
+class Mine(Method):
+    rank: int = Field(8, gt=0)
+
+    def adapt(self, model):
+        model.requires_grad_(True)
+"""
+NOTHING = """
+class Mine(Method):
+    def adapt(self, model):
+        for name, parameter in model.named_parameters():
+            if name.endswith("attn.qqkv.weight"):
+                parameter.requires_grad_(True)
+"""
+BAD = {
+    "syntax": (
+        "class Mine(Method:\n    pass\n",
+        {},
+        ["mine.py does not import: SyntaxError", "line", "correct the file"],
+    ),
+    "import": (
+        "import torhc\n",
+        {},
+        ["mine.py does not import: ModuleNotFoundError: No module named 'torhc'", "line 6"],
+    ),
+    "exit": ("raise SystemExit\n", {}, ["mine.py does not import: SystemExit"]),
+    "untyped": (
+        "class Mine(Method):\n    rank = 8\n",
+        {},
+        ["mine.py does not import: PydanticUserError", "rank", "line 6"],
+    ),
+    "none": ("", {}, ["mine.py must define exactly one Method class, found none"]),
+    "two": (
+        FULL + FULL.replace("Mine", "Yours"),
+        {},
+        ["found Mine, Yours", "start the names of helper classes with an underscore"],
+    ),
+    "no adapt": ("class Mine(Method):\n    pass\n", {}, ["Mine has no adapt", "write one"]),
+    "nothing": (
+        NOTHING,
+        {},
+        ["mine.py: Mine.adapt marks nothing trainable", "set requires_grad"],
+    ),
+    "nothing calibrated": (
+        NOTHING + "\n    def calibrate(self, model, batches, loss_fn):\n        pass\n",
+        {},
+        ["mine.py: Mine.calibrate marks nothing trainable", "set requires_grad"],
+    ),
+    "moves": (
+        NOTHING.replace("qqkv", "qkv")
+        + "\n    def on_step_end(self, model):\n        model.cls_token.data.add_(1)\n",
+        {},
+        ["mine.py: Mine moves cls_token", "set requires_grad in adapt"],
+    ),
+    "module": (
+        "class Mine(Method):\n    def adapt(self, model):\n"
+        "        model.get_submodule('blocks.0.attn.qqkv').requires_grad_(True)\n",
+        {},
+        ["mine.py", "Mine.adapt does not fit VisionTransformer", "qqkv", "mine.py, line 8",
+         "Did you mean 'qkv'"],
+    ),
+    "attribute": (
+        "class Mine(Method):\n    def adapt(self, model):\n        model.blokcs\n",
+        {},
+        ["mine.py", "no attribute 'blokcs'", "Did you mean 'blocks'"],
+    ),
+    "parameter": (
+        "class Mine(Method):\n    def adapt(self, model):\n"
+        "        dict(model.named_parameters())['cls_tokn'].requires_grad_(True)\n",
+        {},
+        ["mine.py", "KeyError: 'cls_tokn'", "line 8"],
+    ),
+    "role": (
+        "class Mine(Method):\n    def adapt(self, model):\n        slots(model, ('qq',))\n",
+        {},
+        ["mine.py", "Unknown role 'qq'", "Did you mean 'q'"],
+    ),
+    "type": (
+        FULL,
+        {"rank": "eight"},
+        ["mine.py: hyper-parameter rank", "valid integer", "(got 'eight')", "`hyperparameters:`"],
+    ),
+    "range": (FULL, {"rank": -1}, ["hyper-parameter rank", "greater than 0 (got -1)"]),
+    "name": (
+        FULL,
+        {"ranc": 4},
+        ["Unknown hyper-parameter of", "mine.py", "'ranc'", "Did you mean 'rank'"],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(settings, tmp_path, capsys):
+    """Do the run of a method file as a job of the workflow does; its status and its output."""
+
+    def execute(file: Path, hyperparameters: dict | None = None) -> tuple[int, str]:
+        chosen = settings(epochs=1, warmup_epochs=0)
+        chosen["method"] = {
+            "name": file.stem, "file": str(file), "hyperparameters": hyperparameters or {},
+        }  # fmt: skip
+        folder = tmp_path / "run"
+        call = ["execute", "--settings", json.dumps(chosen), "--folder", str(folder)]
+        return main(call), capsys.readouterr().err
+
+    return execute
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_one_line_names_file_field_and_remedy(tmp_path: Path, run, case: str) -> None:
+    source, hyperparameters, words = BAD[case]
+    file = tmp_path / "mine.py"
+    file.write_text(IMPORTS + "\n" + source)
+    status, message = run(file, hyperparameters)
+    assert status == 2
+    assert message.startswith("snella: ") and message.count("\n") == 1
+    assert [word for word in words if word not in message] == [], message
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert failure["status"] == "failed" and failure["reason"] in message
+
+    file.write_text(IMPORTS + FULL)  # mended: the same run succeeds, nothing is left behind
+    assert run(file) == (0, "")
+    assert not (tmp_path / "run" / "failure.json").exists()
+
+
+def test_a_missing_method_file_is_one_line(capsys) -> None:
+    rows = "methods.mine={file: nowhere/mine.py}"
+    assert main(["run", "--method", "mine", "--dataset", "digits", "--config", rows]) == 2
+    message = capsys.readouterr().err
+    assert "nowhere/mine.py does not exist" in message and "`file:`" in message
+
+
+def test_files_of_one_name_in_two_folders_do_not_mix(tmp_path: Path) -> None:
+    for folder, rank in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(IMPORTS + FULL.replace("8", str(rank)))
+    a, b = (build_method(tmp_path / folder / "mine.py", {}) for folder in "ab")
+    assert (a.rank, b.rank) == (1, 2) and type(a).__module__ != type(b).__module__
+
+
+def test_annotations_may_be_postponed(tmp_path: Path) -> None:
+    """``from __future__ import annotations`` needs the module's names when fields are built."""
+    file = tmp_path / "mine.py"
+    later = FULL.replace("rank: int", "rank: Size").replace("\nclass", "\nSize = int\n\n\nclass")
+    file.write_text("from __future__ import annotations\n" + IMPORTS + later)
+    assert build_method(file, {"rank": 3}).rank == 3
+
+
+def test_the_head_alone_may_train_by_intention(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(IMPORTS + NOTHING)
+    with pytest.raises(UserError, match="head_only = True"):
+        prepare_model(build_method(file, {}), tiny_backbone())
+    file.write_text(
+        "from typing import ClassVar\n" + IMPORTS + NOTHING.replace(
+            "    def adapt", "    head_only: ClassVar[bool] = True\n\n    def adapt"
+        )
+    )  # fmt: skip
+    assert load_method(file).head_only
+    prepare_model(build_method(file, {}), tiny_backbone())
