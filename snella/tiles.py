@@ -14,7 +14,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -71,6 +73,31 @@ class FreshMemory(Scratch):
         return torch.empty(shape, device=self.device, dtype=self.dtype)
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Single precision for matrix products even where the user allows TF32 or bfloat16 for them.
+
+    A squared distance is a small difference of large products.
+    """
+    precision = torch.get_float32_matmul_precision()
+    if precision == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@lru_cache(maxsize=64)
+def _fixed_coefficients(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """The constant c_p, made once: a copy to a device on every call would wait for it."""
+    with torch.inference_mode(False):
+        values = torch.tensor(kernel.coefficients, dtype=dtype, device=device)
+        return list(values.view(-1, 1, 1, 1).unbind())
+
+
 @dataclass(frozen=True)
 class Span:
     """Where a tile lies: which slices of the layer, and which input features of them."""
@@ -124,8 +151,8 @@ class PiecewiseTiles:
             names = [f"coefficient_{p}" for p in range(kernel.pieces)]
             self.coefficients = [self.scalars[name] for name in names]
         else:
-            fixed = a.new_tensor(kernel.coefficients).expand(len(a), -1)
-            self.coefficients = list(fixed[..., None, None].unbind(1))
+            fixed = _fixed_coefficients(kernel, a.dtype, a.device)
+            self.coefficients = [c.expand(len(a), 1, 1) for c in fixed]
         self.bounds = bounds or self._bounds(squares_a, squares_b)
         self.grad_left: Tensor | None = None
         self.grad_right: Tensor | None = None
@@ -162,7 +189,8 @@ class PiecewiseTiles:
         left, right = self.left[span.slices], self.right[span.slices, :, span.columns]
         slices, pieces, outputs, _ = left.shape
         distances = scratch.take("distances", slices, pieces, outputs, span.width)
-        torch.bmm(left.flatten(0, 1), right.flatten(0, 1).mT, out=distances.flatten(0, 1))
+        with full_precision():
+            torch.bmm(left.flatten(0, 1), right.flatten(0, 1).mT, out=distances.flatten(0, 1))
         distances.clamp_min_(self.bounds.floor[span.slices]).sqrt_()
         mixed = self.kernel.name == "mix-k"
         shape = slices, outputs, span.width
@@ -205,8 +233,9 @@ class PiecewiseTiles:
         left = self.left[span.slices].flatten(0, 1)
         right = self.right[span.slices, :, span.columns].flatten(0, 1)
         along_columns = self.grad_right[span.slices, :, :, span.columns]
-        along_columns.copy_(torch.bmm(left.mT, ratio).view_as(along_columns))
-        self.grad_left[span.slices].flatten(0, 1).baddbmm_(right.mT, ratio.mT)
+        with full_precision():
+            along_columns.copy_(torch.bmm(left.mT, ratio).view_as(along_columns))
+            self.grad_left[span.slices].flatten(0, 1).baddbmm_(right.mT, ratio.mT)
 
     def _softmax_backward(self, span: Span, tile: Tile, grad: Tensor) -> None:
         """Turn ∂L/∂merged into ∂L/∂D in place, and collect the scalars' gradients."""

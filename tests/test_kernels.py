@@ -172,6 +172,21 @@ def test_single_precision_stays_close_to_double() -> None:
     assert float((tile.merged - exact).abs().max() / exact.abs().max()) < 1e-6
 
 
+def test_reduced_matmul_precision_leaves_distances_alone() -> None:
+    kernel = Kernel("mix-k", 8)
+    a, b = initial_factor(kernel, 1, 64), initial_factor(kernel, 1, 48)
+    evaluator = tiles.tiles(kernel, a, b, torch.tensor([list(kernel.scalars.values())]))
+    (span,) = evaluator.spans()
+    scratch = tiles.Scratch.like(a, a.dtype)
+    expected = evaluator.tile(span, scratch).merged.clone()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert evaluator.tile(span, scratch).merged.equal(expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def rank(matrix: Tensor) -> int:
     return int(torch.linalg.matrix_rank(matrix, rtol=1e-6))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -259,3 +260,23 @@ def test_a_changed_parameter_is_seen_at_once() -> None:
             layer.set_budget("default", [3] * layer.slices)
     with torch.no_grad():
         assert not model(x).allclose(after, atol=1e-5)
+
+
+def test_benchmark_reference_computes_the_released_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    from reference import ReferenceDelta
+
+    reference = ReferenceDelta(20, 12, 8, 0.7).double()
+    layer = nn.ModuleDict({"0": nn.ModuleDict({"fc1": nn.Linear(20, 12)})})
+    config = SnellaConfig(
+        rank=8, variant="released", initial_sparsity=0.7, dropout=0.0, drop_path=0.0
+    )
+    adapted = get_peft_model(layer.double(), config)
+    target = adapted.base_model.model["0"]["fc1"].double()
+    with torch.no_grad():
+        target.snella_A["default"].copy_(reference.In_Qs[None])
+        target.snella_B["default"].copy_(reference.Out_Qs[None])
+    delta = target.get_delta_weight("default")
+    torch.testing.assert_close(delta, reference.sparse().T)
+    x = torch.randn(3, 20, dtype=torch.float64)
+    torch.testing.assert_close(target(x), target.base_layer(x) + reference(x))
