@@ -21,7 +21,7 @@ def write_baseline(config: Config, name: str) -> list[str]:
     """
     outside = name.endswith(".py")
     path = Path(name).expanduser() if outside else Path(config.baselines) / f"{name}.py"
-    _check_name(path.stem)
+    _check_name(path.stem if outside else name)
     taken = path if path.exists() else None if outside else method_files(config).get(name)
     if taken is not None:
         raise UserError(f"{taken} exists already and is left as it is; choose another name.")
