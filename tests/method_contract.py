@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from snella.errors import CannotMerge
+from snella.check import Subject, examine
 from snella.method import Method, build_method, count_parameters, prepare_model, trainable
 
 BASELINES = Path(__file__).parents[1] / "baselines"
@@ -90,41 +89,19 @@ def train(
 def check_contract(
     method: Method, family: str = "vit", dead: tuple[str, ...] = (), lr: float = 5e-3
 ) -> None:
-    """Learns, lets every trainable tensor learn, moves nothing frozen, restores, merges.
+    """Pass ``snella check`` on one family, and load a state twice without harm.
 
     Tensors whose name contains one of ``dead`` cannot change the output and are excused.
     """
-    plain = backbone(family).eval()
-    keys, types = list(plain.state_dict()), [type(m) for m in plain.modules()]
-    model = prepared(method, family)
-    method.calibrate(model, [batch(), batch()], loss_fn)
-    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    losses, live = train(method, model, lr=lr)
-    assert losses[-1] < losses[0]
-    assert [n for n in trainable(model) if n not in live and not any(d in n for d in dead)] == []
-    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
-
-    model.eval()
-    expected = logits(model)
-    state = load(save(method.state(model)))
-    fresh = prepared(method, family, seed=2)
-    method.load_state(fresh, state)
-    assert torch.equal(logits(fresh), expected)
-    assert list(trainable(fresh)) == list(trainable(model)), "an optimizer must find its tensors"
-    method.load_state(fresh, state)
-    assert method.state(fresh).keys() == state.keys()
-
-    twin = copy.deepcopy(model).train()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss_fn(twin, batch()).backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in twin.parameters())
-    try:
-        method.merge(model)
-    except CannotMerge:
-        return
-    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
-    assert list(model.state_dict()) == keys
-    assert [type(m) for m in model.modules()] == types
+    subject = Subject(method, family, lr)
+    without = ["parameters, full"] + ["all marked learns"] * bool(dead)
+    assert [found for found in examine(subject, without) if found.status == "failed"] == []
+    silent = [name for name in subject.fit.marked if name not in subject.fit.live]
+    assert not dead or [n for n in silent if not any(d in n for d in dead)] == []
+    again = subject.adapted(seed=2)
+    for _ in range(2):
+        method.load_state(again, load(save(subject.state)))
+    assert method.state(again).keys() == subject.state.keys()
 
 
 def parameters_on(name: str, method: Method, classes: int = 10) -> int:
