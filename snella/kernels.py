@@ -102,7 +102,8 @@ class Kernel:
 
     def named(self, scalars: Tensor) -> dict[str, Tensor]:
         """Split the (slices, K) scalars into name → (slices, 1, 1), ready to broadcast."""
-        return {name: scalars[:, k, None, None] for k, name in enumerate(self.scalars)}
+        columns = scalars.view(*scalars.shape, 1, 1).unbind(1)
+        return dict(zip(self.scalars, columns, strict=True))
 
 
 def initial_factor(kernel: Kernel, slices: int, features: int) -> Tensor:

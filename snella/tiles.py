@@ -162,14 +162,16 @@ class PiecewiseTiles:
         largest = squares_a.amax(2, keepdim=True) + squares_b.amax(2, keepdim=True)
         limits = torch.finfo(largest.dtype)
         floor = largest * limits.eps + limits.tiny
-        needs_shift = self.kernel.name == "mix-k"
-        if needs_shift and largest.device.type == "cpu":  # a device is not asked, to avoid a wait
-            reach = (2 * largest).sqrt_()
-            bound = torch.stack([c.abs() * reach[:, p] for p, c in enumerate(self.coefficients)])
-            if self.kernel.temperature:
-                bound = bound / self.scalars["temperature"].abs()
-            needs_shift = not float(bound.sum(0).max()) < 60
-        return Bounds(floor, needs_shift)
+        if self.kernel.name != "mix-k":
+            return Bounds(floor, needs_shift=False)
+        if largest.device.type != "cpu":  # a device is not asked, to avoid a wait
+            return Bounds(floor, needs_shift=True)
+        coefficient = max(max(map(abs, c.flatten().tolist())) for c in self.coefficients)
+        reach = self.kernel.pieces * coefficient * math.sqrt(2 * float(largest.max()))
+        temperatures = [1.0]
+        if self.kernel.temperature:
+            temperatures = self.scalars["temperature"].flatten().abs().tolist()
+        return Bounds(floor, needs_shift=not reach < 60 * min(temperatures))
 
     def spans(self) -> Iterator[Span]:
         """The tiles that make up the layer."""
