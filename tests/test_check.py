@@ -96,7 +96,7 @@ def test_a_sound_method_passes_every_check(tmp_path: Path) -> None:
     assert {name: f.status for name, f in found.items() if f.status != "passed"} == {
         "merges": "noted"
     }
-    assert found["parameters, tiny"].text == "192"
+    assert found["parameters, tiny"].text == "288"
     assert found["all marked learns"].text == "5"
 
 
@@ -142,7 +142,7 @@ FAULTS = {
                 noise = torch.Generator()
                 noise.seed()
                 for block in blocks(model):
-                    block.mlp.fc2.gain.data += torch.rand(64, generator=noise)
+                    block.mlp.fc2.gain.data += torch.rand(96, generator=noise)
             """,
             "draw random numbers from torch's global generator only",
         ),

@@ -59,8 +59,8 @@ def print_report(
         if found.family == ALL:
             console.print(f"{_MARK[found.status]} {found.check}: {escape(found.text)}")
     for status, title in (("noted", "note"), ("failed", "FAILED")):
-        for (check, detail), where in _details(findings, status).items():
-            places = f" ({', '.join(where)})" if where != [ALL] else ""
+        for (check, detail), kinds in _details(findings, status).items():
+            places = f" ({', '.join(kinds)})" if kinds != [ALL] else ""
             line = f"{_MARK[status]} {title}: {check}{places}: {escape(detail)}"
             console.print(line, soft_wrap=True)
     _print_summary(findings, families, seconds, console)
