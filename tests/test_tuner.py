@@ -310,6 +310,25 @@ def test_bfloat16_autocast_and_weights() -> None:
     assert all(p.grad.any() and p.grad.isfinite().all() for p in trainable(model))
 
 
+def test_dropout_spares_the_layer_after_attention_only() -> None:
+    rates = {layer.key: layer._dropout_rate("default") for layer in layers(adapted(dropout=0.1))}
+    assert {k.rpartition(".")[2]: v for k, v in rates.items()} == {
+        "qkv": 0.1,
+        "proj": 0.0,
+        "fc1": 0.1,
+        "fc2": 0.1,
+    }
+
+
+def test_torch_compile() -> None:
+    model = adapted(allocation=False)
+    expected = logits(model)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(logits(compiled), expected, rtol=1e-5, atol=1e-6)
+    compiled.train()(IMAGES).square().sum().backward()
+    assert all(p.grad.any() for p in trainable(model))
+
+
 def test_inference_mode_then_training() -> None:
     model = adapted()
     with torch.inference_mode():

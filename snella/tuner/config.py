@@ -25,6 +25,8 @@ class SnellaPeftType(enum.StrEnum):
     SNELLA = "SNELLA"
 
 
+# The released code gives dropout to the updates of all layers but these.
+_ATTENTION_OUTPUTS = ("proj", "o_proj", "out_proj", "to_out.0", "attention.output.dense")
 # name of the field: (paper, released)
 _VARIANTS: dict[str, tuple[Any, Any]] = {
     "coefficients": ("learnable", "fixed"),
@@ -89,7 +91,8 @@ class SnellaConfig(PeftConfig):
         smoothing_start: "first-step" (Eq. 8) or "zero".
         nonfinite: a gradient with NaN or inf means "skip-step" or "zero-entries".
     Training
-        dropout: on the input of the update, except for layers named in no_dropout.
+        dropout: on the input of the update, except for layers named in no_dropout (by default those
+            after attention).
         drop_path: stochastic depth on the output of the update, per sample.
         keep_merged: keep merged matrices for backward, which is faster and needs their memory.
     """
@@ -129,7 +132,7 @@ class SnellaConfig(PeftConfig):
     nonfinite: str | None = None
 
     dropout: float | None = None
-    no_dropout: list[str] = field(default_factory=lambda: ["proj"])
+    no_dropout: list[str] = field(default_factory=lambda: list(_ATTENTION_OUTPUTS))
     drop_path: float | None = None
     keep_merged: bool = False
 

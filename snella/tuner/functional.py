@@ -70,6 +70,7 @@ def _evaluator(update: Update, a: Tensor, b: Tensor, scalars: Tensor) -> Tiles:
     return evaluator
 
 
+@torch.compiler.disable
 def effective_weight(
     update: Update,
     weight: Tensor | None,
@@ -281,6 +282,7 @@ class _MergedWeight(torch.autograd.Function):
         )
 
 
+@torch.compiler.disable
 def merged_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -301,6 +303,7 @@ def merged_linear(
     return _MergedLinear.apply(x, weight, bias, a, b, scalars, update)
 
 
+@torch.compiler.disable
 def merged_weight(
     weight: Tensor | None, a: Tensor, b: Tensor, scalars: Tensor, update: Update
 ) -> Tensor:

@@ -234,7 +234,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
 
     def _dropout_rate(self, name: str) -> float:
         config = self.settings[name]
-        exempt = any(self.key.endswith(suffix) for suffix in config.no_dropout)
+        exempt = any(f".{self.key}".endswith(f".{name}") for name in config.no_dropout)
         return 0.0 if exempt else float(config.dropout or 0)
 
     def _dropout(self, x: Tensor, name: str) -> Tensor:
