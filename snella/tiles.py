@@ -100,10 +100,11 @@ def _fixed_coefficients(kernel: Kernel, dtype: torch.dtype, device: torch.device
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tile lies: which slices of the layer, and which input features of them."""
+    """Where a tile lies: which slices of the layer, and which of their input features."""
 
     slices: slice
     columns: slice
+    row_length: int
 
     @property
     def width(self) -> int:
@@ -178,22 +179,28 @@ class PiecewiseTiles:
         slices, _, inputs, _ = self.a.shape
         outputs = self.b.shape[2]
         if self.a.device.type != "cpu" or slices * outputs * inputs <= CPU_TILE:
-            yield Span(slice(0, slices), slice(0, inputs))
+            yield Span(slice(0, slices), slice(0, inputs), inputs)
             return
         parts = math.ceil(outputs * inputs / CPU_TILE)
         width = 16 * math.ceil(inputs / parts / 16)
         for s in range(slices):
             for start in range(0, inputs, width):
-                yield Span(slice(s, s + 1), slice(start, min(start + width, inputs)))
+                columns = slice(start, min(start + width, inputs))
+                yield Span(slice(s, s + 1), columns, inputs)
+
+    def squared_distances(self, span: Span, scratch: Scratch) -> Tensor:
+        """d_p² over a span, (slices, P, out, some in), up to rounding (see ``Bounds.floor``)."""
+        left, right = self.left[span.slices], self.right[span.slices, :, span.columns]
+        squares = scratch.take("distances", *left.shape[:3], span.width)
+        with full_precision():
+            torch.bmm(left.flatten(0, 1), right.flatten(0, 1).mT, out=squares.flatten(0, 1))
+        return squares
 
     def tile(self, span: Span, scratch: Scratch, out: Tensor | None = None) -> Tile:
         """Evaluate the merged matrices over a span, into ``out`` if given."""
-        left, right = self.left[span.slices], self.right[span.slices, :, span.columns]
-        slices, pieces, outputs, _ = left.shape
-        distances = scratch.take("distances", slices, pieces, outputs, span.width)
-        with full_precision():
-            torch.bmm(left.flatten(0, 1), right.flatten(0, 1).mT, out=distances.flatten(0, 1))
+        distances = self.squared_distances(span, scratch)
         distances.clamp_min_(self.bounds.floor[span.slices]).sqrt_()
+        slices, pieces, outputs, _ = distances.shape
         mixed = self.kernel.name == "mix-k"
         shape = slices, outputs, span.width
         linear = scratch.take("linear", *shape) if mixed or out is None else out
@@ -225,13 +232,17 @@ class PiecewiseTiles:
 
     def backward(self, span: Span, tile: Tile, grad: Tensor) -> None:
         """Add the tile's share to the gradients; ``grad`` (∂L/∂merged) and tile are used up."""
-        if self.grad_left is None or self.grad_right is None:
-            self.grad_left = self.left.new_zeros(self.left.mT.shape)
-            self.grad_right = self.right.new_zeros(self.right.mT.shape)
         if self.kernel.name == "mix-k":
             self._softmax_backward(span, tile, grad)
         assert tile.distances is not None
-        ratio = torch.div(grad.unsqueeze(1), tile.distances, out=tile.distances).flatten(0, 1)
+        self.add_ratio(span, torch.div(grad.unsqueeze(1), tile.distances, out=tile.distances))
+
+    def add_ratio(self, span: Span, ratio: Tensor) -> None:
+        """Contract ∂L/∂D / d_p, (slices, P, out, some in), with A and B."""
+        if self.grad_left is None or self.grad_right is None:
+            self.grad_left = self.left.new_zeros(self.left.mT.shape)
+            self.grad_right = self.right.new_zeros(self.right.mT.shape)
+        ratio = ratio.flatten(0, 1)
         left = self.left[span.slices].flatten(0, 1)
         right = self.right[span.slices, :, span.columns].flatten(0, 1)
         along_columns = self.grad_right[span.slices, :, :, span.columns]
@@ -243,10 +254,10 @@ class PiecewiseTiles:
         """Turn ∂L/∂merged into ∂L/∂D in place, and collect the scalars' gradients."""
         linear, exponential, normaliser = tile.linear, tile.exponential, tile.normaliser
         assert linear is not None and exponential is not None and normaliser is not None
-        self._add_scalar(span, "offset", grad.sum((1, 2)))
+        self.add_scalar(span, "offset", grad.sum((1, 2)))
         logit = torch.mul(grad, exponential, out=tile.merged)
         mean = logit.sum(-2, keepdim=True).mul_(normaliser)
-        self._add_scalar(span, "scale", mean.sum((1, 2)))
+        self.add_scalar(span, "scale", mean.sum((1, 2)))
         logit.addcmul_(exponential, mean, value=-1)
         weight = normaliser * self.scalars["scale"][span.slices]
         if self.kernel.temperature:
@@ -254,10 +265,11 @@ class PiecewiseTiles:
             weight = weight / temperature
             moment = torch.mul(logit, linear, out=exponential).sum(-2, keepdim=True)
             share = (moment * weight).sum((1, 2)) / temperature[:, 0, 0]
-            self._add_scalar(span, "temperature", -share)
+            self.add_scalar(span, "temperature", -share)
         grad.addcmul_(logit, weight)
 
-    def _add_scalar(self, span: Span, name: str, value: Tensor) -> None:
+    def add_scalar(self, span: Span, name: str, value: Tensor) -> None:
+        """Add to the gradient of one scalar of every slice of the span."""
         self.grad_scalars[span.slices, self.kernel.scalar_index[name]] += value
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,7 +304,7 @@ class AutogradTiles:
     def spans(self) -> Iterator[Span]:
         """One tile per slice."""
         slices, _, inputs, _ = self.leaves[0].shape
-        return (Span(slice(s, s + 1), slice(0, inputs)) for s in range(slices))
+        return (Span(slice(s, s + 1), slice(0, inputs), inputs) for s in range(slices))
 
     def tile(self, span: Span, scratch: Scratch, out: Tensor | None = None) -> Tile:
         """Evaluate one slice under autograd, into ``out`` too if given."""

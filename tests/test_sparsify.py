@@ -42,10 +42,8 @@ def largest(matrix: Tensor, budget: int) -> Tensor:
 def test_selection_equals_brute_force(values: np.ndarray, data: st.DataObject) -> None:
     matrix = torch.from_numpy(values)
     budget = data.draw(st.integers(0, matrix.numel()))
-    guess = data.draw(st.one_of(st.none(), st.sampled_from(np.abs(values).ravel().tolist())))
-    margin = data.draw(st.sampled_from([0.0, 0.1, 2.0]))
-    with patch.object(module, "GUESS_FROM", 0):
-        selection = select(matrix, budget, guess, margin)
+    with patch.object(module, "SAMPLE", data.draw(st.sampled_from([1, 2, 5, 2**13]))):
+        selection = select(matrix, budget)
     expected = largest(matrix, budget)
     assert keep_mask(matrix, selection).equal(expected)
     if 0 < budget < matrix.numel():

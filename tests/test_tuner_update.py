@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snella import SnellaConfig, tiles
+from snella import SnellaConfig, fused, tiles
+from snella import sparsify as sparsify_module
+from snella import update as update_module
 from snella.kernels import KERNELS, Kernel, initial_factor, merge
 from snella.sparsify import FORMS, Selection, sparsify
-from snella.tuner import functional
-from snella.tuner.functional import Update, merged_linear, merged_weight
+from snella.tuner.functional import merged_linear, merged_weight
+from snella.update import Update
 
 
 def problem(
@@ -76,10 +79,70 @@ def test_equals_plain_autograd(
     name: str, form: str, tile_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "CPU_TILE", tile_size)
-    monkeypatch.setattr(functional, "CPU_TILE", tile_size)
+    monkeypatch.setattr(update_module, "CPU_TILE", tile_size)
     kernel = Kernel(name, 4, temperature=True)
     for budgets in ([0, 100, 240], [0, 0, 0], [240, 1, 17]):
         compare(problem(kernel), Update(kernel, form, budgets))
+
+
+@pytest.fixture
+def formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused path without a compiler: its formulas, run as they are written."""
+    monkeypatch.setattr(fused, "_compiled", lambda function: function)
+    monkeypatch.setattr(fused, "_broken", [])
+
+
+@pytest.mark.parametrize("tile_size", [100, 10**6], ids=["tiled", "whole"])
+@pytest.mark.parametrize("temperature", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["mix-k", "piecewise-linear", "sigmoid"])
+@pytest.mark.usefixtures("formulas")
+def test_fused_formulas(
+    name: str, form: str, temperature: bool, tile_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "CPU_TILE", tile_size)
+    kernel = Kernel(name, 4, temperature=temperature)
+    for budgets in ([0, 100, 240], [0, 0, 0], [240, 1, 17]):
+        compare(problem(kernel), Update(kernel, form, budgets, compile=True))
+    compare(problem(kernel), Update(kernel, form, [0, 1, 17], compile=True), weight=False)
+    assert not fused._broken
+
+
+@pytest.mark.usefixtures("formulas")
+def test_fused_formulas_break_ties_as_a_device_does() -> None:
+    kernel = Kernel("piecewise-linear", 2)
+    values = problem(kernel, slices=1)
+    with torch.no_grad():
+        values["a"].copy_(values["a"].sign())
+        values["b"].copy_(values["b"].sign())
+    merged = merge(kernel, values["a"], values["b"], values["scalars"].view(1, -1)).detach()
+    on_device = sparsify_module._select_on_device(merged.abs().flatten(), 100)
+    assert on_device.has_ties
+    for form in ("paper", "released"):
+        amount, slope = fused._factors(merged, form, *fused._numbers([on_device], merged))
+        leaf = merged[0].requires_grad_()
+        expected = sparsify(leaf, 100, form)
+        torch.testing.assert_close(merged[0] * amount[0], expected)
+        torch.testing.assert_close(slope[0], torch.autograd.grad(expected.sum(), leaf)[0])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_loops() -> None:
+    kernel = Kernel("mix-k", 4)
+    compare(problem(kernel), Update(kernel, "paper", [10, 100, 240], compile=True))
+    assert not fused._broken
+
+
+def test_without_a_compiler_there_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_fails(function: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nand a long trace")
+
+    monkeypatch.setattr(fused, "_compiled", compile_fails)
+    monkeypatch.setattr(fused, "_broken", [])
+    kernel = Kernel("mix-k", 4)
+    with pytest.warns(UserWarning, match=r"torch.compile failed here \(no C\+\+ compiler\)") as log:
+        compare(problem(kernel), Update(kernel, "paper", [10, 100, 240], compile=True))
+    assert len(log) == 1
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -211,7 +274,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return wrapped
 
-    monkeypatch.setattr(functional, "select", count("select", functional.select))
+    monkeypatch.setattr(update_module, "select", count("select", update_module.select))
     monkeypatch.setattr(tiles.PiecewiseTiles, "tile", count("tile", tiles.PiecewiseTiles.tile))
     return counts
 

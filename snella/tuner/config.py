@@ -95,6 +95,7 @@ class SnellaConfig(PeftConfig):
             after attention).
         drop_path: stochastic depth on the output of the update, per sample.
         keep_merged: keep merged matrices for backward, which is faster and needs their memory.
+        compile: torch.compile the elementwise arithmetic, which is faster still; needs a compiler.
     """
 
     rank: int = 8
@@ -135,6 +136,7 @@ class SnellaConfig(PeftConfig):
     no_dropout: list[str] = field(default_factory=lambda: list(_ATTENTION_OUTPUTS))
     drop_path: float | None = None
     keep_merged: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

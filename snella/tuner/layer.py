@@ -18,7 +18,8 @@ from snella import sparsify
 from snella.errors import UserError
 from snella.kernels import Kernel, initial_factor
 from snella.tuner.config import SnellaConfig
-from snella.tuner.functional import Update, effective_weight, merged_linear, merged_weight
+from snella.tuner.functional import merged_linear, merged_weight
+from snella.update import Update, effective_weight
 
 # Training steps seen without a hook before they are taken to be forgotten; a loaded state or a
 # learning-rate finder may change the parameters a few times before training begins.
@@ -119,7 +120,7 @@ class SnellaLayer(BaseTunerLayer):
             budget.tolist(),
             self.scaling[adapter_name],
             config.keep_merged,
-            guesses=cached[1].guesses if cached else {},
+            config.compile,
         )
         self._cache[adapter_name] = (state, update)
         return update
