@@ -22,7 +22,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from snella.method import Batch, LossFn, Method, Unsupported
+from snella.method import Batch, CannotMerge, LossFn, Method, Unsupported
 
 
 class Dyt(Method):
@@ -40,6 +40,9 @@ class Dyt(Method):
     bottleneck: PositiveInt = 8
     scale: PositiveFloat = 1.0
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
+
+    def merge(self, model: nn.Module) -> None:
+        raise CannotMerge("which tokens pass the MLP depends on the image")
 
     def adapt(self, model: nn.Module) -> None:
         if any(type(block) is not Block for block in model.blocks):

@@ -24,7 +24,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from snella.method import Method, Unsupported
+from snella.method import CannotMerge, Method, Unsupported
 
 
 class SparseTuning(Method):
@@ -47,6 +47,9 @@ class SparseTuning(Method):
         "attention",
         description="Weights of the dropped tokens in the fused one; average sums to 1.",
     )
+
+    def merge(self, model: nn.Module) -> None:
+        raise CannotMerge("which tokens are kept depends on the image, and its adapters are not linear")
 
     def adapt(self, model: nn.Module) -> None:
         self._check(model)
