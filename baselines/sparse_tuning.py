@@ -49,7 +49,9 @@ class SparseTuning(Method):
     )
 
     def merge(self, model: nn.Module) -> None:
-        raise CannotMerge("which tokens are kept depends on the image, and its adapters are not linear")
+        raise CannotMerge(
+            "which tokens are kept depends on the image, and its adapters are not linear"
+        )
 
     def adapt(self, model: nn.Module) -> None:
         self._check(model)
