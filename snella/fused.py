@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -51,38 +52,66 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def _tile_arguments(evaluator: PiecewiseTiles, span: Span, scratch: Scratch) -> list[Any]:
-    where = span.slices
-    scalars = {name: value[where] for name, value in evaluator.scalars.items()}
-    return [
-        evaluator.squared_distances(span, scratch),
-        evaluator.bounds.floor[where],
-        [coefficient[where] for coefficient in evaluator.coefficients],
-        scalars.get("scale"),
-        scalars.get("offset"),
-        scalars.get("temperature"),
-        evaluator.bounds.needs_shift,
-    ]
+@dataclass(frozen=True)
+class _Recipe:
+    """What does not vary from call to call, and so becomes part of the compiled code."""
+
+    pieces: int
+    mixed: bool
+    temperature: bool
+    shift: bool
+    form: str
+
+    @staticmethod
+    def of(evaluator: PiecewiseTiles, form: str = "none") -> _Recipe:
+        kernel = evaluator.kernel
+        mixed = kernel.name == "mix-k"
+        temperature = mixed and kernel.temperature
+        return _Recipe(kernel.pieces, mixed, temperature, evaluator.bounds.needs_shift, form)
+
+
+def _kernel_numbers(evaluator: PiecewiseTiles, span: Span) -> Tensor:
+    """Floors, coefficients, scale, offset and temperature of every slice, as (columns, slices)."""
+    columns = [*evaluator.bounds.floor.unbind(1), *evaluator.coefficients]
+    names = ("scale", "offset", "temperature")
+    columns += [evaluator.scalars[name] for name in names if name in evaluator.scalars]
+    return torch.stack([column[span.slices].flatten() for column in columns])
+
+
+def _selection_numbers(selections: list[Selection], like: Tensor) -> Tensor:
+    """Threshold and subtracted magnitude of every slice, as (2, slices), and on devices the cut."""
+    if isinstance(selections[0].threshold, Tensor):
+        fields = ("threshold", "subtracted", "cut")
+        return torch.stack(
+            [torch.stack([getattr(s, f) for s in selections]).double() for f in fields]
+        )
+    rows = [[s.threshold for s in selections], [s.subtracted for s in selections]]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _origin(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that starts at offset 0: offsets would each be compiled for."""
+    if tensor.device.type != "cpu" or tensor.dtype == torch.bfloat16:
+        return tensor
+    return torch.from_numpy(tensor.detach().numpy())
 
 
 def _evaluate(
-    squares: Tensor,
-    floor: Tensor,
-    coefficients: list[Tensor],
-    scale: Tensor | None,
-    offset: Tensor | None,
-    temperature: Tensor | None,
-    shift: bool,
+    recipe: _Recipe, squares: Tensor, numbers: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(distances, D, merged, exponential, 1 / its sum)."""
+    """(distances, D, merged, exponential, column weight per unit of scale)."""
+    columns = list(numbers[..., None, None].unbind(0))
+    pieces = recipe.pieces
+    floor = torch.stack(columns[:pieces], 1)
     distances = squares.clamp_min(floor).sqrt()
-    linear = distances[:, 0] * coefficients[0]
-    for p in range(1, len(coefficients)):
-        linear = linear + distances[:, p] * coefficients[p]
-    if scale is None or offset is None:
+    linear = distances[:, 0] * columns[pieces]
+    for p in range(1, pieces):
+        linear = linear + distances[:, p] * columns[pieces + p]
+    if not recipe.mixed:
         return distances, linear, linear, None, None
-    logits = linear if temperature is None else linear / temperature
-    if shift:
+    scale, offset = columns[2 * pieces : 2 * pieces + 2]
+    logits = linear / columns[-1] if recipe.temperature else linear
+    if recipe.shift:
         logits = logits - logits.amax(-2, keepdim=True)
     exponential = logits.exp()
     normaliser = exponential.sum(-2, keepdim=True).reciprocal()
@@ -90,66 +119,57 @@ def _evaluate(
     return distances, linear, merged, exponential, normaliser
 
 
-def _factors(
-    merged: Tensor, form: str, threshold: Tensor, cut: Tensor | None, subtracted: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As ``snella.sparsify.factors``; ``cut`` only for whole matrices."""
+def _factors(form: str, merged: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``snella.sparsify.factors``; the cut of ties only for whole matrices."""
+    threshold, subtracted = numbers[:2, :, None, None].to(merged.dtype).unbind(0)
     magnitude = merged.abs()
     kept = magnitude > threshold
-    if cut is not None:
+    if len(numbers) == 3:
         index = torch.arange(merged[0].numel(), device=merged.device).view(merged.shape[1:])
-        kept = kept | ((magnitude == threshold) & (index < cut))
+        kept = kept | ((magnitude == threshold) & (index < numbers[2, :, None, None]))
     amount = torch.where(kept, magnitude - subtracted if form == "paper" else magnitude, 0.0)
     slope = torch.where(kept, magnitude + amount, 0.0) if form == "paper" else amount
     return amount, slope
 
 
-def _merge(out: Tensor, *arguments: Any) -> None:
-    out.copy_(_evaluate(*arguments)[2])
+def _merge(recipe: _Recipe, out: Tensor, squares: Tensor, numbers: Tensor) -> None:
+    out.copy_(_evaluate(recipe, squares, numbers)[2])
 
 
-def _finish(
-    block: Tensor,
-    base: Tensor | None,
-    form: str,
-    threshold: Tensor,
-    cut: Tensor | None,
-    subtracted: Tensor,
-) -> None:
-    sparse = block * _factors(block, form, threshold, cut, subtracted)[0]
+def _finish(form: str, block: Tensor, base: Tensor | None, numbers: Tensor) -> None:
+    sparse = block * _factors(form, block, numbers)[0]
     block.copy_(sparse if base is None else base + sparse)
 
 
 def _differentiate(
+    recipe: _Recipe,
     dense: Tensor,
     base: Tensor | None,
     out: Tensor | None,
-    form: str,
-    selection: tuple[Tensor, Tensor | None, Tensor] | None,
+    selection: Tensor | None,
     squares: Tensor,
-    *arguments: Any,
+    numbers: Tensor,
 ) -> list[Tensor]:
     """Write W + S to ``out`` and ∂L/∂D / d to ``squares``; return column sums for the scalars."""
-    distances, linear, merged, exponential, normaliser = _evaluate(squares, *arguments)
+    distances, linear, merged, exponential, normaliser = _evaluate(recipe, squares, numbers)
     amount, slope = torch.ones_like(merged), torch.ones_like(merged)
     if selection is not None:
-        amount, slope = _factors(merged, form, *selection)
+        amount, slope = _factors(recipe.form, merged, selection)
     if out is not None:
         sparse = merged * amount
         out.copy_(sparse if base is None else base + sparse)
     grad = dense.to(merged.dtype) * slope
     sums = []
     if exponential is not None and normaliser is not None:
-        _, _, scale, _, temperature, _ = arguments
         weighted = grad * exponential
         mean = weighted.sum(-2, keepdim=True) * normaliser
         logit = weighted - exponential * mean
-        weight = normaliser * scale
+        weight = normaliser * numbers[2 * recipe.pieces, :, None, None]
         sums = [grad.sum(-2), mean[:, 0]]
-        if temperature is not None:
-            weight = weight / temperature
+        if recipe.temperature:
+            weight = weight / numbers[-1, :, None, None]
             moment = (logit * linear).sum(-2, keepdim=True)
-            sums.append((moment * weight / -temperature)[:, 0])
+            sums.append((moment * weight / -numbers[-1, :, None, None])[:, 0])
         grad = grad + logit * weight
     squares.copy_(grad.unsqueeze(1) / distances)
     return sums
@@ -158,12 +178,13 @@ def _differentiate(
 def merge_tile(evaluator: Tiles, span: Span, scratch: Scratch, out: Tensor) -> None:
     """Write the merged matrices over a span to ``out``."""
     assert isinstance(evaluator, PiecewiseTiles)
-    _run(_merge, out, *_tile_arguments(evaluator, span, scratch))
+    squares, numbers = evaluator.squared_distances(span, scratch), _kernel_numbers(evaluator, span)
+    _run(_merge, _Recipe.of(evaluator), _origin(out), squares, numbers)
 
 
 def finish(block: Tensor, base: Tensor | None, form: str, selections: list[Selection]) -> None:
     """Turn merged matrices (slices, out, in) into base + S, in place."""
-    _run(_finish, block, base, form, *_numbers(selections, block))
+    _run(_finish, form, block, base, _selection_numbers(selections, block))
 
 
 def differentiate_tile(
@@ -179,21 +200,12 @@ def differentiate_tile(
     tensors: ∂L/∂S, the frozen weight if it is to be added, and where W + S is to be written.
     """
     assert isinstance(evaluator, PiecewiseTiles)
-    selection = None if form == "none" else _numbers(selections[span.slices], tensors[0])
-    arguments = _tile_arguments(evaluator, span, scratch)
-    sums = _run(_differentiate, *tensors, form, selection, *arguments)
+    selection = None
+    if form != "none":
+        selection = _selection_numbers(selections[span.slices], tensors[0])
+    squares, numbers = evaluator.squared_distances(span, scratch), _kernel_numbers(evaluator, span)
+    places = [None if tensor is None else _origin(tensor) for tensor in tensors]
+    sums = _run(_differentiate, _Recipe.of(evaluator, form), *places, selection, squares, numbers)
     for name, value in zip(("offset", "scale", "temperature"), sums, strict=False):
         evaluator.add_scalar(span, name, value.sum(1))
-    evaluator.add_ratio(span, arguments[0])
-
-
-def _numbers(selections: list[Selection], like: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(threshold, cut, subtracted) of several slices as (slices, 1, 1); no cut without ties."""
-    first = selections[0]
-    if isinstance(first.threshold, Tensor):
-        fields = ("threshold", "cut", "subtracted")
-        stacked = [torch.stack([getattr(s, f) for s in selections])[:, None, None] for f in fields]
-        return stacked[0], stacked[1], stacked[2]
-    pairs = torch.tensor([[s.threshold, s.subtracted] for s in selections], dtype=torch.float64)
-    pairs = pairs.to(like.device, torch.float32 if like.dtype != torch.float64 else torch.float64)
-    return pairs[:, :1, None], None, pairs[:, 1:, None]
+    evaluator.add_ratio(span, squares)

@@ -21,10 +21,6 @@ from torch import Tensor
 
 from snella.errors import UserError, unknown
 
-SAMPLE = 2**13
-"""Entries of the sample that brackets the threshold of a large matrix on the CPU."""
-CHUNK = 2**15
-"""Entries compared with the bracket at a time, so that intermediate results stay in cache."""
 FORMS = ("paper", "released", "none")
 BUDGET_RULES = ("exact", "quantile")
 
@@ -93,67 +89,38 @@ def budget_from_sparsity(sparsity: float, total: int, rule: str = "exact") -> in
     return total - 1 - math.floor(sparsity * (total - 1))
 
 
-def select(merged: Tensor, budget: int) -> Selection:
+def select(merged: Tensor, budget: int, buffer: Tensor | None = None) -> Selection:
     """Choose the ``budget`` largest magnitudes of one merged matrix, without waiting for a device.
 
-    merged: any shape, N entries; budget: 0 <= b <= N. Exact for any N.
+    merged: any shape, N entries; budget: 0 <= b <= N. Exact for any N. buffer: memory of the shape
+    and type of ``merged`` that may be overwritten, to save an allocation.
     """
     total = merged.numel()
     if not 0 <= budget <= total:
         raise UserError(f"budget must lie in [0, {total}] for this matrix, got {budget}.")
     if budget == total:
         return select_all_or_nothing(True, merged)
-    flat = merged.detach().flatten()
-    if flat.device.type != "cpu":
-        return _select_on_device(flat.abs(), budget)
-    if flat.dtype not in (torch.float32, torch.float64):
-        flat = flat.float()
-    return _select_on_host(flat.numpy(), budget)
+    magnitude = torch.abs(merged.detach(), out=buffer).flatten()
+    if magnitude.device.type != "cpu":
+        return _select_on_device(magnitude, budget)
+    values = merged.detach().flatten()
+    if values.dtype not in (torch.float32, torch.float64):
+        values, magnitude = values.float(), magnitude.float()
+    return _select_on_host(values.numpy(), magnitude.numpy(), budget)
 
 
-def _select_on_host(values: np.ndarray, budget: int) -> Selection:
-    """NumPy's quickselect is vectorised, torch's kthvalue takes ten times as long.
-
-    Of a large matrix only the entries near the threshold, as a sample sees it, are looked at.
-    """
-    dropped = values.size - budget
-    candidates, below = _near_threshold(values, dropped)
-    if not below < dropped < below + candidates.size:
-        candidates, below = np.abs(values), 0
-    candidates.partition(dropped - below - 1)
-    threshold = candidates[dropped - below - 1]
-    surplus = int(np.count_nonzero(candidates[dropped - below :] == threshold))
-    if not surplus:
-        return Selection(float(threshold), 0, float(threshold))
-    magnitude = np.abs(values)
-    cut = int(np.flatnonzero(magnitude == threshold)[surplus - 1]) + 1
-    lower = magnitude[magnitude < threshold]
-    return Selection(float(threshold), cut, float(lower.max()) if lower.size else 0.0)
-
-
-def _near_threshold(values: np.ndarray, dropped: int) -> tuple[np.ndarray, int]:
-    """Magnitudes in a bracket that very likely holds the threshold, and the number below it."""
-    if values.size < 4 * SAMPLE:
-        return values[:0], 0
-    sample = np.sort(np.abs(values[:: values.size // SAMPLE | 1]))
-    rank = dropped / values.size * sample.size
-    spread = 4 * math.sqrt(sample.size) / 2
-    low = sample[max(0, math.floor(rank - spread))] if rank > spread else -1.0
-    high = sample[min(sample.size - 1, math.ceil(rank + spread))]
-    if rank + spread >= sample.size - 1:
-        high = math.inf
-    near, above = [], 0
-    magnitude = np.empty(CHUNK, values.dtype)
-    over, under = np.empty(CHUNK, bool), np.empty(CHUNK, bool)
-    for start in range(0, values.size, CHUNK):
-        part = values[start : start + CHUNK]
-        m, o, u = magnitude[: part.size], over[: part.size], under[: part.size]
-        np.abs(part, out=m)
-        np.greater(m, low, out=o)
-        np.less_equal(m, high, out=u)
-        above += int(np.count_nonzero(o))
-        near.append(m[np.logical_and(o, u, out=u)])
-    return np.concatenate(near), values.size - above
+def _select_on_host(merged: np.ndarray, magnitude: np.ndarray, budget: int) -> Selection:
+    """By NumPy's vectorised quickselect, in place; torch's kthvalue takes ten times as long."""
+    dropped = magnitude.size - budget
+    magnitude.partition(dropped - 1)
+    threshold = float(magnitude[dropped - 1])
+    kept = magnitude[dropped:]
+    if not budget or kept.min() > threshold:
+        return Selection(threshold, 0, threshold)
+    surplus = int(np.count_nonzero(kept == threshold))
+    cut = int(np.flatnonzero(np.abs(merged) == threshold)[surplus - 1]) + 1
+    lower = magnitude[:dropped][magnitude[:dropped] < threshold]
+    return Selection(threshold, cut, float(lower.max()) if lower.size else 0.0)
 
 
 def _select_on_device(magnitude: Tensor, budget: int) -> Selection:

@@ -142,11 +142,12 @@ class PiecewiseTiles:
         self, kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor, bounds: Bounds | None = None
     ) -> None:
         self.kernel, self.a, self.b = kernel, a, b
-        squares_a = a.square().sum(-1, keepdim=True)
-        squares_b = b.square().sum(-1, keepdim=True)
-        # Left and right factors whose product is |b|² + |a|² − 2 b·a.
-        self.left = torch.cat([b, squares_b, torch.ones_like(squares_b)], -1)
-        self.right = torch.cat([a * -2, torch.ones_like(squares_a), squares_a], -1)
+        rows_a, rows_b = a.mT.contiguous(), b.mT.contiguous()
+        squares_a = rows_a.square().sum(-2, keepdim=True)
+        squares_b = rows_b.square().sum(-2, keepdim=True)
+        # (slices, P, r/P + 2, features): leftᵀ right is |b|² + |a|² − 2 b·a.
+        self.left = torch.cat([rows_b, squares_b, torch.ones_like(squares_b)], -2)
+        self.right = torch.cat([rows_a * -2, torch.ones_like(squares_a), squares_a], -2)
         self.scalars = kernel.named(scalars)
         if kernel.learnable_coefficients:
             names = [f"coefficient_{p}" for p in range(kernel.pieces)]
@@ -160,7 +161,7 @@ class PiecewiseTiles:
         self.grad_scalars = torch.zeros_like(scalars)
 
     def _bounds(self, squares_a: Tensor, squares_b: Tensor) -> Bounds:
-        largest = squares_a.amax(2, keepdim=True) + squares_b.amax(2, keepdim=True)
+        largest = squares_a.amax(-1, keepdim=True) + squares_b.amax(-1, keepdim=True)
         limits = torch.finfo(largest.dtype)
         floor = largest * limits.eps + limits.tiny
         if self.kernel.name != "mix-k":
@@ -190,10 +191,11 @@ class PiecewiseTiles:
 
     def squared_distances(self, span: Span, scratch: Scratch) -> Tensor:
         """d_p² over a span, (slices, P, out, some in), up to rounding (see ``Bounds.floor``)."""
-        left, right = self.left[span.slices], self.right[span.slices, :, span.columns]
-        squares = scratch.take("distances", *left.shape[:3], span.width)
+        left, right = self.left[span.slices], self.right[span.slices, :, :, span.columns]
+        slices, pieces, _, outputs = left.shape
+        squares = scratch.take("distances", slices, pieces, outputs, span.width)
         with full_precision():
-            torch.bmm(left.flatten(0, 1), right.flatten(0, 1).mT, out=squares.flatten(0, 1))
+            torch.bmm(left.flatten(0, 1).mT, right.flatten(0, 1), out=squares.flatten(0, 1))
         return squares
 
     def tile(self, span: Span, scratch: Scratch, out: Tensor | None = None) -> Tile:
@@ -240,15 +242,15 @@ class PiecewiseTiles:
     def add_ratio(self, span: Span, ratio: Tensor) -> None:
         """Contract ∂L/∂D / d_p, (slices, P, out, some in), with A and B."""
         if self.grad_left is None or self.grad_right is None:
-            self.grad_left = self.left.new_zeros(self.left.mT.shape)
-            self.grad_right = self.right.new_zeros(self.right.mT.shape)
+            self.grad_left = torch.zeros_like(self.left)
+            self.grad_right = torch.zeros_like(self.right)
         ratio = ratio.flatten(0, 1)
         left = self.left[span.slices].flatten(0, 1)
-        right = self.right[span.slices, :, span.columns].flatten(0, 1)
+        right = self.right[span.slices, :, :, span.columns].flatten(0, 1)
         along_columns = self.grad_right[span.slices, :, :, span.columns]
         with full_precision():
-            along_columns.copy_(torch.bmm(left.mT, ratio).view_as(along_columns))
-            self.grad_left[span.slices].flatten(0, 1).baddbmm_(right.mT, ratio.mT)
+            along_columns.copy_(torch.bmm(left, ratio).view_as(along_columns))
+            self.grad_left[span.slices].flatten(0, 1).baddbmm_(right, ratio.mT)
 
     def _softmax_backward(self, span: Span, tile: Tile, grad: Tensor) -> None:
         """Turn ∂L/∂merged into ∂L/∂D in place, and collect the scalars' gradients."""

@@ -40,6 +40,12 @@ class Update:
     kept_tiles: list[tuple[Span, Tile]] | None = None
     bounds: Bounds | None = None
 
+    def find(self, s: int, merged: Tensor, scratch: Scratch) -> Selection:
+        """Select in slice ``s``."""
+        if not self.budgets[s]:
+            return select_all_or_nothing(False, merged)
+        return select(merged, self.budgets[s], scratch.take("magnitude", *merged.shape))
+
     def fuses(self, evaluator: Tiles, span: Span | None = None) -> bool:
         """Whether the compiled loop serves here."""
         if not self.compile or self.keep or self.scale != 1:
@@ -94,8 +100,7 @@ def effective_weight(
             _merge(update, evaluator, span, scratch, part)
     if update.form != "none" and update.selections is None:
         update.selections = [
-            select(block, budget) if budget else select_all_or_nothing(False, block)
-            for block, budget in zip(blocks.unbind(), update.budgets, strict=True)
+            update.find(s, block, scratch) for s, block in enumerate(blocks.unbind())
         ]
     _finish(update, evaluator, blocks, None if weight is None else weight.view(shape), scratch)
     if update.keep:

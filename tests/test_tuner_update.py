@@ -119,7 +119,8 @@ def test_fused_formulas_break_ties_as_a_device_does() -> None:
     on_device = sparsify_module._select_on_device(merged.abs().flatten(), 100)
     assert on_device.has_ties
     for form in ("paper", "released"):
-        amount, slope = fused._factors(merged, form, *fused._numbers([on_device], merged))
+        numbers = fused._selection_numbers([on_device], merged)
+        amount, slope = fused._factors(form, merged, numbers)
         leaf = merged[0].requires_grad_()
         expected = sparsify(leaf, 100, form)
         torch.testing.assert_close(merged[0] * amount[0], expected)
