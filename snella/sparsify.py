@@ -118,6 +118,8 @@ def _select_on_host(merged: np.ndarray, magnitude: np.ndarray, budget: int) -> S
     if not budget or kept.min() > threshold:
         return Selection(threshold, 0, threshold)
     surplus = int(np.count_nonzero(kept == threshold))
+    if not surplus:  # NaN, which NumPy orders last: it passes on to the update and the loss
+        return Selection(threshold, 0, threshold)
     cut = int(np.flatnonzero(np.abs(merged) == threshold)[surplus - 1]) + 1
     lower = magnitude[:dropped][magnitude[:dropped] < threshold]
     return Selection(threshold, cut, float(lower.max()) if lower.size else 0.0)

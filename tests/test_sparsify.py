@@ -147,3 +147,12 @@ def test_wrong_usage() -> None:
         sparsify(matrix, 3, "release")
     with pytest.raises(UserError, match="Unknown budget rule"):
         budget_from_sparsity(0.5, 9, "round")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
+def test_not_a_number_is_passed_on(share: float) -> None:
+    """A diverged training must reach the loss as NaN, not end in the selection."""
+    merged = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    merged.view(-1)[: int(share * merged.numel())] = float("nan")
+    for form in ("paper", "released"):
+        assert sparsify(merged, 300, form).isnan().any()
