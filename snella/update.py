@@ -16,8 +16,9 @@ from torch import Tensor
 
 from snella import fused
 from snella.kernels import Kernel
+from snella.scratch import FreshMemory, Scratch
 from snella.sparsify import Region, Selection, factors, select, select_all_or_nothing
-from snella.tiles import CPU_TILE, Bounds, FreshMemory, Scratch, Span, Tile, Tiles, tiles
+from snella.tiles import CPU_TILE, Bounds, Span, Tile, Tiles, tiles
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from snella.tiles import Scratch
+from snella.scratch import Scratch
 from snella.update import Update, compute_type, contract, effective_weight
 
 
