@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snella.scratch import Scratch
 from snella.sparsify import Selection
-from snella.tiles import PiecewiseTiles, Span, Tiles
+from snella.tiles import PiecewiseTiles, Scratch, Span, Tiles
 
 _broken: list[str] = []
 
