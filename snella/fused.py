@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snella.scratch import Scratch
 from snella.sparsify import Selection
-from snella.tiles import PiecewiseTiles, Scratch, Span, Tiles
+from snella.tiles import PiecewiseTiles, Span, Tiles
 
 _broken: list[str] = []
 

@@ -12,7 +12,6 @@ and so is the way back: with R = c_p ∂L/∂D / d_p,
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,55 +21,11 @@ import torch
 from torch import Tensor
 
 from snella.kernels import Kernel, merge
+from snella.scratch import Scratch
 
 # Elements per tile. Smaller tiles fit a CPU's inner caches, larger ones need fewer calls; in
 # between it hardly matters. Accelerators take all slices of a layer at once.
 CPU_TILE = 320 * 1024
-
-_local = threading.local()
-
-
-class Scratch:
-    """Named buffers for values that are used up at once.
-
-    On the CPU they outlive the call: fresh memory costs more than the arithmetic on it.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-        self.flat: dict[str, Tensor] = {}
-        self.views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-
-    @staticmethod
-    def like(tensor: Tensor, dtype: torch.dtype) -> Scratch:
-        """The buffers of this thread for a CPU tensor's kind, or new ones for a device."""
-        if tensor.device.type != "cpu":
-            return Scratch(tensor.device, dtype)
-        pool: dict[torch.dtype, Scratch] = _local.__dict__.setdefault("pool", {})
-        if dtype not in pool:
-            pool[dtype] = Scratch(tensor.device, dtype)
-        return pool[dtype]
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor, valid until its name is taken again."""
-        view = self.views.get((name, shape))
-        if view is None:
-            size = math.prod(shape)
-            buffer = self.flat.get(name)
-            with torch.inference_mode(False):
-                if buffer is None or buffer.numel() < size:
-                    self.views = {key: v for key, v in self.views.items() if key[0] != name}
-                    buffer = torch.empty(size, device=self.device, dtype=self.dtype)
-                    self.flat[name] = buffer
-                view = self.views[name, shape] = buffer[:size].view(shape)
-        return view
-
-
-class FreshMemory(Scratch):
-    """Hands out memory that stays valid, for tiles that are kept until backward."""
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        return torch.empty(shape, device=self.device, dtype=self.dtype)
 
 
 @contextmanager

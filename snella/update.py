@@ -16,8 +16,9 @@ from torch import Tensor
 
 from snella import fused
 from snella.kernels import Kernel
+from snella.scratch import FreshMemory, Scratch
 from snella.sparsify import Region, Selection, factors, select, select_all_or_nothing
-from snella.tiles import CPU_TILE, Bounds, FreshMemory, Scratch, Span, Tile, Tiles, tiles
+from snella.tiles import CPU_TILE, Bounds, Span, Tile, Tiles, tiles
 
 
 @dataclass(eq=False)
@@ -78,10 +79,12 @@ def effective_weight(
     b: Tensor,
     scalars: Tensor,
     out: Tensor | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """W + S, shape (out, in), or S alone without a weight; not differentiable.
 
     In the evaluation precision (see ``compute_type``), so that a small update survives the sum.
+    out: memory for it. keep: leave the tiles in ``update.kept_tiles`` for ``contract``.
     """
     evaluator = _evaluator(update, a, b, scalars)
     shape = a.shape[0], b.shape[2], a.shape[2]
@@ -92,7 +95,7 @@ def effective_weight(
     kept = []
     for span in evaluator.spans():
         part = blocks[span.slices, :, span.columns]
-        if update.keep:
+        if keep:
             tile = evaluator.tile(span, FreshMemory(a.device, scratch.dtype))
             part.copy_(tile.merged)
             kept.append((span, tile))
@@ -102,8 +105,8 @@ def effective_weight(
         update.selections = [
             update.find(s, block, scratch) for s, block in enumerate(blocks.unbind())
         ]
-    _finish(update, evaluator, blocks, None if weight is None else weight.view(shape), scratch)
-    if update.keep:
+    _finish(update, evaluator, blocks, None if weight is None else weight.reshape(shape), scratch)
+    if keep:
         update.kept_tiles = kept
     return out
 
@@ -188,7 +191,7 @@ def contract(
     scratch = Scratch.like(a, compute_type(a))
     dense = dense.reshape(shape)
     effective = scratch.take("effective", *shape) if needs_effective else None
-    base = None if weight is None else weight.view(shape)
+    base = None if weight is None else weight.reshape(shape)
     stored: Iterable[tuple[Span, Tile | None]] | None = update.kept_tiles
     for span, tile in stored or ((span, None) for span in evaluator.spans()):
         where = span.slices, slice(None), span.columns

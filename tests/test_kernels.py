@@ -12,6 +12,7 @@ from torch import Tensor
 from snella import tiles
 from snella.errors import UserError
 from snella.kernels import KERNELS, PIECEWISE, Kernel, initial_factor, merge
+from snella.scratch import Scratch
 
 CHOICES = [
     Kernel(name, 6, 3, learnable, temperature)
@@ -111,7 +112,7 @@ def check_tiles(kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor) -> None:
     leaves = [leaf for leaf in (a, b, scalars) if leaf.numel()]
     gradients = torch.autograd.grad(expected, leaves, upstream)
     evaluator = tiles.tiles(kernel, a.detach(), b.detach(), scalars.detach())
-    scratch = tiles.Scratch.like(a, a.dtype)
+    scratch = Scratch.like(a, a.dtype)
     for span in evaluator.spans():
         where = span.slices, slice(None), span.columns
         tile = evaluator.tile(span, scratch)
@@ -139,7 +140,7 @@ def test_coincident_points_have_finite_gradients(name: str) -> None:
         a[1].zero_()
     evaluator = tiles.tiles(kernel, a.detach(), b.detach(), scalars.detach())
     for span in evaluator.spans():
-        tile = evaluator.tile(span, tiles.Scratch.like(a, a.dtype))
+        tile = evaluator.tile(span, Scratch.like(a, a.dtype))
         torch.testing.assert_close(
             tile.merged, merge(kernel, a, b, scalars).detach(), atol=1e-6, rtol=0
         )
@@ -167,7 +168,7 @@ def test_single_precision_stays_close_to_double() -> None:
     scalars = torch.tensor([list(kernel.scalars.values())])
     evaluator = tiles.tiles(kernel, a, b, scalars)
     (span,) = evaluator.spans()
-    tile = evaluator.tile(span, tiles.Scratch.like(a, a.dtype))
+    tile = evaluator.tile(span, Scratch.like(a, a.dtype))
     exact = merge(kernel, a.double(), b.double(), scalars.double())
     assert float((tile.merged - exact).abs().max() / exact.abs().max()) < 1e-6
 
@@ -177,7 +178,7 @@ def test_reduced_matmul_precision_leaves_distances_alone() -> None:
     a, b = initial_factor(kernel, 1, 64), initial_factor(kernel, 1, 48)
     evaluator = tiles.tiles(kernel, a, b, torch.tensor([list(kernel.scalars.values())]))
     (span,) = evaluator.spans()
-    scratch = tiles.Scratch.like(a, a.dtype)
+    scratch = Scratch.like(a, a.dtype)
     expected = evaluator.tile(span, scratch).merged.clone()
     torch.set_float32_matmul_precision("medium")
     try:

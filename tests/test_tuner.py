@@ -292,11 +292,43 @@ def test_lora_export_states_its_error(tmp_path: Path) -> None:
         convert_to_lora(model, 4, "other")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", [{}, {"variant": "released"}, {"compile": True}])
+def test_no_step_waits_for_the_device(settings: dict[str, Any]) -> None:
+    model = adapted(**settings).cuda().train()
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    images = IMAGES.cuda()
+    on_epoch_start(model, 0, 4)
+    for step in range(4):
+        optimizer.zero_grad()
+        if step > 1:  # the first steps read the budgets and compile
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(images).square().mean()
+            loss.backward()
+            optimizer.step()
+            on_step_end(model)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_budgets_are_read_once_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    read = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: read.append(self.dtype) or tolist(self))
+    train(model, epochs=1, steps=3)
+    assert read.count(torch.int64) == len(layers(model))
+
+
 def test_bfloat16_autocast_and_weights() -> None:
     reference = adapted()
     train(reference)
     exact = logits(reference)
     with torch.autocast("cpu", torch.bfloat16):
+        kept = [(layer.get_delta_weight("default") != 0).sum() for layer in layers(reference)]
+        assert sum(map(int, kept)) == sum(budgets(reference))
         torch.testing.assert_close(logits(reference).float(), exact, rtol=0.1, atol=0.1)
         reference.train()
         reference(IMAGES).float().square().sum().backward()

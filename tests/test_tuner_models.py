@@ -233,3 +233,9 @@ def test_modules_that_read_the_weight_themselves() -> None:
         torch.testing.assert_close(model.eval()(x), trained, rtol=1e-4, atol=1e-5)
         with model.disable_adapter():
             assert not model(x).allclose(trained, atol=1e-5)
+    settings = SnellaConfig(rank=4, allocation=False, dropout=0.1)
+    block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    with pytest.warns(UserWarning, match="'0.self_attn.out_proj' reads its weight") as log:
+        settings.no_dropout = []
+        get_peft_model(nn.Sequential(block), settings).train()(x)
+    assert len(log) == 1

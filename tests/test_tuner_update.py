@@ -301,6 +301,29 @@ def test_evaluation_uses_one_plain_matrix(counted: dict[str, int]) -> None:
     assert counted["select"] == 6
 
 
+def test_checkpointing_keeps_no_matrices() -> None:
+    model, x = adapted().train(), torch.randn(2, 3, 16, 16)
+    expected = torch.autograd.grad(
+        model(x).sum(), [p for p in model.parameters() if p.requires_grad]
+    )
+    block = model.base_model.model.blocks[0]
+    model.base_model.model.set_grad_checkpointing()
+    with torch.no_grad():
+        model(x)
+    assert all(m._folded is None for m in block.modules() if hasattr(m, "_folded"))
+    actual = torch.autograd.grad(model(x).sum(), [p for p in model.parameters() if p.requires_grad])
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_only_one_factor_trained() -> None:
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("snella_B" in name)
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
 def test_kept_tiles_are_not_evaluated_again(counted: dict[str, int]) -> None:
     for settings, expected in (({"keep_merged": True}, 4), ({}, 8)):
         counted["tile"] = 0

@@ -16,7 +16,8 @@ from snella.tuner.allocator import (
 )
 from snella.tuner.config import SnellaConfig, SnellaPeftType
 from snella.tuner.export import LoraExport, convert_to_lora
-from snella.tuner.layer import SnellaLayer, SnellaLinear
+from snella.tuner.layer import SnellaLayer
+from snella.tuner.linear import SnellaLinear
 from snella.tuner.model import SnellaModel, load_adapter
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from snella.tiles import Scratch
+from snella.scratch import Scratch
 from snella.update import Update, compute_type, contract, effective_weight
 
 
@@ -28,7 +28,8 @@ class _MergedLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             scratch = Scratch.like(a, compute_type(a))
             out = scratch.take("effective", a.shape[0] * b.shape[2], a.shape[2])
-            effective = effective_weight(update, weight, a, b, scalars, out).to(x.dtype)
+            keep = update.keep and any(ctx.needs_input_grad)
+            effective = effective_weight(update, weight, a, b, scalars, out, keep).to(x.dtype)
             ctx.save_for_backward(x, weight, a, b, scalars)
             ctx.update = update
             return F.linear(x, effective, None if bias is None else bias.to(x.dtype))

@@ -14,7 +14,8 @@ from torch import nn
 from snella.errors import UserError
 from snella.tuner import allocator
 from snella.tuner.config import SnellaConfig
-from snella.tuner.layer import SnellaLayer, create_layer, slices_of
+from snella.tuner.layer import SnellaLayer
+from snella.tuner.linear import create_layer, slices_of
 
 # Linear layers of attention and MLP inside a numbered block, as timm, transformers, diffusers,
 # segment-anything and open_clip name them.
