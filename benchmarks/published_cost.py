@@ -15,8 +15,9 @@ a step adds to the model: tensors kept for backward, counted storage by storage,
 optimizer state. ``--peak`` also runs each side alone in a process and reports its peak resident
 memory (on CUDA, allocated memory), the model included.
 
-Where they differ in more than the adapter: SSF, SPT, GPS, VPT, AdaptFormer, FacT and
-Sparse-Tuning write out the softmax of attention, ours calls torch's fused attention as timm does.
+The two differ in one thing besides the method: SSF, SPT, GPS, VPT, AdaptFormer, FacT, SNELL(A)
+and Sparse-Tuning write attention out and keep its matrices, where timm, and so ours, calls
+torch's fused attention. ``TIMM_FUSED_ATTN=0`` in the environment makes ours write it out as well.
 Rows of PEFT that adapt q, k and v apart do so on a split ``qkv`` on both sides.
 """
 
@@ -32,6 +33,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import peft
+import timm.layers
 import torch
 from measuring import (
     CLOCKS,
@@ -97,8 +99,15 @@ def library(root: Path, setup: Setup, ours: Training) -> Training:
     return trained_by_adamw(model, loss, after_step=after_step)
 
 
+def fourierft(root: Path, setup: Setup, ours: Training) -> Training:
+    """For S²FT, which has no code: PEFT's FourierFT, its spectrum without the reordering."""
+    return library(root, setup, configured_row(configured_method("fourierft"), setup))
+
+
 def comparisons(options: argparse.Namespace) -> dict[str, Published]:
     known = {name: Published(name, "peft", library) for name in LIBRARY}
+    note = "theirs is FourierFT, which is S²FT without the reordering; S²FT has no code"
+    known["s2ft-6000"] = Published("s2ft-6000", "peft", fourierft, note=note)
     if options.authors:
         known = PUBLISHED | known
     return {name: entry for name, entry in known.items() if name in (options.rows or known)}
@@ -195,7 +204,9 @@ def marked(ratio: float, target: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--authors", type=Path, help="folder with clones of the authors' code")
-    parser.add_argument("--rows", nargs="+", choices=[*PUBLISHED, *LIBRARY], metavar="ROW")
+    parser.add_argument(
+        "--rows", nargs="+", choices=[*PUBLISHED, *LIBRARY, "s2ft-6000"], metavar="ROW"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -231,6 +242,7 @@ def write(
     about = facts("published_cost.py", options.device)
     about["command"] = about["command"].replace(str(options.authors), "CLONES")
     settings = {key: getattr(options, key) for key in ("batch", "repeats", "clock", "device")}
+    settings["fused_attention"] = bool(timm.layers.use_fused_attn())
     targets = {"time": TIME_TARGET, "memory": MEMORY_TARGET}
     rest = {"failed": failed, "not_compared": NOT_COMPARED}
     content = about | {"settings": settings, "targets": targets, "rows": rows} | rest

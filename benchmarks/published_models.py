@@ -44,6 +44,10 @@ REPOSITORIES: dict[str, tuple[str, str]] = {
         "https://github.com/ziplab/SPT",
         "e385f67ef0cba524b44072d52ec0650a7022f4e2",
     ),
+    "SNELL": (
+        "https://github.com/ssfgunner/SNELL",
+        "e9d51857fd36f8753096b05a907bd5223ff07d44",
+    ),
     "GPS": (
         "https://github.com/FightingFighting/GPS",
         "72e0c31564f46b6b6a166b54a28f2a8f48cec031",
@@ -261,7 +265,42 @@ def spt(module: str, root: Path, setup: Setup, ours: Training) -> Training:
     return ready(model, setup, ("structured_", ".sparse_", *vectors))
 
 
+def snell(module: str, sparsity: float, root: Path, setup: Setup, ours: Training) -> Training:
+    """Their modules recompute the kernel in the backward pass.
+
+    Their class token trains, too: without it SNELL's checkpoints would pass no gradient on.
+    """
+    with imported(root, "model.vision_transformer_timm") as code:
+        model = code.VisionTransformerSNELL(
+            **VIT_B,
+            num_classes=setup.classes,
+            low_rank_dim=8,
+            block="BlockSNELLParallel",
+            tuning_model=module,
+            init_thres=sparsity,
+            no_drop_out=False,
+            no_drop_path=False,
+        )
+    names = ("In_Qs", "Out_Qs", "learnable.alpha", "learnable.gamma", "learnable.beta")
+    training = ready(model, setup, (*names, "cls_token", "head."))
+    if module == "snella":
+        with imported(root, "sparse_allocator") as code:
+            allocator = code.Allocator(training.model, 0.7, 1, 1, 1, 0.85, 0.85, 100)
+        training.after_step = lambda: allocator.update_ipt(training.model)
+    return training
+
+
+SNELL_NOTE = "theirs trains the class token (768), ours the coefficients of the kernel"
 PUBLISHED: dict[str, Published] = {
+    "klora-8": Published("klora-8", "SNELL", partial(snell, "klora", 0.0), note=SNELL_NOTE),
+    "snell-8": Published("snell-8", "SNELL", partial(snell, "snell", 0.7), note=SNELL_NOTE),
+    "snella-8": Published(
+        "snella-8",
+        "SNELL",
+        partial(snell, "snella", 0.5),
+        {"options": {"initial_sparsity": 0.5}},
+        SNELL_NOTE,
+    ),
     "ssf": Published("ssf", "SSF", ssf),
     "vpt-shallow": Published("vpt-shallow", "vpt", partial(vpt, False)),
     "vpt-deep": Published("vpt-deep", "vpt", partial(vpt, True)),
@@ -296,8 +335,6 @@ PUBLISHED: dict[str, Published] = {
 
 NOT_COMPARED = {
     "full, linear, partial-1, bias, mlp3": "train parts of the plain backbone; no code around it",
-    "klora, snell, snella": "see step_time.py, which compares them with a plain reference",
-    "s2ft": "no code is published",
     "hydralora": "published for language models only",
     "adapter-8-noah": "the same layers as adapter-8, with dropout",
 }
