@@ -3,10 +3,10 @@
     python benchmarks/published_cost.py --authors CLONES --output benchmarks/results/published.json
 
 CLONES is a folder with clones of the repositories in ``REPOSITORIES`` of published_models.py,
-each under its GitHub name (``git clone URL``, then ``git checkout COMMIT`` for the code that the
-committed results were measured with). Without ``--authors`` only the rows of Hugging Face PEFT
-are compared. Nothing is downloaded, and weights are random, which changes neither time nor
-memory.
+each under its own name (``git clone https://github.com/OWNER/NAME``, then ``git checkout`` of the
+commit that the committed results were measured with). Without ``--authors`` only the rows of
+Hugging Face PEFT are compared (library_models.py). Nothing is downloaded, and weights are random,
+which changes neither time nor memory.
 
 Both sides are ViT-B/16 at 224 px with the same hyper-parameters, the same trained parameters
 (the JSON has both counts), AdamW and the same batch; ours is the method file with all hooks that
@@ -18,23 +18,24 @@ memory (on CUDA, allocated memory), the model included.
 The two differ in one thing besides the method: SSF, SPT, GPS, VPT, AdaptFormer, FacT, SNELL(A)
 and Sparse-Tuning write attention out and keep its matrices, where timm, and so ours, calls
 torch's fused attention. ``TIMM_FUSED_ATTN=0`` in the environment makes ours write it out as well.
-Rows of PEFT that adapt q, k and v apart do so on a split ``qkv`` on both sides.
+Rows of PEFT that adapt q, k and v apart do so on a split ``qkv`` on both sides. Where the numbers
+of trained parameters differ, ``note`` in the JSON says why.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import peft
 import timm.layers
 import torch
+from library_models import LIBRARY
 from measuring import (
     CLOCKS,
     MIB,
@@ -42,81 +43,31 @@ from measuring import (
     Training,
     configured_method,
     configured_row,
-    cross_entropy,
     facts,
     interleaved,
     medians,
-    trained_by_adamw,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
 from published_models import NOT_COMPARED, PUBLISHED, Published
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from snella.measure import PeakMemory
-from snella.method import split_qkv
 
 TIME_TARGET, MEMORY_TARGET = 1.3, 1.1
-LIBRARY = (
-    *("lora-8", "lora-fa", "dora", "adalora", "fourierft", "oft", "vera", "shira", "waveft"),
-)
-"""Rows of baselines/peft.py; a step of the others (lora-16, lora-plus, rslora, pissa, corda) is
-LoRA's."""
-
-
-def library(root: Path, setup: Setup, ours: Training) -> Training:
-    """PEFT's own way with the config of our row; AdaLoRA before its budget falls, as ours."""
-    config = copy.deepcopy(ours.model.peft_config["default"])  # type: ignore[union-attr, operator]
-    config.modules_to_save = ["head"]
-    adapted = [n for n, m in ours.model.named_modules() if isinstance(m, BaseTunerLayer)]
-    config.target_modules = adapted
-    backbone: Any = setup.backbone().to(setup.device)
-    if any(".qkv." in path for path in adapted):
-        split_qkv(backbone)
-    adalora = isinstance(config, peft.AdaLoraConfig)
-    if adalora:
-        config.tinit, config.tfinal, config.total_step = 100, 300, 1000
-        plain = backbone.forward
-        backbone.forward = lambda batch: SimpleNamespace(  # its penalty goes where a loss is
-            loss=torch.nn.functional.cross_entropy(plain(batch["image"]), batch["label"])
-        )
-    model = peft.get_peft_model(backbone, config).train()
-    frozen = {name.removeprefix("base_model.model.") for name, _ in model.named_parameters()}
-    frozen -= {name for name, p in ours.model.named_parameters() if p.requires_grad}
-    for name, parameter in model.named_parameters():  # LoRA-FA's A
-        if name.removeprefix("base_model.model.") in frozen and "modules_to_save" not in name:
-            parameter.requires_grad_(False)
-    batch, steps = setup.data(), iter(range(100))
-
-    def loss() -> Tensor:
-        return model(batch).loss if adalora else cross_entropy(model, batch)
-
-    def after_step() -> None:
-        if adalora:
-            model.base_model.update_and_allocate(next(steps))
-
-    return trained_by_adamw(model, loss, after_step=after_step)
-
-
-def fourierft(root: Path, setup: Setup, ours: Training) -> Training:
-    """For S²FT, which has no code: PEFT's FourierFT, its spectrum without the reordering."""
-    return library(root, setup, configured_row(configured_method("fourierft"), setup))
 
 
 def comparisons(options: argparse.Namespace) -> dict[str, Published]:
-    known = {name: Published(name, "peft", library) for name in LIBRARY}
-    note = "theirs is FourierFT, which is S²FT without the reordering; S²FT has no code"
-    known["s2ft-6000"] = Published("s2ft-6000", "peft", fourierft, note=note)
-    if options.authors:
-        known = PUBLISHED | known
+    known = PUBLISHED | LIBRARY if options.authors else LIBRARY
     return {name: entry for name, entry in known.items() if name in (options.rows or known)}
 
 
-def both_sides(entry: Published, options: argparse.Namespace) -> tuple[Training, Training]:
-    setup = setup_of(options)
-    ours = configured_row(configured_method(entry.row, **entry.settings), setup)
-    return ours, entry.build((options.authors or Path()) / entry.repository, setup, ours)
+def build_ours(entry: Published, options: argparse.Namespace) -> Training:
+    return configured_row(configured_method(entry.row, **entry.settings), setup_of(options))
+
+
+def build_theirs(entry: Published, options: argparse.Namespace, ours: Training) -> Training:
+    root = (options.authors or Path()) / entry.repository
+    return entry.build(root, setup_of(options), ours)
 
 
 def setup_of(options: argparse.Namespace) -> Setup:
@@ -125,7 +76,8 @@ def setup_of(options: argparse.Namespace) -> Setup:
 
 def compare(name: str, entry: Published, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one row."""
-    ours, theirs = both_sides(entry, options)
+    ours = build_ours(entry, options)
+    theirs = build_theirs(entry, options, ours)
     steps = {"ours": ours.step, "theirs": theirs.step}
     samples = interleaved(steps, options.repeats, setup_of(options), options.clock)
     seconds = medians(samples)
@@ -164,9 +116,11 @@ def peak_alone(name: str, side: str) -> float:
 
 def peak(name: str, side: str, options: argparse.Namespace) -> float | None:
     """Peak memory of this process in its second step, in MiB."""
-    ours, theirs = both_sides(comparisons(options)[name], options)
-    training = ours if side == "ours" else theirs
-    del ours, theirs
+    entry = comparisons(options)[name]
+    training = build_ours(entry, options)
+    if side == "theirs":
+        training = build_theirs(entry, options, training)
+        gc.collect()
     training.step()
     memory = PeakMemory(torch.device(options.device))
     with memory.watch():
@@ -204,9 +158,7 @@ def marked(ratio: float, target: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--authors", type=Path, help="folder with clones of the authors' code")
-    parser.add_argument(
-        "--rows", nargs="+", choices=[*PUBLISHED, *LIBRARY, "s2ft-6000"], metavar="ROW"
-    )
+    parser.add_argument("--rows", nargs="+", choices=[*PUBLISHED, *LIBRARY], metavar="ROW")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

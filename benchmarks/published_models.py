@@ -23,49 +23,19 @@ from torch import Tensor, nn
 VIT_B = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "qkv_bias": True}
 
 
-REPOSITORIES: dict[str, tuple[str, str]] = {
-    "SSF": (
-        "https://github.com/dongzelian/SSF",
-        "e94e0e704a4ece1986a537c97a95158b46838f71",
-    ),
-    "vpt": (
-        "https://github.com/KMnP/vpt",
-        "4410440ec1b489f24f66b9fad3d9b10ff3443567",
-    ),
-    "AdaptFormer": (
-        "https://github.com/ShoufaChen/AdaptFormer",
-        "6967d676c1a5e5a11be2e2768a6e5c604bb043ed",
-    ),
-    "adapter_plus": (
-        "https://github.com/visinf/adapter_plus",
-        "191c4ab26fc97ea09ae390383ff79327822853ff",
-    ),
-    "SPT": (
-        "https://github.com/ziplab/SPT",
-        "e385f67ef0cba524b44072d52ec0650a7022f4e2",
-    ),
-    "SNELL": (
-        "https://github.com/ssfgunner/SNELL",
-        "e9d51857fd36f8753096b05a907bd5223ff07d44",
-    ),
-    "GPS": (
-        "https://github.com/FightingFighting/GPS",
-        "72e0c31564f46b6b6a166b54a28f2a8f48cec031",
-    ),
-    "PETL-ViT": (
-        "https://github.com/JieShibo/PETL-ViT",
-        "026e4f12cfbe1e46bfb4d3ed5ba09f2d9f83e91e",
-    ),
-    "Sparse-Tuning": (
-        "https://github.com/liuting20/Sparse-Tuning",
-        "550cc004a6deca377121469b29484935cd31cfbf",
-    ),
-    "Dynamic-Tuning": (
-        "https://github.com/NUS-HPC-AI-Lab/Dynamic-Tuning",
-        "d1744f0b9366f79ad9b78f586e479af34e81807a",
-    ),
+REPOSITORIES: dict[str, str] = {
+    "SSF": "dongzelian/SSF@e94e0e704a4ece1986a537c97a95158b46838f71",
+    "vpt": "KMnP/vpt@4410440ec1b489f24f66b9fad3d9b10ff3443567",
+    "AdaptFormer": "ShoufaChen/AdaptFormer@6967d676c1a5e5a11be2e2768a6e5c604bb043ed",
+    "adapter_plus": "visinf/adapter_plus@191c4ab26fc97ea09ae390383ff79327822853ff",
+    "SPT": "ziplab/SPT@e385f67ef0cba524b44072d52ec0650a7022f4e2",
+    "SNELL": "ssfgunner/SNELL@e9d51857fd36f8753096b05a907bd5223ff07d44",
+    "GPS": "FightingFighting/GPS@72e0c31564f46b6b6a166b54a28f2a8f48cec031",
+    "PETL-ViT": "JieShibo/PETL-ViT@026e4f12cfbe1e46bfb4d3ed5ba09f2d9f83e91e",
+    "Sparse-Tuning": "liuting20/Sparse-Tuning@550cc004a6deca377121469b29484935cd31cfbf",
+    "Dynamic-Tuning": "NUS-HPC-AI-Lab/Dynamic-Tuning@d1744f0b9366f79ad9b78f586e479af34e81807a",
 }
-"""URL and commit of each clone, by the name of its folder."""
+"""GitHub repository and commit of each clone, by the name of its folder."""
 
 
 class Published(NamedTuple):
@@ -335,6 +305,8 @@ PUBLISHED: dict[str, Published] = {
 
 NOT_COMPARED = {
     "full, linear, partial-1, bias, mlp3": "train parts of the plain backbone; no code around it",
+    "lora-16, lora-plus, rslora, pissa, corda": "the step of lora-8",
+    "adapter-32, other ranks and keep rates": "the layers of the row that is compared, wider",
     "hydralora": "published for language models only",
     "adapter-8-noah": "the same layers as adapter-8, with dropout",
 }

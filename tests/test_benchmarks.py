@@ -64,8 +64,8 @@ def test_authors_file_is_imported_without_leaving_traces(tmp_path: Path) -> None
 
 
 def test_peft_side_trains_the_same_parameters_in_the_same_memory() -> None:
+    from library_models import library
     from measuring import Setup, configured_method, configured_row
-    from published_cost import library
 
     setup = Setup(arch="vit_tiny_patch16_224", batch=1, classes=3)
     ours = configured_row(configured_method("lora-fa"), setup)
@@ -75,11 +75,11 @@ def test_peft_side_trains_the_same_parameters_in_the_same_memory() -> None:
 
 
 def test_every_comparison_names_a_row_and_a_repository() -> None:
-    from published_cost import LIBRARY
+    from library_models import LIBRARY
     from published_models import PUBLISHED, REPOSITORIES
 
     from snella import config
 
     rows = config.load().methods
-    assert {entry.row for entry in PUBLISHED.values()} | set(LIBRARY) <= set(rows)
+    assert {entry.row for entry in (PUBLISHED | LIBRARY).values()} <= set(rows)
     assert {entry.repository for entry in PUBLISHED.values()} == set(REPOSITORIES)
