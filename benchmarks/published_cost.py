@@ -170,6 +170,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if missing := set(options.rows or ()) - set(comparisons(options)):
+        parser.error(f"{', '.join(sorted(missing))}: needs --authors")
     torch.set_num_threads(options.threads)
     if options.peak_of:
         sys.stdout.write(json.dumps(peak(*options.peak_of, options)))
