@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -78,31 +78,37 @@ class Tile:
     leaves: list[Tensor] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Limits of the squared distances, which hold until the parameters change.
+# Of the compiled loops: the logits' shift, or None, and 1 / Σ exp per column, (slices, in) each.
+Softmax = tuple[Tensor | None, Tensor]
+
+
+@dataclass
+class Constants:
+    """What holds until the parameters change, and need not be computed again for backward.
 
     floor: (slices, P, 1, 1); below it a squared distance is rounding noise of the product that
     forms it, and a true 0 may not divide. needs_shift: whether exp(D/τ) could overflow.
+    softmax: of the compiled loops, once they have evaluated it.
     """
 
     floor: Tensor
     needs_shift: bool
+    softmax: Softmax | None = None
 
 
 class PiecewiseTiles:
     """piecewise-linear and mix-k; shapes as in ``snella.kernels.merge``, without gradients."""
 
     def __init__(
-        self, kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor, bounds: Bounds | None = None
+        self,
+        kernel: Kernel,
+        a: Tensor,
+        b: Tensor,
+        scalars: Tensor,
+        constants: Constants | None = None,
     ) -> None:
         self.kernel, self.a, self.b = kernel, a, b
-        rows_a, rows_b = a.mT.contiguous(), b.mT.contiguous()
-        squares_a = rows_a.square().sum(-2, keepdim=True)
-        squares_b = rows_b.square().sum(-2, keepdim=True)
-        # (slices, P, r/P + 2, features): leftᵀ right is |b|² + |a|² − 2 b·a.
-        self.left = torch.cat([rows_b, squares_b, torch.ones_like(squares_b)], -2)
-        self.right = torch.cat([rows_a * -2, torch.ones_like(squares_a), squares_a], -2)
+        self.rows_a, self.rows_b = a.mT.contiguous(), b.mT.contiguous()
         self.scalars = kernel.named(scalars)
         if kernel.learnable_coefficients:
             names = [f"coefficient_{p}" for p in range(kernel.pieces)]
@@ -110,25 +116,46 @@ class PiecewiseTiles:
         else:
             fixed = _fixed_coefficients(kernel, a.dtype, a.device)
             self.coefficients = [c.expand(len(a), 1, 1) for c in fixed]
-        self.bounds = bounds or self._bounds(squares_a, squares_b)
+        self.constants = constants or self._constants()
         self.grad_left: Tensor | None = None
         self.grad_right: Tensor | None = None
         self.grad_scalars = torch.zeros_like(scalars)
 
-    def _bounds(self, squares_a: Tensor, squares_b: Tensor) -> Bounds:
+    @cached_property
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """|a|² and |b|², (slices, P, 1, features)."""
+        return (
+            self.rows_a.square().sum(-2, keepdim=True),
+            self.rows_b.square().sum(-2, keepdim=True),
+        )
+
+    @cached_property
+    def left(self) -> Tensor:
+        """(slices, P, r/P + 2, out), so that leftᵀ right is |b|² + |a|² − 2 b·a."""
+        squares = self.squares[1]
+        return torch.cat([self.rows_b, squares, torch.ones_like(squares)], -2)
+
+    @cached_property
+    def right(self) -> Tensor:
+        """(slices, P, r/P + 2, in); see ``left``."""
+        squares = self.squares[0]
+        return torch.cat([self.rows_a * -2, torch.ones_like(squares), squares], -2)
+
+    def _constants(self) -> Constants:
+        squares_a, squares_b = self.squares
         largest = squares_a.amax(-1, keepdim=True) + squares_b.amax(-1, keepdim=True)
         limits = torch.finfo(largest.dtype)
         floor = largest * limits.eps + limits.tiny
         if self.kernel.name != "mix-k":
-            return Bounds(floor, needs_shift=False)
+            return Constants(floor, needs_shift=False)
         if largest.device.type != "cpu":  # a device is not asked, to avoid a wait
-            return Bounds(floor, needs_shift=True)
+            return Constants(floor, needs_shift=True)
         coefficient = max(max(map(abs, c.flatten().tolist())) for c in self.coefficients)
         reach = self.kernel.pieces * coefficient * math.sqrt(2 * float(largest.max()))
         temperatures = [1.0]
         if self.kernel.temperature:
             temperatures = self.scalars["temperature"].flatten().abs().tolist()
-        return Bounds(floor, needs_shift=not reach < 60 * min(temperatures))
+        return Constants(floor, needs_shift=not reach < 60 * min(temperatures))
 
     def spans(self) -> Iterator[Span]:
         """The tiles that make up the layer."""
@@ -145,7 +172,7 @@ class PiecewiseTiles:
                 yield Span(slice(s, s + 1), columns, inputs)
 
     def squared_distances(self, span: Span, scratch: Scratch) -> Tensor:
-        """d_p² over a span, (slices, P, out, some in), up to rounding (see ``Bounds.floor``)."""
+        """d_p² over a span, (slices, P, out, some in), up to rounding (see ``Constants.floor``)."""
         left, right = self.left[span.slices], self.right[span.slices, :, :, span.columns]
         slices, pieces, _, outputs = left.shape
         squares = scratch.take("distances", slices, pieces, outputs, span.width)
@@ -156,7 +183,7 @@ class PiecewiseTiles:
     def tile(self, span: Span, scratch: Scratch, out: Tensor | None = None) -> Tile:
         """Evaluate the merged matrices over a span, into ``out`` if given."""
         distances = self.squared_distances(span, scratch)
-        distances.clamp_min_(self.bounds.floor[span.slices]).sqrt_()
+        distances.clamp_min_(self.constants.floor[span.slices]).sqrt_()
         slices, pieces, outputs, _ = distances.shape
         mixed = self.kernel.name == "mix-k"
         shape = slices, outputs, span.width
@@ -176,7 +203,7 @@ class PiecewiseTiles:
         logits = linear
         if self.kernel.temperature:
             logits = torch.div(linear, self.scalars["temperature"][span.slices], out=exponential)
-        if self.bounds.needs_shift:
+        if self.constants.needs_shift:
             logits = torch.sub(logits, logits.amax(-2, keepdim=True), out=exponential)
         torch.exp(logits, out=exponential)
         tile.exponential = exponential
@@ -194,18 +221,16 @@ class PiecewiseTiles:
         assert tile.distances is not None
         self.add_ratio(span, torch.div(grad.unsqueeze(1), tile.distances, out=tile.distances))
 
-    def add_ratio(self, span: Span, ratio: Tensor) -> None:
-        """Contract ∂L/∂D / d_p, (slices, P, out, some in), with A and B."""
+    def add_ratio(self, span: Span, ratio: Tensor, pieces: slice = slice(None)) -> None:
+        """Contract ∂L/∂D / d_p, (slices, pieces, out, some in), with A and B."""
         if self.grad_left is None or self.grad_right is None:
             self.grad_left = torch.zeros_like(self.left)
             self.grad_right = torch.zeros_like(self.right)
-        ratio = ratio.flatten(0, 1)
-        left = self.left[span.slices].flatten(0, 1)
-        right = self.right[span.slices, :, :, span.columns].flatten(0, 1)
-        along_columns = self.grad_right[span.slices, :, :, span.columns]
+        left, right = self.left[span.slices, pieces], self.right[span.slices, pieces]
+        along_columns = self.grad_right[span.slices, pieces, :, span.columns]
         with full_precision():
-            along_columns.copy_(torch.bmm(left, ratio).view_as(along_columns))
-            self.grad_left[span.slices].flatten(0, 1).baddbmm_(right, ratio.mT)
+            along_columns.copy_(left @ ratio)
+            self.grad_left[span.slices, pieces] += right[..., span.columns] @ ratio.mT
 
     def _softmax_backward(self, span: Span, tile: Tile, grad: Tensor) -> None:
         """Turn ∂L/∂merged into ∂L/∂D in place, and collect the scalars' gradients."""
@@ -251,7 +276,7 @@ class PiecewiseTiles:
 class AutogradTiles:
     """Any kernel, one slice at a time, differentiated by recomputing ``snella.kernels.merge``."""
 
-    bounds = None
+    constants = None
 
     def __init__(self, kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor) -> None:
         self.kernel = kernel
@@ -289,12 +314,12 @@ Tiles = PiecewiseTiles | AutogradTiles
 
 
 def tiles(
-    kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor, bounds: Bounds | None = None
+    kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor, constants: Constants | None = None
 ) -> Tiles:
     """The evaluator for this kernel; it keeps only the low-rank matrices.
 
-    bounds: those of an earlier evaluator of the same parameters, to save their computation.
+    constants: those of an earlier evaluator of the same parameters.
     """
     if kernel.is_piecewise:
-        return PiecewiseTiles(kernel, a, b, scalars, bounds)
+        return PiecewiseTiles(kernel, a, b, scalars, constants)
     return AutogradTiles(kernel, a, b, scalars)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from snella import fused
 from snella.kernels import Kernel
 from snella.scratch import FreshMemory, Scratch
 from snella.sparsify import Region, Selection, factors, select, select_all_or_nothing
-from snella.tiles import CPU_TILE, Bounds, Span, Tile, Tiles, tiles
+from snella.tiles import CPU_TILE, Constants, PiecewiseTiles, Span, Tile, Tiles, tiles
 
 
 @dataclass(eq=False)
@@ -27,8 +28,8 @@ class Update:
 
     budgets: entries to keep per slice. selections: found by the first forward after a change of the
     parameters, then reused. scale: factor on the update. keep: whether tiles are kept for backward.
-    compile: whether the elementwise part of a tile is one compiled loop.
-    bounds: the evaluator's, which also hold until the parameters change.
+    compile: whether the elementwise part is a compiled loop.
+    constants: the evaluator's, which also hold until the parameters change.
     """
 
     kernel: Kernel
@@ -39,7 +40,7 @@ class Update:
     compile: bool = False
     selections: list[Selection] | None = None
     kept_tiles: list[tuple[Span, Tile]] | None = None
-    bounds: Bounds | None = None
+    constants: Constants | None = None
 
     def find(self, s: int, merged: Tensor, scratch: Scratch) -> Selection:
         """Select in slice ``s``."""
@@ -47,11 +48,10 @@ class Update:
             return select_all_or_nothing(False, merged)
         return select(merged, self.budgets[s], scratch.take("magnitude", *merged.shape))
 
-    def fuses(self, evaluator: Tiles, span: Span | None = None) -> bool:
-        """Whether the compiled loop serves here."""
-        if not self.compile or self.keep or self.scale != 1:
-            return False
-        return fused.usable(evaluator, span, self.selections)
+    def fuses(self, evaluator: Tiles) -> TypeGuard[PiecewiseTiles]:
+        """Whether the compiled loops serve here."""
+        wanted = self.compile and not self.keep and self.scale == 1
+        return wanted and (self.form == "none" or any(self.budgets)) and fused.usable(evaluator)
 
     def is_empty(self, span: Span) -> bool:
         """Whether nothing survives there, so that there is nothing to compute."""
@@ -67,8 +67,8 @@ def _evaluator(update: Update, a: Tensor, b: Tensor, scalars: Tensor) -> Tiles:
     dtype = compute_type(a)
     scalars = scalars.view(a.shape[0], -1)
     a, b, scalars = (t.detach().to(dtype) for t in (a, b, scalars))
-    evaluator = tiles(update.kernel, a, b, scalars, update.bounds)
-    update.bounds = evaluator.bounds
+    evaluator = tiles(update.kernel, a, b, scalars, update.constants)
+    update.constants = evaluator.constants
     return evaluator
 
 
@@ -92,55 +92,58 @@ def effective_weight(
     if out is None:
         out = a.new_empty(shape[0] * shape[1], shape[2], dtype=scratch.dtype)
     blocks = out.view(shape)
-    kept = []
-    for span in evaluator.spans():
-        part = blocks[span.slices, :, span.columns]
-        if keep:
-            tile = evaluator.tile(span, FreshMemory(a.device, scratch.dtype))
-            part.copy_(tile.merged)
-            kept.append((span, tile))
-        elif not update.is_empty(span):
-            _merge(update, evaluator, span, scratch, part)
+    if keep:
+        update.kept_tiles = _merge_and_keep(evaluator, blocks)
+    else:
+        _merge(update, evaluator, blocks, scratch)
     if update.form != "none" and update.selections is None:
         update.selections = [
             update.find(s, block, scratch) for s, block in enumerate(blocks.unbind())
         ]
     _finish(update, evaluator, blocks, None if weight is None else weight.reshape(shape), scratch)
-    if keep:
-        update.kept_tiles = kept
     return out
 
 
-def _merge(update: Update, evaluator: Tiles, span: Span, scratch: Scratch, out: Tensor) -> None:
-    """Write merged matrices to ``out``."""
+def _merge(update: Update, evaluator: Tiles, out: Tensor, scratch: Scratch) -> None:
+    """Write the merged matrices (slices, out, in), except for slices of which nothing survives."""
     if update.fuses(evaluator):
         with suppress(fused.CompilerMissing):
-            fused.merge_tile(evaluator, span, scratch, out)
+            fused.merge(evaluator, out, scratch)
             return
-    evaluator.tile(span, scratch, out=out)
+    for span in evaluator.spans():
+        part = out[span.slices, :, span.columns]
+        if update.is_empty(span):
+            part.zero_()
+        else:
+            evaluator.tile(span, scratch, out=part)
+
+
+def _merge_and_keep(evaluator: Tiles, out: Tensor) -> list[tuple[Span, Tile]]:
+    """Write the merged matrices, and return the tiles they are made of."""
+    kept = []
+    for span in evaluator.spans():
+        tile = evaluator.tile(span, FreshMemory(out.device, out.dtype))
+        out[span.slices, :, span.columns] = tile.merged
+        kept.append((span, tile))
+    return kept
 
 
 def _finish(
     update: Update, evaluator: Tiles, blocks: Tensor, base: Tensor | None, scratch: Scratch
 ) -> None:
     """Turn merged matrices (slices, out, in) into base + scale · S, in place."""
-    inputs = blocks.shape[2]
-    everywhere = Span(slice(0, len(blocks)), slice(0, inputs), inputs)
-    empty = [update.form != "none" and budget == 0 for budget in update.budgets]
-    for block, is_empty in zip(blocks.unbind(), empty, strict=True):
-        if is_empty:  # nothing was written there
-            block.zero_()
-    if update.form != "none" and update.fuses(evaluator, everywhere):
+    if update.form != "none" and update.fuses(evaluator):
         with suppress(fused.CompilerMissing):
-            fused.finish(blocks, base, update.form, update.selections or [])
+            fused.finish(blocks, base, update.form, update.selections)
             return
     for s, block in enumerate(blocks.unbind()):
         part = None if base is None else base[s]
-        if empty[s]:
-            if part is not None:
-                block.copy_(part)
-        else:
+        if update.form == "none" or update.budgets[s]:
             _sparsify_and_add(update, s, block, part, scratch)
+        elif part is None:
+            block.zero_()
+        else:
+            block.copy_(part)
 
 
 def _sparsify_and_add(
@@ -192,18 +195,34 @@ def contract(
     dense = dense.reshape(shape)
     effective = scratch.take("effective", *shape) if needs_effective else None
     base = None if weight is None else weight.reshape(shape)
-    stored: Iterable[tuple[Span, Tile | None]] | None = update.kept_tiles
-    for span, tile in stored or ((span, None) for span in evaluator.spans()):
-        where = span.slices, slice(None), span.columns
-        out = None if effective is None else effective[where]
-        part = None if base is None else base[where]
-        if not update.is_empty(span):
-            _differentiate(update, evaluator, span, tile, (dense[where], part, out), scratch)
-        elif out is not None:
-            out.zero_() if part is None else out.copy_(part)
+    _contract(update, evaluator, (dense, base, effective), scratch)
     update.kept_tiles = None
     flat = None if effective is None else effective.view(-1, shape[2])
     return flat, evaluator.gradients()
+
+
+def _contract(
+    update: Update,
+    evaluator: Tiles,
+    tensors: tuple[Tensor, Tensor | None, Tensor | None],
+    scratch: Scratch,
+) -> None:
+    """Add the layer's share to the evaluator's gradients, and write W + S.
+
+    tensors: ∂L/∂S, the frozen weight if it is to be added, and where W + S is to be written.
+    """
+    if update.fuses(evaluator):
+        with suppress(fused.CompilerMissing):
+            fused.contract(evaluator, update.form, update.selections, tensors, scratch)
+            return
+    stored: Iterable[tuple[Span, Tile | None]] | None = update.kept_tiles
+    for span, tile in stored or ((span, None) for span in evaluator.spans()):
+        dense, base, out = (None if t is None else t[span.slices, :, span.columns] for t in tensors)
+        assert dense is not None
+        if not update.is_empty(span):
+            _differentiate(update, evaluator, span, tile, (dense, base, out), scratch)
+        elif out is not None:
+            out.zero_() if base is None else out.copy_(base)
 
 
 def _differentiate(
@@ -214,15 +233,7 @@ def _differentiate(
     tensors: tuple[Tensor, Tensor | None, Tensor | None],
     scratch: Scratch,
 ) -> None:
-    """One tile's share of the gradients, and of W + S if ``out`` is given.
-
-    tensors: ∂L/∂S, the frozen weight if it is to be added, out.
-    """
-    if tile is None and update.fuses(evaluator, span):
-        with suppress(fused.CompilerMissing):
-            selections = update.selections or []
-            fused.differentiate_tile(evaluator, span, scratch, update.form, selections, tensors)
-            return
+    """One tile's share; see ``_contract``."""
     dense, base, out = tensors
     tile = tile or evaluator.tile(span, scratch)
     grad, amount = _through_sparsify(update, span, tile.merged, dense, scratch)

@@ -20,7 +20,7 @@ from snella import update as update_module
 from snella.kernels import KERNELS, Kernel, initial_factor, merge
 from snella.sparsify import FORMS, Selection, sparsify
 from snella.tuner.functional import merged_linear, merged_weight
-from snella.update import Update
+from snella.update import Update, contract, effective_weight
 
 
 def problem(
@@ -92,38 +92,49 @@ def formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_broken", [])
 
 
-@pytest.mark.parametrize("tile_size", [100, 10**6], ids=["tiled", "whole"])
 @pytest.mark.parametrize("temperature", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["mix-k", "piecewise-linear", "sigmoid"])
 @pytest.mark.usefixtures("formulas")
-def test_fused_formulas(
-    name: str, form: str, temperature: bool, tile_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tiles, "CPU_TILE", tile_size)
+def test_fused_formulas(name: str, form: str, temperature: bool) -> None:
     kernel = Kernel(name, 4, temperature=temperature)
     for budgets in ([0, 100, 240], [0, 0, 0], [240, 1, 17]):
         compare(problem(kernel), Update(kernel, form, budgets, compile=True))
     compare(problem(kernel), Update(kernel, form, [0, 1, 17], compile=True), weight=False)
+    large = problem(kernel)
+    with torch.no_grad():
+        large["a"].mul_(1e3)  # exp(D) would overflow
+    compare(large, Update(kernel, form, [0, 1, 17], compile=True), tolerance=1e-6)
     assert not fused._broken
 
 
-@pytest.mark.usefixtures("formulas")
-def test_fused_formulas_break_ties_as_a_device_does() -> None:
-    kernel = Kernel("piecewise-linear", 2)
-    values = problem(kernel, slices=1)
+def tied(kernel: Kernel, **shape: int) -> dict[str, Tensor]:
+    """Magnitudes that occur many times, so that the cut decides."""
+    values = problem(kernel, **shape)
     with torch.no_grad():
-        values["a"].copy_(values["a"].sign())
-        values["b"].copy_(values["b"].sign())
-    merged = merge(kernel, values["a"], values["b"], values["scalars"].view(1, -1)).detach()
+        for name in "ab":
+            values[name].copy_(values[name].sign())
+    return values
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+@pytest.mark.usefixtures("formulas")
+def test_fused_formulas_break_ties(form: str) -> None:
+    kernel = Kernel("piecewise-linear", 2)
+    update = Update(kernel, form, [100, 7], compile=True)
+    compare(tied(kernel, slices=2), update)
+    assert all(selection.has_ties for selection in update.selections)
+
+
+def test_selections_of_a_device() -> None:
+    merged = torch.randn(12, 20).round(decimals=1)
     on_device = sparsify_module._select_on_device(merged.abs().flatten(), 100)
-    assert on_device.has_ties
+    numbers = fused._selection_numbers([on_device], 20)
     for form in ("paper", "released"):
-        numbers = fused._selection_numbers([on_device], merged)
-        amount, slope = fused._factors(form, merged, numbers)
-        leaf = merged[0].requires_grad_()
+        amount, slope = fused._factors(form, merged[None], numbers)
+        leaf = merged.clone().requires_grad_()
         expected = sparsify(leaf, 100, form)
-        torch.testing.assert_close(merged[0] * amount[0], expected)
+        torch.testing.assert_close(merged * amount[0], expected)
         torch.testing.assert_close(slope[0], torch.autograd.grad(expected.sum(), leaf)[0])
 
 
@@ -131,7 +142,28 @@ def test_fused_formulas_break_ties_as_a_device_does() -> None:
 def test_compiled_loops() -> None:
     kernel = Kernel("mix-k", 4)
     compare(problem(kernel), Update(kernel, "paper", [10, 100, 240], compile=True))
+    compare(tied(kernel, inputs=40), Update(kernel, "released", [10, 100, 240], compile=True))
     assert not fused._broken
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_loops_keep_the_same_entries_in_backward() -> None:
+    values = problem(Kernel("mix-k", 8), inputs=96, outputs=64, dtype=torch.float32)
+    names = ("weight", "a", "b", "scalars")
+    weight, *tensors = (values[name].detach() for name in names)
+    update = Update(Kernel("mix-k", 8), "released", [1000, 2000, 3000], compile=True)
+    forward = effective_weight(update, None, *tensors)
+    assert [(part != 0).sum() for part in forward.chunk(3)] == update.budgets
+    torch.testing.assert_close(
+        forward.chunk(3)[1],
+        sparsify_module.sparsify(
+            merge(update.kernel, tensors[0], tensors[1], tensors[2].view(3, -1))[1],
+            2000,
+            "released",
+        ),
+    )
+    again, _ = contract(update, weight, None, *tensors, needs_effective=True)
+    assert torch.equal(again, forward)
 
 
 def test_without_a_compiler_there_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
