@@ -108,7 +108,11 @@ class Peft(Method):
     rank: PositiveInt | None = Field(None, description="Rank; None is PEFT's default.")
     alpha: PositiveFloat | None = Field(None, description="Scale; None is rank (LoRA: scale 1).")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input.")
-    roles: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = ROLES
+    roles: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(
+        ROLES,
+        description="Linear layers to adapt; fc1, fc2 where they name attention only and "
+        "the backbone has none (ConvNeXt).",
+    )
     fused_qkv: bool = Field(False, description="Adapt a fused qkv layer as one matrix.")
     lr_ratio: PositiveFloat | None = Field(
         None, description="Adapter's (LoRA+: B's) learning rate over the head's; LoRA+ default 16."
@@ -145,7 +149,10 @@ class Peft(Method):
     def adapt(self, model: nn.Module) -> None:
         if not self.fused_qkv and {"q", "k", "v"} & set(self.roles):
             split_qkv(model)
-        targets = list(dict.fromkeys(slot.path for slot in slots(model, self.roles)))
+        roles = self.roles
+        if family(model) == "convnext" and not {"fc1", "fc2"} & set(roles):
+            roles = ("fc1", "fc2")
+        targets = list(dict.fromkeys(slot.path for slot in slots(model, roles)))
         config = self._config(targets)
         tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
         try:

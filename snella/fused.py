@@ -1,8 +1,9 @@
 """The elementwise part of a layer as compiled loops (torch.compile): C++ on CPUs, Triton on GPUs.
 
-The same function as ``snella.tiles`` and ``snella.sparsify.factors``. Distances are evaluated where
-they are needed, again and again, since arithmetic is cheaper than memory. Only the way back through
-them is stored, for some columns at a time, and contracted with A and B by matrix products.
+The same function as ``snella.tiles`` and ``snella.sparsify.factors``, for whole matrices. Distances
+are evaluated wherever they are needed, since arithmetic is cheaper than memory; only ∂L/∂D / d is
+written, to be contracted with A and B by matrix products. Column sums are left to ``torch.sum``,
+which walks along the rows; a compiled one would walk down the columns.
 Without a working compiler the caller falls back to the tiles, with one warning.
 """
 
@@ -20,9 +21,6 @@ from torch import Tensor
 from snella.scratch import Scratch
 from snella.sparsify import Selection
 from snella.tiles import PiecewiseTiles, Softmax, Span, Tiles
-
-# Elements of ∂L/∂D per piece and block of columns: what a CPU's caches hold.
-CPU_BLOCK = 640 * 1024
 
 _broken: list[str] = []
 

@@ -190,6 +190,15 @@ def test_parameters_on_vit_b16(settings: dict, expected: int) -> None:
     }
 
 
+def test_the_lora_row_on_a_backbone_without_attention() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("convnext_base", num_classes=10)
+    prepare_model(build_method(FILE, {"roles": ["q", "k", "v"], "fused_qkv": True}), model)
+    depths, widths = (3, 3, 27, 3), (128, 256, 512, 1024)
+    expected = sum(n * 2 * 8 * 5 * width for n, width in zip(depths, widths, strict=True))
+    assert count_parameters(model)["trainable"] == expected == 1_443_840
+
+
 def test_parameters_on_sam_vit_b() -> None:
     """SNELLA's Table 5: 4.72 M = 4,058,596 of the decoder + 663,552, if qkv and fc1 are meant."""
     modeling = pytest.importorskip("segment_anything.modeling")

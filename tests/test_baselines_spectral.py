@@ -306,3 +306,5 @@ def test_hydralora_starts_at_the_backbone_and_merges_with_one_expert_only() -> N
 
 def test_hydralora_parameters_on_vit_b16() -> None:
     assert parameters_on("vit_base_patch16_224", make("hydralora")) == 479_232
+    settings = {"experts": 4, "roles": ["q"]}
+    assert parameters_on("vit_base_patch16_224", make("hydralora", **settings)) == 405_504

@@ -147,11 +147,13 @@ def test_compiled_loops() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_compiled_loops_keep_the_same_entries_in_backward() -> None:
-    values = problem(Kernel("mix-k", 8), inputs=96, outputs=64, dtype=torch.float32)
+@pytest.mark.parametrize("temperature", [True, False])
+def test_compiled_loops_keep_the_same_entries_in_backward(temperature: bool) -> None:
+    kernel = Kernel("mix-k", 8, temperature=temperature)
+    values = problem(kernel, inputs=96, outputs=64, dtype=torch.float32)
     names = ("weight", "a", "b", "scalars")
     weight, *tensors = (values[name].detach() for name in names)
-    update = Update(Kernel("mix-k", 8), "released", [1000, 2000, 3000], compile=True)
+    update = Update(kernel, "released", [1000, 2000, 3000], compile=True)
     forward = effective_weight(update, None, *tensors)
     assert [(part != 0).sum() for part in forward.chunk(3)] == update.budgets
     torch.testing.assert_close(
