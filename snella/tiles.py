@@ -78,22 +78,16 @@ class Tile:
     leaves: list[Tensor] = field(default_factory=list)
 
 
-# Of the compiled loops: the logits' shift, or None, and 1 / Σ exp per column, (slices, in) each.
-Softmax = tuple[Tensor | None, Tensor]
-
-
 @dataclass
 class Constants:
     """What holds until the parameters change, and need not be computed again for backward.
 
     floor: (slices, P, 1, 1); below it a squared distance is rounding noise of the product that
     forms it, and a true 0 may not divide. needs_shift: whether exp(D/τ) could overflow.
-    softmax: of the compiled loops, once they have evaluated it.
     """
 
     floor: Tensor
     needs_shift: bool
-    softmax: Softmax | None = None
 
 
 class PiecewiseTiles:
@@ -221,16 +215,16 @@ class PiecewiseTiles:
         assert tile.distances is not None
         self.add_ratio(span, torch.div(grad.unsqueeze(1), tile.distances, out=tile.distances))
 
-    def add_ratio(self, span: Span, ratio: Tensor, pieces: slice = slice(None)) -> None:
+    def add_ratio(self, span: Span, ratio: Tensor) -> None:
         """Contract ∂L/∂D / d_p, (slices, pieces, out, some in), with A and B."""
         if self.grad_left is None or self.grad_right is None:
             self.grad_left = torch.zeros_like(self.left)
             self.grad_right = torch.zeros_like(self.right)
-        left, right = self.left[span.slices, pieces], self.right[span.slices, pieces]
-        along_columns = self.grad_right[span.slices, pieces, :, span.columns]
+        left, right = self.left[span.slices], self.right[span.slices]
+        along_columns = self.grad_right[span.slices, :, :, span.columns]
         with full_precision():
             along_columns.copy_(left @ ratio)
-            self.grad_left[span.slices, pieces] += right[..., span.columns] @ ratio.mT
+            self.grad_left[span.slices] += right[..., span.columns] @ ratio.mT
 
     def _softmax_backward(self, span: Span, tile: Tile, grad: Tensor) -> None:
         """Turn ∂L/∂merged into ∂L/∂D in place, and collect the scalars' gradients."""

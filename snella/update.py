@@ -8,18 +8,17 @@ gradients of A, B and the kernel's scalars.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from snella import fused
+from snella import cpu
 from snella.kernels import Kernel
 from snella.scratch import FreshMemory, Scratch
 from snella.sparsify import Region, Selection, factors, select, select_all_or_nothing
-from snella.tiles import CPU_TILE, Constants, PiecewiseTiles, Span, Tile, Tiles, tiles
+from snella.tiles import CPU_TILE, Span, Tile, Tiles, tiles
 
 
 @dataclass(eq=False)
@@ -28,8 +27,8 @@ class Update:
 
     budgets: entries to keep per slice. selections: found by the first forward after a change of the
     parameters, then reused. scale: factor on the update. keep: whether tiles are kept for backward.
-    compile: whether the elementwise part is a compiled loop.
-    constants: the evaluator's, which also hold until the parameters change.
+    compile: whether the elementwise part runs as compiled loops; None where they are known to pay.
+    constants: the evaluator's or the loops', which also hold until the parameters change.
     """
 
     kernel: Kernel
@@ -37,10 +36,10 @@ class Update:
     budgets: list[int]
     scale: float = 1.0
     keep: bool = False
-    compile: bool = False
+    compile: bool | None = None
     selections: list[Selection] | None = None
     kept_tiles: list[tuple[Span, Tile]] | None = None
-    constants: Constants | None = None
+    constants: Any = None
 
     def find(self, s: int, merged: Tensor, scratch: Scratch) -> Selection:
         """Select in slice ``s``."""
@@ -48,14 +47,13 @@ class Update:
             return select_all_or_nothing(False, merged)
         return select(merged, self.budgets[s], scratch.take("magnitude", *merged.shape))
 
-    def fuses(self, evaluator: Tiles) -> TypeGuard[PiecewiseTiles]:
-        """Whether the compiled loops serve here."""
-        wanted = self.compile and not self.keep and self.scale == 1
-        return wanted and (self.form == "none" or any(self.budgets)) and fused.usable(evaluator)
-
     def is_empty(self, span: Span) -> bool:
         """Whether nothing survives there, so that there is nothing to compute."""
         return self.form != "none" and not any(self.budgets[span.slices])
+
+
+def _has_loops(update: Update, a: Tensor) -> bool:
+    return update.compile is not False and not update.keep and cpu.usable(update, a)
 
 
 def compute_type(parameter: Tensor) -> torch.dtype:
@@ -86,11 +84,14 @@ def effective_weight(
     In the evaluation precision (see ``compute_type``), so that a small update survives the sum.
     out: memory for it. keep: leave the tiles in ``update.kept_tiles`` for ``contract``.
     """
-    evaluator = _evaluator(update, a, b, scalars)
     shape = a.shape[0], b.shape[2], a.shape[2]
     scratch = Scratch.like(a, compute_type(a))
     if out is None:
         out = a.new_empty(shape[0] * shape[1], shape[2], dtype=scratch.dtype)
+    if _has_loops(update, a):
+        cpu.effective_weight(update, weight, a, b, scalars, out)
+        return out
+    evaluator = _evaluator(update, a, b, scalars)
     blocks = out.view(shape)
     if keep:
         update.kept_tiles = _merge_and_keep(evaluator, blocks)
@@ -100,16 +101,12 @@ def effective_weight(
         update.selections = [
             update.find(s, block, scratch) for s, block in enumerate(blocks.unbind())
         ]
-    _finish(update, evaluator, blocks, None if weight is None else weight.reshape(shape), scratch)
+    _finish(update, blocks, None if weight is None else weight.reshape(shape), scratch)
     return out
 
 
 def _merge(update: Update, evaluator: Tiles, out: Tensor, scratch: Scratch) -> None:
     """Write the merged matrices (slices, out, in), except for slices of which nothing survives."""
-    if update.fuses(evaluator):
-        with suppress(fused.CompilerMissing):
-            fused.merge(evaluator, out, scratch)
-            return
     for span in evaluator.spans():
         part = out[span.slices, :, span.columns]
         if update.is_empty(span):
@@ -128,14 +125,8 @@ def _merge_and_keep(evaluator: Tiles, out: Tensor) -> list[tuple[Span, Tile]]:
     return kept
 
 
-def _finish(
-    update: Update, evaluator: Tiles, blocks: Tensor, base: Tensor | None, scratch: Scratch
-) -> None:
+def _finish(update: Update, blocks: Tensor, base: Tensor | None, scratch: Scratch) -> None:
     """Turn merged matrices (slices, out, in) into base + scale · S, in place."""
-    if update.form != "none" and update.fuses(evaluator):
-        with suppress(fused.CompilerMissing):
-            fused.finish(blocks, base, update.form, update.selections)
-            return
     for s, block in enumerate(blocks.unbind()):
         part = None if base is None else base[s]
         if update.form == "none" or update.budgets[s]:
@@ -189,15 +180,16 @@ def contract(
     needs_effective: bool,
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
     """W + S again (if needed), and ∂L/∂(W + S) contracted into gradients of A, B and scalars."""
-    evaluator = _evaluator(update, a, b, scalars)
     shape = a.shape[0], b.shape[2], a.shape[2]
     scratch = Scratch.like(a, compute_type(a))
-    dense = dense.reshape(shape)
     effective = scratch.take("effective", *shape) if needs_effective else None
-    base = None if weight is None else weight.reshape(shape)
-    _contract(update, evaluator, (dense, base, effective), scratch)
-    update.kept_tiles = None
     flat = None if effective is None else effective.view(-1, shape[2])
+    if _has_loops(update, a):
+        return flat, cpu.contract(update, dense, weight, a, b, scalars, effective)
+    evaluator = _evaluator(update, a, b, scalars)
+    base = None if weight is None else weight.reshape(shape)
+    _contract(update, evaluator, (dense.reshape(shape), base, effective), scratch)
+    update.kept_tiles = None
     return flat, evaluator.gradients()
 
 
@@ -211,10 +203,6 @@ def _contract(
 
     tensors: ∂L/∂S, the frozen weight if it is to be added, and where W + S is to be written.
     """
-    if update.fuses(evaluator):
-        with suppress(fused.CompilerMissing):
-            fused.contract(evaluator, update.form, update.selections, tensors, scratch)
-            return
     stored: Iterable[tuple[Span, Tile | None]] | None = update.kept_tiles
     for span, tile in stored or ((span, None) for span in evaluator.spans()):
         dense, base, out = (None if t is None else t[span.slices, :, span.columns] for t in tensors)

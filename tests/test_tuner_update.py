@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as example_settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from peft import LoraConfig, PeftModel, get_peft_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snella import SnellaConfig, fused, tiles
+from snella import SnellaConfig, cpu, tiles
 from snella import sparsify as sparsify_module
 from snella import update as update_module
 from snella.kernels import KERNELS, Kernel, initial_factor, merge
@@ -72,6 +77,14 @@ def compare(
             )
 
 
+def tiled(kernel: Kernel, form: str, budgets: list[int], **settings: Any) -> Update:
+    return Update(kernel, form, budgets, compile=False, **settings)
+
+
+def loops(kernel: Kernel, form: str, budgets: list[int], **settings: Any) -> Update:
+    return Update(kernel, form, budgets, compile=True, **settings)
+
+
 @pytest.mark.parametrize("tile_size", [100, 10**6], ids=["tiled", "whole"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", KERNELS)
@@ -82,30 +95,47 @@ def test_equals_plain_autograd(
     monkeypatch.setattr(update_module, "CPU_TILE", tile_size)
     kernel = Kernel(name, 4, temperature=True)
     for budgets in ([0, 100, 240], [0, 0, 0], [240, 1, 17]):
-        compare(problem(kernel), Update(kernel, form, budgets))
+        compare(problem(kernel), tiled(kernel, form, budgets))
 
 
-@pytest.fixture
-def formulas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused path without a compiler: its formulas, run as they are written."""
-    monkeypatch.setattr(fused, "_compiled", lambda function: function)
-    monkeypatch.setattr(fused, "_broken", [])
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, cpu.COMPILERS)), reason="no C++ compiler"
+)
 
 
-@pytest.mark.parametrize("temperature", [True, False])
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled libraries are kept beside the temporary folders of this run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp().parent / "cache"))
+        yield
+
+
+@needs_compiler
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["mix-k", "piecewise-linear", "sigmoid"])
-@pytest.mark.usefixtures("formulas")
-def test_fused_formulas(name: str, form: str, temperature: bool) -> None:
-    kernel = Kernel(name, 4, temperature=temperature)
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Kernel("mix-k", 4),
+        Kernel("mix-k", 6, pieces=3, temperature=True),
+        Kernel("mix-k", 3, pieces=1, learnable_coefficients=False),
+        Kernel("piecewise-linear", 4),
+    ],
+    ids=lambda kernel: f"{kernel.name}-{kernel.rank}-{kernel.pieces}",
+)
+def test_compiled_loops(kernel: Kernel, form: str) -> None:
     for budgets in ([0, 100, 240], [0, 0, 0], [240, 1, 17]):
-        compare(problem(kernel), Update(kernel, form, budgets, compile=True))
-    compare(problem(kernel), Update(kernel, form, [0, 1, 17], compile=True), weight=False)
+        compare(problem(kernel), loops(kernel, form, budgets))
+    budgets = [0, 1, 17]
+    compare(problem(kernel), loops(kernel, form, budgets, scale=0.3))
+    compare(problem(kernel), loops(kernel, form, budgets, scale=1.7), weight=False)
+    wide = {"inputs": 300, "outputs": 37}  # more than a stretch of columns, fewer rows per part
+    compare(problem(kernel, **wide), loops(kernel, form, [0, 5000, 11100]))
     large = problem(kernel)
     with torch.no_grad():
         large["a"].mul_(1e3)  # exp(D) would overflow
-    compare(large, Update(kernel, form, [0, 1, 17], compile=True), tolerance=1e-6)
-    assert not fused._broken
+    compare(large, loops(kernel, form, budgets), tolerance=1e-6)
+    assert cpu._library(kernel, form, "double") is not None
 
 
 def tied(kernel: Kernel, **shape: int) -> dict[str, Tensor]:
@@ -117,43 +147,46 @@ def tied(kernel: Kernel, **shape: int) -> dict[str, Tensor]:
     return values
 
 
+@needs_compiler
 @pytest.mark.parametrize("form", ["paper", "released"])
-@pytest.mark.usefixtures("formulas")
-def test_fused_formulas_break_ties(form: str) -> None:
+def test_compiled_loops_break_ties(form: str) -> None:
     kernel = Kernel("piecewise-linear", 2)
-    update = Update(kernel, form, [100, 7], compile=True)
-    compare(tied(kernel, slices=2), update)
-    assert all(selection.has_ties for selection in update.selections)
+    for budgets in ([100, 7], [239, 230]):
+        update = loops(kernel, form, budgets)
+        compare(tied(kernel, slices=2), update)
+        assert all(selection.has_ties for selection in update.selections)
 
 
-def test_selections_of_a_device() -> None:
-    merged = torch.randn(12, 20).round(decimals=1)
-    on_device = sparsify_module._select_on_device(merged.abs().flatten(), 100)
-    numbers = fused._selection_numbers([on_device], 20)
-    for form in ("paper", "released"):
-        amount, slope = fused._factors(form, merged[None], numbers)
-        leaf = merged.clone().requires_grad_()
-        expected = sparsify(leaf, 100, form)
-        torch.testing.assert_close(merged * amount[0], expected)
-        torch.testing.assert_close(slope[0], torch.autograd.grad(expected.sum(), leaf)[0])
+@needs_compiler
+@example_settings(max_examples=200, deadline=None)
+@given(
+    values=arrays(
+        st.sampled_from([np.float32, np.float64]),
+        array_shapes(min_dims=2, max_dims=2, max_side=40),
+        elements=st.one_of(
+            st.floats(width=32, allow_nan=False), st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0])
+        ),
+    ),
+    share=st.floats(0, 1),
+)
+def test_compiled_selection_is_the_same(values: np.ndarray, share: float) -> None:
+    merged, budget = torch.from_numpy(values), max(1, round(share * values.size))
+    a, b = (merged.new_zeros(1, 2, size, 1) for size in reversed(merged.shape))
+    update = loops(Kernel("piecewise-linear", 2), "released", [budget])
+    layer = cpu._Layer(update, a, b, merged.new_zeros(2))
+    ((s, fields),) = layer
+    found = layer.select(s, fields, merged)
+    assert found == sparsify_module.select(merged, budget)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_compiled_loops() -> None:
-    kernel = Kernel("mix-k", 4)
-    compare(problem(kernel), Update(kernel, "paper", [10, 100, 240], compile=True))
-    compare(tied(kernel, inputs=40), Update(kernel, "released", [10, 100, 240], compile=True))
-    assert not fused._broken
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@needs_compiler
 @pytest.mark.parametrize("temperature", [True, False])
 def test_compiled_loops_keep_the_same_entries_in_backward(temperature: bool) -> None:
     kernel = Kernel("mix-k", 8, temperature=temperature)
     values = problem(kernel, inputs=96, outputs=64, dtype=torch.float32)
     names = ("weight", "a", "b", "scalars")
     weight, *tensors = (values[name].detach() for name in names)
-    update = Update(kernel, "released", [1000, 2000, 3000], compile=True)
+    update = loops(kernel, "released", [1000, 2000, 3000])
     forward = effective_weight(update, None, *tensors)
     assert [(part != 0).sum() for part in forward.chunk(3)] == update.budgets
     torch.testing.assert_close(
@@ -168,24 +201,78 @@ def test_compiled_loops_keep_the_same_entries_in_backward(temperature: bool) -> 
     assert torch.equal(again, forward)
 
 
-def test_without_a_compiler_there_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_fails(function: Any) -> Any:
-        raise RuntimeError("no C++ compiler\nand a long trace")
+@needs_compiler
+def test_compiled_loops_do_not_depend_on_the_number_of_threads() -> None:
+    kernel = Kernel("mix-k", 8)
+    values = problem(kernel, inputs=96, outputs=64, dtype=torch.float32)
+    weight, *tensors = (values[name].detach() for name in ("weight", "a", "b", "scalars"))
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            update = loops(kernel, "paper", [1000, 2000, 3000])
+            forward = effective_weight(update, weight, *tensors)
+            _, gradients = contract(update, weight, None, *tensors, needs_effective=False)
+            results.append((forward, *gradients))
+    finally:
+        torch.set_num_threads(threads)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
 
-    monkeypatch.setattr(fused, "_compiled", compile_fails)
-    monkeypatch.setattr(fused, "_broken", [])
+
+@needs_compiler
+def test_compiled_loops_pass_on_nan() -> None:
     kernel = Kernel("mix-k", 4)
-    with pytest.warns(UserWarning, match=r"torch.compile failed here \(no C\+\+ compiler\)") as log:
-        compare(problem(kernel), Update(kernel, "paper", [10, 100, 240], compile=True))
-    assert len(log) == 1
+    values = problem(kernel, dtype=torch.float32)
+    with torch.no_grad():
+        values["a"][0, 0, 3, 0] = torch.nan
+    tensors = [values[name].detach() for name in ("weight", "a", "b", "scalars")]
+    effective = effective_weight(loops(kernel, "paper", [100, 100, 100]), *tensors)
+    assert effective[:12, 3].isnan().all() and effective[12:].isfinite().all()
+
+
+@pytest.mark.parametrize("compiler", ["missing", "failing"])
+def test_without_a_compiler_there_is_one_warning(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiler == "failing":
+        script = tmp_path / "c++"
+        script.write_text("#!/bin/sh\necho 'cannot compile' >&2\necho more >&2\nexit 1\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if compiler == "failing" else str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    forget = (cpu._library, cpu._failures, cpu._warn)
+    for function in forget:
+        function.cache_clear()
+    reason = "cannot compile" if compiler == "failing" else "no C\\+\\+ compiler"
+    try:
+        with pytest.warns(UserWarning, match=rf"without compiled loops \({reason}") as log:
+            for kernel in (Kernel("mix-k", 4), Kernel("mix-k", 2)):
+                compare(problem(kernel), loops(kernel, "paper", [10, 100, 240]))
+        assert len(log) == 1
+    finally:
+        for function in forget:
+            function.cache_clear()
+
+
+def test_selections_of_a_device() -> None:
+    merged = torch.randn(12, 20).round(decimals=1)
+    selection = sparsify_module._select_on_device(merged.abs().flatten(), 100)
+    expected = sparsify_module.select(merged, 100)
+    assert (float(selection.threshold), int(selection.cut), float(selection.subtracted)) == (
+        expected.threshold,
+        expected.cut,
+        expected.subtracted,
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_scale_kept_tiles_and_separate_branch(form: str) -> None:
     kernel = Kernel("mix-k", 4)
-    compare(problem(kernel), Update(kernel, form, [50, 0, 99], scale=0.3))
-    compare(problem(kernel), Update(kernel, form, [50, 0, 99], keep=True))
-    compare(problem(kernel), Update(kernel, form, [50, 0, 99], scale=1.7), weight=False)
+    compare(problem(kernel), tiled(kernel, form, [50, 0, 99], scale=0.3))
+    compare(problem(kernel), tiled(kernel, form, [50, 0, 99], keep=True))
+    compare(problem(kernel), tiled(kernel, form, [50, 0, 99], scale=1.7), weight=False)
 
 
 def test_ties_at_the_threshold() -> None:
@@ -194,14 +281,14 @@ def test_ties_at_the_threshold() -> None:
     with torch.no_grad():
         values["a"].copy_(values["a"].sign())
         values["b"].copy_(values["b"].sign())
-    compare(values, Update(kernel, "paper", [100]))
-    compare(values, Update(kernel, "released", [100]))
+    compare(values, tiled(kernel, "paper", [100]))
+    compare(values, tiled(kernel, "released", [100]))
 
 
 def test_single_precision() -> None:
     kernel = Kernel("mix-k", 8)
     compare(
-        problem(kernel, 1, 96, 64, torch.float32), Update(kernel, "paper", [3000]), tolerance=1e-3
+        problem(kernel, 1, 96, 64, torch.float32), tiled(kernel, "paper", [3000]), tolerance=1e-3
     )
 
 
@@ -214,7 +301,7 @@ def test_finite_differences(form: str) -> None:
 
     def function(*leaves: Tensor) -> Tensor:
         current = values | dict(zip(names, leaves, strict=True))
-        return merged_linear(*current.values(), Update(kernel, form, [7]))
+        return merged_linear(*current.values(), tiled(kernel, form, [7]))
 
     assert torch.autograd.gradcheck(function, [values[name] for name in names])
 
@@ -223,14 +310,14 @@ def test_finite_differences_of_the_paper_form_between_thresholds() -> None:
     """With the threshold held just above a dropped entry, Eq. 13 is smooth in A, B and scalars."""
     kernel = Kernel("mix-k", 2)
     values = problem(kernel, 1, 4, 3)
-    update = Update(kernel, "paper", [7])
+    update = tiled(kernel, "paper", [7])
     merged_linear(*values.values(), update)
     assert update.selections is not None
     threshold = 1.001 * float(update.selections[0].threshold)
     held = [Selection(threshold, 0, threshold)]
 
     def function(*leaves: Tensor) -> Tensor:
-        again = Update(kernel, "paper", [7], selections=held)
+        again = tiled(kernel, "paper", [7], selections=held)
         return merged_linear(*leaves, again)
 
     assert torch.autograd.gradcheck(function, list(values.values()), eps=1e-7, atol=1e-4)
@@ -238,7 +325,7 @@ def test_finite_differences_of_the_paper_form_between_thresholds() -> None:
 
 def test_merged_weight_is_differentiable() -> None:
     kernel = Kernel("mix-k", 4)
-    values, update = problem(kernel), Update(kernel, "paper", [50, 240, 0])
+    values, update = problem(kernel), tiled(kernel, "paper", [50, 240, 0])
     leaves = [values[n] for n in ("weight", "a", "b", "scalars")]
     product = F.linear(values["x"], merged_weight(*leaves, update), values["bias"])
     expected = plain(values, update)
@@ -309,13 +396,23 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return wrapped
 
-    monkeypatch.setattr(update_module, "select", count("select", update_module.select))
-    monkeypatch.setattr(tiles.PiecewiseTiles, "tile", count("tile", tiles.PiecewiseTiles.tile))
+    for where, attribute, name in (
+        (update_module, "select", "select"),
+        (cpu._Layer, "select", "select"),
+        (tiles.PiecewiseTiles, "tile", "tile"),
+        (cpu, "effective_weight", "tile"),
+        (cpu, "contract", "tile"),
+    ):
+        monkeypatch.setattr(where, attribute, count(name, getattr(where, attribute)))
     return counts
 
 
-def test_thresholds_are_found_once_per_step(counted: dict[str, int]) -> None:
-    model, x = adapted(), torch.randn(2, 3, 16, 16)
+both = pytest.mark.parametrize("compiled", [False, None], ids=["tiles", "loops"])
+
+
+@both
+def test_thresholds_are_found_once_per_step(counted: dict[str, int], compiled: bool | None) -> None:
+    model, x = adapted(compile=compiled), torch.randn(2, 3, 16, 16)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     slices = 3 + 1 + 1 + 1
     for step in range(1, 3):
@@ -325,8 +422,9 @@ def test_thresholds_are_found_once_per_step(counted: dict[str, int]) -> None:
         optimizer.step()
 
 
-def test_evaluation_uses_one_plain_matrix(counted: dict[str, int]) -> None:
-    model, x = adapted().eval(), torch.randn(2, 3, 16, 16)
+@both
+def test_evaluation_uses_one_plain_matrix(counted: dict[str, int], compiled: bool | None) -> None:
+    model, x = adapted(compile=compiled).eval(), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         first = model(x)
         evaluated = counted["tile"]
@@ -358,10 +456,11 @@ def test_only_one_factor_trained() -> None:
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
-def test_kept_tiles_are_not_evaluated_again(counted: dict[str, int]) -> None:
+@both
+def test_kept_tiles_are_not_evaluated_again(counted: dict[str, int], compiled: bool | None) -> None:
     for settings, expected in (({"keep_merged": True}, 4), ({}, 8)):
         counted["tile"] = 0
-        model = adapted(**settings)
+        model = adapted(compile=compiled, **settings)
         model(torch.randn(2, 3, 16, 16)).sum().backward()
         assert counted["tile"] == expected
 

@@ -94,8 +94,10 @@ class SnellaConfig(PeftConfig):
         dropout: on the input of the update, except for layers named in no_dropout (by default those
             after attention).
         drop_path: stochastic depth on the output of the update, per sample.
-        keep_merged: keep merged matrices for backward, which is faster and needs their memory.
-        compile: torch.compile the elementwise arithmetic, which is faster still; needs a compiler.
+        keep_merged: keep merged matrices for backward, at several times the adapter's memory (the
+            paper compares both); rules out compiled loops.
+        compile: whether the elementwise arithmetic runs as compiled loops instead of torch
+            operations. None: on a CPU, where a C++ compiler is found (it takes a second or two).
     """
 
     rank: int = 8
@@ -136,7 +138,7 @@ class SnellaConfig(PeftConfig):
     no_dropout: list[str] = field(default_factory=lambda: list(_ATTENTION_OUTPUTS))
     drop_path: float | None = None
     keep_merged: bool = False
-    compile: bool = False
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
