@@ -287,13 +287,11 @@ namespace {
 
 // The bits of a magnitude, which are ordered as the magnitudes are, and NaN above all.
 using Key = std::conditional_t<sizeof(Real) == 4, std::uint32_t, std::uint64_t>;
-constexpr int SIGNIFICANT = 8 * sizeof(Key) - 1, DIGIT = 11;
-using Counts = std::vector<std::uint32_t>;
 
 Key key_of(Real value) {
     Key key;
     std::memcpy(&key, &value, sizeof key);
-    return key & ~(Key(1) << SIGNIFICANT);
+    return key & ~Key(0) >> 1;
 }
 
 Real magnitude_of(Key key) {
@@ -302,67 +300,67 @@ Real magnitude_of(Key key) {
     return value;
 }
 
-// How many of the keys have each value of their bits from `shift` on, below `shift` + DIGIT.
-template <class KeyAt>
-Counts histogram(Index first, Index last, int shift, KeyAt key_at) {
-    // Four in turns: neighbours often fall into one bin, and would wait for each other.
-    Counts counts(4 << DIGIT);
-    for (Index n = first; n < last; n++)
-        counts[(key_at(n) >> shift & ((1 << DIGIT) - 1)) << 2 | (n & 3)]++;
-    for (Index bin = 0; bin < 1 << DIGIT; bin++) {
-        const std::uint32_t *four = counts.data() + 4 * bin;
-        counts[bin] = four[0] + four[1] + four[2] + four[3];
-    }
-    counts.resize(1 << DIGIT);
-    return counts;
-}
+// Entries with low <= key <= high of a part of a matrix, and the number of those below.
+struct Range {
+    std::vector<Key> keys;
+    Index below = 0;
 
-// The bin that holds the entry of this rank, which becomes its rank within the bin.
-Index find_bin(const Counts &counts, Index &rank) {
-    Index bin = 0;
-    while (rank >= counts[bin]) rank -= counts[bin++];
-    return bin;
-}
-
-// Keys of the entries in the bin of `rank` by their leading digit; reads the matrix twice.
-std::vector<Key> leading_bin(const Slice &s, const Real *merged, Index &rank) {
-    const Index total = s.outputs * s.inputs, used = std::clamp<Index>(total >> 16, 1, PARTS);
-    constexpr int shift = SIGNIFICANT - DIGIT;
-    Counts parts[PARTS], counts(1 << DIGIT);
-#pragma omp parallel for num_threads(s.threads) schedule(static)
-    for (Index part = 0; part < used; part++)
-        parts[part] = histogram(total * part / used, total * (part + 1) / used, shift,
-                                [=](Index n) { return key_of(merged[n]); });
-    for (Index part = 0; part < used; part++)
-        for (Index bin = 0; bin < 1 << DIGIT; bin++) counts[bin] += parts[part][bin];
-    const Index bin = find_bin(counts, rank);
-    std::vector<Key> found[PARTS], keys;
-#pragma omp parallel for num_threads(s.threads) schedule(static)
-    for (Index part = 0; part < used; part++) {
-        found[part].resize(parts[part][bin] + 1);  // every key is written before it counts
-        Key *next = found[part].data(), *const end = next + parts[part][bin];
-        for (Index n = total * part / used; next < end; n++) {
-            const Key key = key_of(merged[n]);
-            *next = key;
-            next += Index(key >> shift) == bin;
+    void collect(const Real *__restrict merged, Index count, Key low, Key high) {
+        constexpr Index WORD = 8;
+        std::uint8_t inside[TILE + WORD] = {};
+        for (Index start = 0; start < count; start += TILE) {
+            const Real *__restrict part = merged + start;
+            const Index width = std::min(TILE, count - start);
+            Key less = 0;
+#pragma omp simd reduction(+ : less)
+            for (Index n = 0; n < width; n++) {
+                const Key key = key_of(part[n]);
+                less += key < low;
+                inside[n] = key - low <= high - low;
+            }
+            below += less;
+            std::fill(inside + width, inside + width + WORD, 0);
+            for (Index n = 0; n < width; n += WORD) {
+                std::uint64_t any;  // mostly none
+                std::memcpy(&any, inside + n, WORD);
+                for (Index k = n; any && k < n + WORD; k++)
+                    if (inside[k]) keys.push_back(key_of(part[k]));
+            }
         }
     }
-    for (Index part = 0; part < used; part++)
-        keys.insert(keys.end(), found[part].begin(), found[part].end() - 1);
-    return keys;
-}
+};
 
-// The key of this rank in ascending order; afterwards `keys` are the equal ones, and `rank` counts
-// those among them that come before it.
-Key find_key(std::vector<Key> &keys, Index &rank) {
-    for (int shift = SIGNIFICANT - 2 * DIGIT; shift > -DIGIT; shift -= DIGIT) {
-        const int low = std::max(shift, 0);
-        const auto counts = histogram(0, keys.size(), low, [&](Index n) { return keys[n]; });
-        const Index bin = find_bin(counts, rank);
-        const auto elsewhere = [=](Key key) { return Index(key >> low & ((1 << DIGIT) - 1)) != bin; };
-        keys.erase(std::remove_if(keys.begin(), keys.end(), elsewhere), keys.end());
+// Keys around the one of this rank in ascending order, which becomes its rank among them.
+std::vector<Key> candidates(const Slice &s, const Real *merged, Index &rank) {
+    const Index total = s.outputs * s.inputs, used = std::clamp<Index>(total >> 16, 1, PARTS);
+    Key low = 0, high = ~Key(0) >> 1;
+    if (total > 1 << 14) {  // a sample tells where to look; its stride visits every column
+        std::vector<Key> sample;
+        for (Index n = 0; n < total; n += 61) sample.push_back(key_of(merged[n]));
+        const double share = double(rank) / total, count = sample.size();
+        const double middle = share * count, spread = 4 * std::sqrt(middle * (1 - share)) + 1;
+        const auto nth = [&](double n) {
+            std::nth_element(sample.begin(), sample.begin() + Index(n), sample.end());
+            return sample[Index(n)];
+        };
+        if (middle - spread > 0) low = nth(middle - spread);
+        if (middle + spread < count) high = nth(middle + spread);
     }
-    return keys.front();
+    for (;; low = 0, high = ~Key(0) >> 1) {  // all entries, should the sample mislead
+        Range parts[PARTS], found;
+#pragma omp parallel for num_threads(s.threads) schedule(static)
+        for (Index part = 0; part < used; part++)
+            parts[part].collect(merged + total * part / used,
+                                total * (part + 1) / used - total * part / used, low, high);
+        for (const Range &part : parts) {
+            found.below += part.below;
+            found.keys.insert(found.keys.end(), part.keys.begin(), part.keys.end());
+        }
+        if (rank >= found.below && rank < found.below + Index(found.keys.size())) {
+            rank -= found.below;
+            return found.keys;
+        }
+    }
 }
 
 // Where the first `surplus` entries of this key end, and the largest magnitude below it.
@@ -395,11 +393,12 @@ void break_tie(const Slice &s, const Real *merged, Key key, Index surplus, Selec
 // The `budget` largest magnitudes, 0 < budget < N; exactly as snella.sparsify.select.
 extern "C" void snella_select(const Slice &s, const Real *merged, Index budget, Selection &out) {
     Index rank = s.outputs * s.inputs - budget - 1;
-    std::vector<Key> keys = leading_bin(s, merged, rank);
-    const Key key = find_key(keys, rank);
+    std::vector<Key> keys = candidates(s, merged, rank);
+    std::nth_element(keys.begin(), keys.begin() + rank, keys.end());
+    const Key key = keys[rank];
     out.threshold = out.subtracted = magnitude_of(key);
     out.cut = 0;
-    const Index surplus = Index(keys.size()) - rank - 1;
+    const Index surplus = std::count(keys.begin() + rank + 1, keys.end(), key);
     if (surplus && out.threshold == out.threshold) break_tie(s, merged, key, surplus, out);
 }
 
