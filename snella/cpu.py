@@ -90,7 +90,7 @@ def _library(kernel: Kernel, form: str, number: str) -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(_build(_settings(kernel, form, number))))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _failures().append(getattr(error, "stderr", None) or str(error))
         return None
     for name, types in FUNCTIONS.items():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snella import cpu
+from snella import cpu, gpu
 from snella.kernels import Kernel
 from snella.scratch import FreshMemory, Scratch
 from snella.sparsify import Region, Selection, factors, select, select_all_or_nothing
@@ -52,8 +52,14 @@ class Update:
         return self.form != "none" and not any(self.budgets[span.slices])
 
 
-def _has_loops(update: Update, a: Tensor) -> bool:
+def _on_cpu(update: Update, a: Tensor) -> bool:
+    """Whether the compiled loops serve here."""
     return update.compile is not False and not update.keep and cpu.usable(update, a)
+
+
+def _on_gpu(update: Update, a: Tensor) -> bool:
+    """Whether the Triton kernels serve here: only if asked for, until a GPU has measured them."""
+    return bool(update.compile) and not update.keep and gpu.usable(update, a)
 
 
 def compute_type(parameter: Tensor) -> torch.dtype:
@@ -76,21 +82,29 @@ def effective_weight(
     a: Tensor,
     b: Tensor,
     scalars: Tensor,
-    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    transient: bool = False,
     keep: bool = False,
 ) -> Tensor:
     """W + S, shape (out, in), or S alone without a weight; not differentiable.
 
-    In the evaluation precision (see ``compute_type``), so that a small update survives the sum.
-    out: memory for it. keep: leave the tiles in ``update.kept_tiles`` for ``contract``.
+    In the evaluation precision (see ``compute_type``), so that a small update survives the sum; or
+    in ``dtype``, rounded once. transient: it may lie in memory that the next call uses again.
+    keep: leave the tiles in ``update.kept_tiles`` for ``contract``.
     """
+    exact = compute_type(a)
+    if _on_gpu(update, a):
+        try:
+            return gpu.effective_weight(update, weight, a, b, scalars, dtype or exact)
+        except gpu.Broken:
+            update.constants = None
     shape = a.shape[0], b.shape[2], a.shape[2]
-    scratch = Scratch.like(a, compute_type(a))
-    if out is None:
-        out = a.new_empty(shape[0] * shape[1], shape[2], dtype=scratch.dtype)
-    if _has_loops(update, a):
+    scratch = Scratch.like(a, exact)
+    memory = scratch if transient else FreshMemory(a.device, exact)
+    out = memory.take("effective", shape[0] * shape[1], shape[2])
+    if _on_cpu(update, a):
         cpu.effective_weight(update, weight, a, b, scalars, out)
-        return out
+        return out.to(dtype or exact)
     evaluator = _evaluator(update, a, b, scalars)
     blocks = out.view(shape)
     if keep:
@@ -102,7 +116,7 @@ def effective_weight(
             update.find(s, block, scratch) for s, block in enumerate(blocks.unbind())
         ]
     _finish(update, blocks, None if weight is None else weight.reshape(shape), scratch)
-    return out
+    return out.to(dtype or exact)
 
 
 def _merge(update: Update, evaluator: Tiles, out: Tensor, scratch: Scratch) -> None:
@@ -178,31 +192,43 @@ def contract(
     b: Tensor,
     scalars: Tensor,
     needs_effective: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
-    """W + S again (if needed), and ∂L/∂(W + S) contracted into gradients of A, B and scalars."""
+    """W + S again (if needed), and ∂L/∂(W + S) contracted into gradients of A, B and scalars.
+
+    W + S is transient, and in ``dtype``; see ``effective_weight``.
+    """
+    exact = compute_type(a)
+    if _on_gpu(update, a):
+        try:
+            tensors = weight, a, b, scalars
+            return gpu.contract(update, dense, *tensors, needs_effective, dtype or exact)
+        except gpu.Broken:
+            update.constants = None
     shape = a.shape[0], b.shape[2], a.shape[2]
-    scratch = Scratch.like(a, compute_type(a))
+    scratch = Scratch.like(a, exact)
     effective = scratch.take("effective", *shape) if needs_effective else None
-    flat = None if effective is None else effective.view(-1, shape[2])
-    if _has_loops(update, a):
-        return flat, cpu.contract(update, dense, weight, a, b, scalars, effective)
-    evaluator = _evaluator(update, a, b, scalars)
-    base = None if weight is None else weight.reshape(shape)
-    _contract(update, evaluator, (dense.reshape(shape), base, effective), scratch)
-    update.kept_tiles = None
-    return flat, evaluator.gradients()
+    if _on_cpu(update, a):
+        grads = cpu.contract(update, dense, weight, a, b, scalars, effective)
+    else:
+        base = None if weight is None else weight.reshape(shape)
+        grads = _contract(update, (a, b, scalars), (dense.reshape(shape), base, effective), scratch)
+    if effective is None:
+        return None, grads
+    return effective.view(-1, shape[2]).to(dtype or exact), grads
 
 
 def _contract(
     update: Update,
-    evaluator: Tiles,
+    factors: tuple[Tensor, Tensor, Tensor],
     tensors: tuple[Tensor, Tensor | None, Tensor | None],
     scratch: Scratch,
-) -> None:
-    """Add the layer's share to the evaluator's gradients, and write W + S.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of A, B and the scalars tile by tile; writes W + S.
 
     tensors: ∂L/∂S, the frozen weight if it is to be added, and where W + S is to be written.
     """
+    evaluator = _evaluator(update, *factors)
     stored: Iterable[tuple[Span, Tile | None]] | None = update.kept_tiles
     for span, tile in stored or ((span, None) for span in evaluator.spans()):
         dense, base, out = (None if t is None else t[span.slices, :, span.columns] for t in tensors)
@@ -211,6 +237,8 @@ def _contract(
             _differentiate(update, evaluator, span, tile, (dense, base, out), scratch)
         elif out is not None:
             out.zero_() if base is None else out.copy_(base)
+    update.kept_tiles = None
+    return evaluator.gradients()
 
 
 def _differentiate(

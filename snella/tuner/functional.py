@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from snella.scratch import Scratch
-from snella.update import Update, compute_type, contract, effective_weight
+from snella.update import Update, contract, effective_weight
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -26,10 +26,10 @@ class _MergedLinear(torch.autograd.Function):
         update: Update,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            scratch = Scratch.like(a, compute_type(a))
-            out = scratch.take("effective", a.shape[0] * b.shape[2], a.shape[2])
             keep = update.keep and any(ctx.needs_input_grad)
-            effective = effective_weight(update, weight, a, b, scalars, out, keep).to(x.dtype)
+            effective = effective_weight(
+                update, weight, a, b, scalars, x.dtype, transient=True, keep=keep
+            )
             ctx.save_for_backward(x, weight, a, b, scalars)
             ctx.update = update
             return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
@@ -46,9 +46,9 @@ class _MergedLinear(torch.autograd.Function):
             dense = torch.mm(flat.mT, x.reshape(-1, x.shape[-1]), out=buffer)
             grad_weight = dense.clone() if needs_weight else None
             effective, (grad_a, grad_b, grad_scalars) = contract(
-                update, dense, weight, a, b, scalars, needs_effective=needs_x
+                update, dense, weight, a, b, scalars, needs_x, grad.dtype
             )
-            grad_x = None if effective is None else grad @ effective.to(grad.dtype)
+            grad_x = None if effective is None else grad @ effective
             grad_bias = flat.sum(0) if needs_bias else None
         return (
             grad_x,
@@ -74,8 +74,8 @@ class _MergedWeight(torch.autograd.Function):
         ctx.save_for_backward(weight, a, b, scalars)
         ctx.update = update
         with torch.autocast(a.device.type, enabled=False):
-            effective = effective_weight(update, weight, a, b, scalars)
-        return effective.to((a if weight is None else weight).dtype)
+            dtype = (a if weight is None else weight).dtype
+            return effective_weight(update, weight, a, b, scalars, dtype)
 
     @staticmethod
     @once_differentiable
