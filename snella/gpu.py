@@ -32,6 +32,8 @@ from snella.sparsify import Selection
 ROWS, COLUMNS, NARROW = 64, 64, 32
 FLAT, GATHER = 4096, 64
 PROGRAMS = 256
+# Parts of a column at most, and integers of workspace per slice, as gpu_kernels has them.
+MAX_SPLITS, WORDS = 8, 6416
 
 # Whether CPU tensors are served too, by Triton's interpreter; for tests.
 interpreted = False
@@ -145,7 +147,7 @@ def _plan(kernel: Kernel, slices: int, inputs: int, outputs: int) -> Plan:
     """The plan for a layer of this shape."""
     wide, narrow = math.ceil(inputs / COLUMNS), math.ceil(inputs / NARROW)
     high = math.ceil(outputs / ROWS)
-    wanted = min(high, _kernels().MAX_SPLITS.value, math.ceil(PROGRAMS / (narrow * slices)))
+    wanted = min(high, MAX_SPLITS, math.ceil(PROGRAMS / (narrow * slices)))
     height = ROWS * math.ceil(high / wanted)
     mixed = kernel.name == "mix-k"
     recipe = {
@@ -254,7 +256,7 @@ class _Layer:
     def find(self, weight: Tensor | None, out: Tensor) -> None:
         """Merge and select, and write W + S to ``out``."""
         update, plan = self.update, self.plan
-        workspace = self.empty(self.slices * _kernels().WORDS.value, dtype=torch.int32)
+        workspace = self.empty(self.slices * WORDS, dtype=torch.int32)
         constants = self.prepare(workspace)
         merged = self.matrix(torch.float32)
         _launch(

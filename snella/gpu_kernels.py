@@ -22,17 +22,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Below it a squared distance counts as this: a true 0 may not divide. With differences there is no
-# cancellation to guard against, and where points coincide the gradient still is 0.
-TINY = tl.constexpr(1.1754943508222875e-38)
-# Parts over which a sum along a column may be split.
-MAX_SPLITS = tl.constexpr(8)
-# Workspace of a slice: the three histograms, then the search's state.
-BINS_1, BINS_2, BINS_3 = tl.constexpr(256), tl.constexpr(4096), tl.constexpr(2048)
-HISTOGRAM_2, HISTOGRAM_3, STATE = tl.constexpr(256), tl.constexpr(4352), tl.constexpr(6400)
-DIGIT, DIGIT_RANK, PREFIX, PREFIX_RANK = (tl.constexpr(STATE.value + k) for k in range(4))
-LOWER, SURPLUS = tl.constexpr(STATE.value + 4), tl.constexpr(STATE.value + 5)
-WORDS = tl.constexpr(STATE.value + 16)
+# Numbers are written where they are used: Triton would check named constants at every launch.
+
+
+@triton.jit
+def _histograms(workspace, s):
+    """The slice's histograms of 256, 4096 and 2048 bins. (The layout of snella.gpu.WORDS.)"""
+    workspace += s * 6416
+    return workspace, workspace + 256, workspace + 4352
+
+
+@triton.jit
+def _state(workspace, s):
+    """Where the search keeps the threshold's first 8 bits, the rank among entries that share them,
+    its first 20 bits, the rank among those, the largest magnitude below, and the kept ties."""
+    state = workspace + s * 6416 + 6400
+    return state, state + 1, state + 2, state + 3, state + 4, state + 5
 
 
 @triton.jit
@@ -69,7 +74,9 @@ def _squares(
     for k in tl.range(COORDINATES, loop_unroll_factor=4):
         difference = _difference(a, b, rows, columns, inputs, outputs, k, COORDINATES, TURNED)
         squares = tl.fma(difference, difference, squares)
-    return tl.where(squares < TINY, TINY, squares)  # NaN stays
+    # The smallest normal number, as a true 0 may not divide: differences do not cancel, and where
+    # points coincide the gradient still is 0. NaN stays.
+    return tl.where(squares < 1.1754943508222875e-38, 1.1754943508222875e-38, squares)
 
 
 @triton.jit
@@ -112,20 +119,20 @@ def _inverse_temperature(scalars, TEMPERATURE: tl.constexpr):
 def _column_constants(softmax, columns, inputs, splits, stride, writes, COMBINE: tl.constexpr):
     """(shift, 1 / Σ exp) of every column, which are combined, and kept if ``writes``, or known.
 
-    Beyond the matrix the shift is infinite, so that exp is 0 there.
+    Beyond the matrix the shift is infinite, so that exp is 0 there. At most 8 splits.
 
     softmax: at the slice; stride: from row to row.
     """
     known = softmax + 2 * splits * stride + columns
     if COMBINE:
         shift = tl.full(columns.shape, float("-inf"), tl.float32)
-        for j in tl.static_range(MAX_SPLITS):
+        for j in tl.static_range(8):
             inside = columns < tl.where(j < splits, inputs, 0)
             part = tl.load(softmax + j * stride + columns, inside, float("-inf"))
             shift = tl.maximum(shift, part)
         shift = tl.where(columns < inputs, shift, float("inf"))
         total = tl.zeros(columns.shape, tl.float32)
-        for j in tl.static_range(MAX_SPLITS):
+        for j in tl.static_range(8):
             inside = columns < tl.where(j < splits, inputs, 0)
             largest = tl.load(softmax + j * stride + columns, inside, float("-inf"))
             part = tl.load(softmax + (splits + j) * stride + columns, inside, 0.0)
@@ -289,11 +296,12 @@ def merge(
         # Entries outside count as digit 0, and are taken off again.
         digits = tl.where(inside, _bits(value) >> 23, 0)
         digits = tl.reshape(digits, (ROWS * COLUMNS,))
-        count = tl.histogram(digits, BINS_1)
+        count = tl.histogram(digits, 256)
         used = tl.minimum(ROWS, outputs - row) * tl.minimum(COLUMNS, inputs - column)
-        bins = tl.arange(0, BINS_1)
+        bins = tl.arange(0, 256)
         count -= tl.where(bins == 0, ROWS * COLUMNS - used, 0)
-        tl.atomic_add(workspace + s * WORDS + bins, count, count > 0, sem="relaxed")
+        histogram, _, _ = _histograms(workspace, s)
+        tl.atomic_add(histogram + bins, count, count > 0, sem="relaxed")
 
 
 @triton.jit
@@ -309,17 +317,17 @@ def second(merged, ranks, workspace, total, BLOCK: tl.constexpr):
     """Count bits 9 to 20 of entries whose first 8 are the threshold's. Grid: (blocks, slices)."""
     block, s = tl.program_id(0), tl.program_id(1)
     rank = tl.load(ranks + s)
-    workspace += s * WORDS
     if (rank > 0) & (rank < total):
-        digit, rank = _locate(workspace, rank, BINS_1)
+        first, histogram, _ = _histograms(workspace, s)
+        digit, rank = _locate(first, rank, 256)
         if block == 0:
-            tl.store(workspace + DIGIT, digit)
-            tl.store(workspace + DIGIT_RANK, rank)
+            digit_place, rank_place, _, _, _, _ = _state(workspace, s)
+            tl.store(digit_place, digit)
+            tl.store(rank_place, rank)
         flat = block * BLOCK + tl.arange(0, BLOCK)
         bits = _bits(tl.load(merged + s.to(tl.int64) * total + flat, flat < total, 0.0))
         agrees = (flat < total) & (bits >> 23 == digit)
-        place = workspace + HISTOGRAM_2 + ((bits >> 11) & (BINS_2 - 1))
-        tl.atomic_add(place, 1, agrees, sem="relaxed")
+        tl.atomic_add(histogram + ((bits >> 11) & 4095), 1, agrees, sem="relaxed")
 
 
 @triton.jit
@@ -330,20 +338,20 @@ def third(merged, ranks, workspace, total, BLOCK: tl.constexpr):
     """
     block, s = tl.program_id(0), tl.program_id(1)
     rank = tl.load(ranks + s)
-    workspace += s * WORDS
     if (rank > 0) & (rank < total):
-        digit, rank = _locate(workspace + HISTOGRAM_2, tl.load(workspace + DIGIT_RANK), BINS_2)
-        prefix = (tl.load(workspace + DIGIT) << 12) | digit
+        _, second, histogram = _histograms(workspace, s)
+        digit, rank, prefix_place, rank_place, lower_place, _ = _state(workspace, s)
+        bin, rank = _locate(second, tl.load(rank), 4096)
+        prefix = (tl.load(digit) << 12) | bin
         if block == 0:
-            tl.store(workspace + PREFIX, prefix)
-            tl.store(workspace + PREFIX_RANK, rank)
+            tl.store(prefix_place, prefix)
+            tl.store(rank_place, rank)
         flat = block * BLOCK + tl.arange(0, BLOCK)
         bits = _bits(tl.load(merged + s.to(tl.int64) * total + flat, flat < total, 0.0))
         agrees = (flat < total) & (bits >> 11 == prefix)
-        place = workspace + HISTOGRAM_3 + (bits & (BINS_3 - 1))
-        tl.atomic_add(place, 1, agrees, sem="relaxed")
+        tl.atomic_add(histogram + (bits & 2047), 1, agrees, sem="relaxed")
         lower = tl.max(tl.where((flat < total) & (bits >> 11 < prefix), bits, 0))
-        tl.atomic_max(workspace + LOWER, lower, sem="relaxed")
+        tl.atomic_max(lower_place, lower, sem="relaxed")
 
 
 @triton.jit
@@ -357,23 +365,23 @@ def select(
     block, s = tl.program_id(0), tl.program_id(1)
     blocks, slices = tl.num_programs(0), tl.num_programs(1)
     rank = tl.load(ranks + s)
-    workspace += s * WORDS
     if (rank > 0) & (rank < total):
-        prefix = tl.load(workspace + PREFIX) << 11
-        histogram = workspace + HISTOGRAM_3
-        digit, rank = _locate(histogram, tl.load(workspace + PREFIX_RANK), BINS_3)
+        _, _, histogram = _histograms(workspace, s)
+        _, _, prefix_place, rank_place, lower_place, surplus_place = _state(workspace, s)
+        prefix = tl.load(prefix_place) << 11
+        digit, rank = _locate(histogram, tl.load(rank_place), 2048)
         threshold = prefix | digit
         surplus = tl.load(histogram + digit) - rank
         if block == 0:
-            bins = tl.arange(0, BINS_3)
+            bins = tl.arange(0, 2048)
             occurs = (bins < digit) & (tl.load(histogram + bins) > 0)
             lower = tl.max(tl.where(occurs, prefix | bins, 0))
-            lower = tl.maximum(lower, tl.load(workspace + LOWER))
+            lower = tl.maximum(lower, tl.load(lower_place))
             subtracted = tl.where(surplus > 0, lower, threshold)
             tl.store(numbers + s, threshold.to(tl.float32, bitcast=True))
             tl.store(numbers + slices + s, subtracted.to(tl.float32, bitcast=True))
             tl.store(cuts + s, 0)
-            tl.store(workspace + SURPLUS, surplus)
+            tl.store(surplus_place, surplus)
         if surplus > 0:
             flat = block * BLOCK + tl.arange(0, BLOCK)
             bits = _bits(tl.load(merged + s.to(tl.int64) * total + flat, flat < total, 0.0))
@@ -423,7 +431,8 @@ def finish(
         value = tl.load(merged + index, flat < total, 0.0)
         surplus = 0
         if rank > 0:
-            surplus = tl.load(workspace + s * WORDS + SURPLUS)
+            _, _, _, _, _, surplus_place = _state(workspace, s)
+            surplus = tl.load(surplus_place)
         cut = 0
         if surplus > 0:
             cut = _find_cut(
@@ -487,9 +496,9 @@ def apply(
 
 @triton.jit
 def _column_sums(parts, columns, inputs, splits, stride):
-    """Sum of the parts of every column, in order."""
+    """Sum of the parts of every column, at most 8, in order."""
     total = tl.zeros(columns.shape, tl.float32)
-    for j in tl.static_range(MAX_SPLITS):
+    for j in tl.static_range(8):
         inside = columns < tl.where(j < splits, inputs, 0)
         total += tl.load(parts + j * stride + columns, inside, 0.0)
     return total

@@ -108,10 +108,11 @@ def compare(
 
 @on_device
 @pytest.mark.parametrize("form", sparsify.FORMS)
-@pytest.mark.parametrize("options", [(True, True), (False, False)])
-@pytest.mark.parametrize("name", ["piecewise-linear", "mix-k"])
-def test_equals_plain_autograd(name: str, options: tuple[bool, bool], form: str) -> None:
-    temperature, learned = options
+@pytest.mark.parametrize(
+    ("name", "temperature", "learned"),
+    [("mix-k", True, True), ("mix-k", False, False), ("piecewise-linear", False, True)],
+)
+def test_equals_plain_autograd(name: str, temperature: bool, learned: bool, form: str) -> None:
     kernel = Kernel(name, 4, temperature=temperature, learnable_coefficients=learned)
     budgets = [0, 100] if learned else [180, 1]
     update = Update(kernel, form, budgets, scale=0.7 if learned else 1.0)
@@ -122,11 +123,13 @@ def test_equals_plain_autograd(name: str, options: tuple[bool, bool], form: str)
 
 @on_device
 def test_pieces_ranks_and_shapes() -> None:
-    for pieces, rank, shape in [(1, 1, (1, 5, 3)), (3, 6, (2, 18, 9))]:
+    for pieces, rank, shape in [(1, 1, (1, 5, 3)), (3, 6, (1, 18, 9))]:
         kernel = Kernel("mix-k", rank, pieces, temperature=True)
         total = shape[1] * shape[2]
         tensors = problem(kernel, *shape)
         compare(Update(kernel, "paper", [total // 3] * shape[0]), None, *tensors[1:])
+    kernel = Kernel("piecewise-linear", 2, learnable_coefficients=False)
+    compare(Update(kernel, "paper", [50, 60]), *problem(kernel, 2))
 
 
 @on_device
@@ -172,8 +175,8 @@ def test_ties_and_exact_budgets(form: str) -> None:
     compare(update, weight, a.sign() * 0.5, b.sign(), scalars)
     assert update.selections is not None and all(s.cut > 0 for s in update.selections)
     kernel = Kernel("mix-k", 4)
-    weight, *tensors = problem(kernel)
-    update = Update(kernel, "released", [11, 100, 239])
+    _, *tensors = problem(kernel)
+    update = Update(kernel, form, [11, 100, 239])
     delta = gpu.effective_weight(update, None, *tensors, torch.float32)
     assert [int((part != 0).sum()) for part in delta.chunk(3)] == update.budgets
 
@@ -221,8 +224,7 @@ def select(matrices: Tensor, budgets: list[int]) -> tuple[list[Selection], Tenso
     a, b = (torch.zeros(slices, 2, n, 1, device=DEVICE) for n in (inputs, outputs))
     update = Update(kernel, "released", budgets)
     layer = gpu._Layer(update, a, b, a.new_zeros(2 * slices))
-    words = gpu._kernels().WORDS.value
-    workspace = torch.zeros(slices, words, dtype=torch.int32, device=DEVICE)
+    workspace = torch.zeros(slices, gpu.WORDS, dtype=torch.int32, device=DEVICE)
     digits = (matrices.flatten(1).view(torch.int32) & 0x7FFFFFFF) >> 23
     for row, values in zip(workspace, digits, strict=True):
         row[:256] = torch.bincount(values, minlength=256)
@@ -277,17 +279,13 @@ def test_a_failure_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, *tensors = problem(kernel)
     update = Update(kernel, "paper", [1, 2, 3])
     assert gpu.usable(update, tensors[0])
-    monkeypatch.setattr(gpu, "_kernels", lambda: type("Kernels", (), {"MAX_SPLITS": gpu_splits()}))
+    monkeypatch.setattr(gpu, "_kernels", object)
     with (
         pytest.warns(UserWarning, match="runs without Triton kernels: they failed here") as log,
         pytest.raises(gpu.Broken),
     ):
         gpu.effective_weight(Update(kernel, "none", [1, 2, 3]), weight, *tensors, torch.float32)
     assert len(log) == 1 and not gpu.usable(update, tensors[0])
-
-
-def gpu_splits() -> Any:
-    return type("Constant", (), {"value": 8})
 
 
 @on_device
