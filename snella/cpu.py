@@ -126,8 +126,11 @@ def _build(settings: list[str]) -> Path:
     if compiler is None:
         raise OSError(f"no C++ compiler: none of {', '.join(COMPILERS)} is on the PATH")
     instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
+    if not instructions and platform.machine() in ("x86_64", "AMD64"):
+        raise OSError("the processor has no AVX2, without which they would be slower")
     command = [compiler, *FLAGS, *instructions, *settings]
-    identity = (platform.machine(), sys.platform, *command, SOURCE.read_text())
+    machine = platform.machine(), sys.platform, *platform.libc_ver()
+    identity = (*machine, *command, SOURCE.read_text())
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snella"
     library = cache / f"{name}.so"

@@ -97,7 +97,7 @@ def effective_weight(
         try:
             return gpu.effective_weight(update, weight, a, b, scalars, dtype or exact)
         except gpu.Broken:
-            update.constants = None
+            update.constants = update.selections = None
     shape = a.shape[0], b.shape[2], a.shape[2]
     scratch = Scratch.like(a, exact)
     memory = scratch if transient else FreshMemory(a.device, exact)
@@ -204,7 +204,8 @@ def contract(
             tensors = weight, a, b, scalars
             return gpu.contract(update, dense, *tensors, needs_effective, dtype or exact)
         except gpu.Broken:
-            update.constants = None
+            update.constants = update.selections = None
+            effective_weight(update, weight, a, b, scalars)  # thresholds of the tiles' rounding
     shape = a.shape[0], b.shape[2], a.shape[2]
     scratch = Scratch.like(a, exact)
     effective = scratch.take("effective", *shape) if needs_effective else None

@@ -23,7 +23,8 @@ from torch import Tensor
 from snella import gpu, sparsify
 from snella.kernels import Kernel, initial_factor, merge
 from snella.sparsify import Selection
-from snella.update import Update
+from snella.tuner.functional import merged_linear
+from snella.update import Update, effective_weight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -286,6 +287,39 @@ def test_a_failure_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         gpu.effective_weight(Update(kernel, "none", [1, 2, 3]), weight, *tensors, torch.float32)
     assert len(log) == 1 and not gpu.usable(update, tensors[0])
+
+
+def through_autograd(update: Update, weight: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Output and gradients of the tuner's operation."""
+    torch.manual_seed(1)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    x = torch.randn(5, weight.shape[1], device=DEVICE, requires_grad=True)
+    y = merged_linear(x, weight, None, *leaves, update)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *leaves])]
+
+
+@on_device
+@pytest.mark.parametrize("broken", [False, True])
+def test_served_to_the_tuner_if_asked_for(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, budgets = Kernel("mix-k", 4), [10, 100, 239]
+    tensors = problem(kernel)
+    expected = through_autograd(Update(kernel, "paper", budgets, compile=False), *tensors)
+    update = Update(kernel, "paper", budgets, compile=True)
+    effective_weight(update, *tensors)
+    assert isinstance(update.constants, gpu.Constants)
+    if broken:  # from here on; the forward that has been is not lost
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise gpu.Broken(gpu._warn(RuntimeError("no driver")))
+
+        monkeypatch.setattr(gpu, "_launch", fail)
+        with pytest.warns(UserWarning, match="no driver"):
+            actual = through_autograd(update, *tensors)
+    else:
+        actual = through_autograd(update, *tensors)
+    for mine, reference in zip(actual, expected, strict=True):
+        scale = 1e-4 * float(reference.detach().abs().max())
+        torch.testing.assert_close(mine, reference, rtol=1e-3, atol=scale)
 
 
 @on_device
