@@ -291,7 +291,7 @@ using Key = std::conditional_t<sizeof(Real) == 4, std::uint32_t, std::uint64_t>;
 Key key_of(Real value) {
     Key key;
     std::memcpy(&key, &value, sizeof key);
-    return key & ~Key(0) >> 1;
+    return key & (~Key(0) >> 1);
 }
 
 Real magnitude_of(Key key) {
