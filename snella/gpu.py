@@ -68,7 +68,7 @@ def usable(update: UpdateLike, a: Tensor) -> bool:
 
 @cache
 def _kernels() -> Any:
-    """The module ``gpu_kernels``, or None where there is no Triton."""
+    """The package ``gpu_kernels``, or None where there is no Triton."""
     if find_spec("triton") is None:
         return None
     try:
