@@ -73,6 +73,11 @@ def usable(update: Update, a: Tensor) -> bool:
     return False
 
 
+def in_use() -> bool:
+    """Whether this process has loaded loops; they round otherwise than torch operations do."""
+    return _library.cache_info().currsize > 0 and not _failures()
+
+
 @lru_cache
 def _warn() -> None:
     reason = _failures()[0].strip().partition("\n")[0]

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from snella import plan
+from snella import cpu, plan
 from snella.backbones import file_digest
 from snella.data.prepared import Prepared
 from snella.errors import CannotMerge, Diverged, UserError
@@ -151,7 +151,7 @@ def _header(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _finish(folder: Path, record: dict[str, Any], status: str, reason: str | None) -> None:
     record |= {"status": status, "reason": reason}
-    record["provenance"]["ended"] = now()
+    record["provenance"] |= {"ended": now(), "compiled_loops": cpu.in_use()}
     write_record(folder, record)
 
 

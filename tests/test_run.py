@@ -206,6 +206,7 @@ def test_fine_tuning_learns(settings, tmp_path):
     assert record["metrics"]["last"]["top1"] > 0.8
     assert record["parameters"]["head"] == 4 * 24 + 4
     assert record["cost"]["train_seconds"] > 0 and record["cost"]["gflops"] > 0
+    assert record["provenance"]["compiled_loops"] in (True, False)
 
 
 def test_a_user_error_is_recorded_and_raised(settings, tmp_path):

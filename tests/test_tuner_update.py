@@ -135,7 +135,7 @@ def test_compiled_loops(kernel: Kernel, form: str) -> None:
     with torch.no_grad():
         large["a"].mul_(1e3)  # exp(D) would overflow
     compare(large, loops(kernel, form, budgets), tolerance=1e-6)
-    assert cpu._library(kernel, form, "double") is not None
+    assert cpu._library(kernel, form, "double") is not None and cpu.in_use()
 
 
 def tied(kernel: Kernel, **shape: int) -> dict[str, Tensor]:
@@ -250,7 +250,7 @@ def test_without_a_compiler_there_is_one_warning(
         with pytest.warns(UserWarning, match=rf"without compiled loops \({reason}") as log:
             for kernel in (Kernel("mix-k", 4), Kernel("mix-k", 2)):
                 compare(problem(kernel), loops(kernel, "paper", [10, 100, 240]))
-        assert len(log) == 1
+        assert len(log) == 1 and not cpu.in_use()
     finally:
         for function in forget:
             function.cache_clear()
