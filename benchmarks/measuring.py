@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella import config as configuration
-from snella import plan
-from snella.method import Method, build_method, prepare_model
+from snella.method import Method
+from snella.methods.base import build_method, prepare_model
+from snella.suite import config as configuration
+from snella.suite import plan
 
 MIB = 2**20
 LEARNING_RATE = WEIGHT_DECAY = 1e-4

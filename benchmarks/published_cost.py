@@ -51,7 +51,7 @@ from published_models import NOT_COMPARED, PUBLISHED, Published
 from rich.console import Console
 from rich.table import Table
 
-from snella.measure import PeakMemory
+from snella.runs.measure import PeakMemory
 
 TIME_TARGET, MEMORY_TARGET = 1.3, 1.1
 

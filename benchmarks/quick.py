@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-IMPORTS = ("torch", "timm", "peft", "snella.run")
+IMPORTS = ("torch", "timm", "peft", "snella.runs.execute")
 
 
 def main() -> None:

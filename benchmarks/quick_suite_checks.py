@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
-from snella.data.quick import QUICK, make
+from snella.quick.tasks import QUICK, make
 
 Data = dict[str, tuple[torch.Tensor, torch.Tensor]]
 Options = argparse.Namespace

@@ -1,47 +1,32 @@
-"""The one interface that SNELLA and every baseline implement, and the discovery of method files.
+"""What a method file imports: the interface, and helpers of `methods` and `models`."""
 
-A method file holds one subclass of :class:`Method`. Its typed fields are its hyper-parameters;
-its class attributes say where it comes from and what it can serve. The trainer knows only the
-hooks below and names no method. Hooks get the model and keep no reference to it, so that a
-method object can be copied, printed and compared like the plain settings it is.
-"""
-
-from __future__ import annotations
-
-import difflib
-import hashlib
-import importlib.util
-import inspect
-import re
-import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar
-
-from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor, nn
-
-from snella.architecture import (
+from snella.methods.base import (
     ROLES,
+    Batch,
+    CannotMerge,
+    LossFn,
+    Method,
     Slot,
+    Unsupported,
+    batch_gradients,
     blocks,
+    count_parameters,
     family,
-    fuse_qkv,
-    head,
-    replace,
-    slots,
-    split_qkv,
-)
-from snella.calibration import batch_gradients, first_images
-from snella.entries import (
+    first_images,
     fold_entries,
     fold_parametrizations,
+    fuse_qkv,
+    head,
+    load_method,
+    no_decay,
+    replace,
     restore_entries,
+    seed_everything,
+    slots,
+    split_qkv,
     train_entries,
+    trainable,
 )
-from snella.errors import CannotMerge, Unsupported, UserError, one_line, unknown
-from snella.parameters import count_parameters, freeze, no_decay, seed_everything, trainable
 
 __all__ = [
     "ROLES",
@@ -70,223 +55,3 @@ __all__ = [
     "train_entries",
     "trainable",
 ]
-
-Batch = dict[str, Tensor]
-"""What a task's loader yields, e.g. image (B, 3, H, W) float and label (B,) int64."""
-LossFn = Callable[[nn.Module, Batch], Tensor]
-"""The task's loss: a scalar, the mean over the batch."""
-
-
-class Method(BaseModel):
-    """A parameter-efficient fine-tuning method: settings plus hooks.
-
-    Every hook but :meth:`adapt` is optional. When :meth:`adapt` is called all parameters are
-    frozen; afterwards the trainer unfreezes the task head (``model.get_classifier()`` in timm),
-    which every method trains.
-    """
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
-
-    paper: ClassVar[str] = ""
-    bibkey: ClassVar[str] = ""
-    licence: ClassVar[str] = "MIT"
-    supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext"})
-    head_only: ClassVar[bool] = False
-    """Whether nothing but the task head trains, by intention."""
-
-    def adapt(self, model: nn.Module) -> None:
-        """Change the frozen ``model`` in place and set ``requires_grad`` on what trains."""
-        raise NotImplementedError
-
-    def calibrate(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn) -> None:
-        """Look at gradients on training batches before training; runs after :meth:`adapt`."""
-
-    def parameter_groups(
-        self, model: nn.Module, lr: float, weight_decay: float
-    ) -> list[dict[str, Any]]:
-        """Optimizer groups of the trainable parameters.
-
-        By default vectors, biases and class tokens are not decayed, as in all released codes.
-        """
-        decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                (plain if no_decay(name, parameter) else decayed).append(parameter)
-        groups = [
-            {"params": decayed, "lr": lr, "weight_decay": weight_decay},
-            {"params": plain, "lr": lr, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
-
-    def auxiliary_loss(self, model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor | None:
-        """A scalar added to the task's loss after its forward pass on ``batch``, or None."""
-        return None
-
-    def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
-        """Called before epoch ``epoch`` of 0 .. ``epochs`` - 1."""
-
-    def on_step_end(self, model: nn.Module) -> None:
-        """Called after each optimizer step while the step's gradients are still alive."""
-
-    def merge(self, model: nn.Module) -> None:
-        """Fold the update into plain weights, so that inference costs what the backbone costs.
-
-        Raises :class:`~snella.errors.CannotMerge` with the reason where the method cannot.
-        """
-        raise CannotMerge(f"{type(self).__name__} does not fold into the backbone's weights")
-
-    def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """All tensors that change the output: by default what trains, and persistent buffers.
-
-        Must be symmetric with :meth:`load_state`. A method that changes frozen weights or
-        chooses a structure from data overrides both.
-        """
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        return {name: t.detach() for name, t in model.state_dict().items() if name not in frozen}
-
-    def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        """Load what :meth:`state` returned into a freshly adapted ``model``.
-
-        Raises ``ValueError`` if a tensor has no place in the model.
-        """
-        result = model.load_state_dict(state, strict=False)
-        if result.unexpected_keys:
-            raise ValueError(f"the adapter has tensors unknown here: {result.unexpected_keys[:3]}")
-
-    def training_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Further tensors that an interrupted training needs to go on, e.g. moving averages.
-
-        They are checkpointed but are no part of the adapter.
-        """
-        return {}
-
-    def load_training_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        """Load what :meth:`training_state` returned; runs after :meth:`load_state`."""
-
-    def check_supported(self, model: nn.Module) -> None:
-        """Raise :class:`~snella.errors.Unsupported` for a family the method does not claim."""
-        kind = family(model)
-        if kind not in self.supports:
-            raise Unsupported(
-                f"{type(self).__name__} cannot serve {kind} backbones "
-                f"(it claims {', '.join(sorted(self.supports))})."
-            )
-
-
-def load_method(path: Path) -> type[Method]:
-    """Import a method file and return its one :class:`Method` subclass.
-
-    Raises :class:`~snella.errors.UserError` if it does not import or holds no or two methods.
-    """
-    module = _import(path)
-    own = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value)
-        and issubclass(value, Method)
-        and value.__module__ == module.__name__
-        and not value.__name__.startswith("_")
-    ]
-    if len(own) != 1:
-        names = ", ".join(cls.__name__ for cls in own) or "none"
-        raise UserError(
-            f"Method file {path} must define exactly one Method class, found {names}; "
-            "start the names of helper classes with an underscore."
-        )
-    if own[0].adapt is Method.adapt:
-        raise UserError(f"{path}: {own[0].__name__} has no adapt(self, model); write one.")
-    return own[0]
-
-
-def _import(path: Path) -> ModuleType:
-    """Run a method file; it is registered, so that its annotations and its source are found."""
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    name = f"snella_method_{path.stem}_{digest}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise UserError(
-            f"Method file {path} does not import: {one_line(error, path)}; correct the file."
-        ) from error
-    return module
-
-
-def method_file(method: Method) -> Path:
-    """The file that the class of ``method`` was loaded from."""
-    return Path(inspect.getfile(type(method)))
-
-
-def build_method(path: Path, hyperparameters: dict[str, Any]) -> Method:
-    """Load the method of ``path`` with ``hyperparameters``; name file and field if one is wrong."""
-    cls = load_method(path)
-    for name in hyperparameters:
-        if name not in cls.model_fields:
-            raise unknown(f"hyper-parameter of {path}", name, cls.model_fields)
-    try:
-        return cls(**hyperparameters)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "settings"
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(
-            f"{path}: hyper-parameter {field}: {message} (got {first['input']!r}); correct it "
-            "under `hyperparameters:` of the method's row."
-        ) from error
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def prepare_model(method: Method, model: nn.Module) -> None:
-    """Freeze ``model``, let ``method`` adapt it, and unfreeze the task head.
-
-    Raises :class:`~snella.errors.UserError`, naming the method's file, if ``adapt`` fails or
-    marks nothing; a method that calibrates may still mark something then.
-    """
-    method.check_supported(model)
-    freeze(model)
-    try:
-        method.adapt(model)
-    except Unsupported:
-        raise
-    except UserError as error:
-        raise UserError(f"{method_file(method)}: {error}") from error
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        file = method_file(method)
-        raise UserError(
-            f"{file}: {type(method).__name__}.adapt does not fit {type(model).__name__}: "
-            f"{one_line(error, file)}{_closest_module(model, error)}"
-        ) from error
-    calibrates = type(method).calibrate is not Method.calibrate
-    marked = bool(trainable(model)) or method.head_only
-    task_head = head(model)
-    if task_head is not None:
-        task_head.requires_grad_(True)
-    if not (marked or calibrates) or not trainable(model):
-        raise _nothing_marked(method, "adapt")
-
-
-def check_marked(method: Method, model: nn.Module) -> None:
-    """Raise :class:`~snella.errors.UserError` if a method that calibrates marked nothing."""
-    calibrates = type(method).calibrate is not Method.calibrate
-    if calibrates and not method.head_only and not count_parameters(model)["trainable"]:
-        raise _nothing_marked(method, "calibrate")
-
-
-def _nothing_marked(method: Method, hook: str) -> UserError:
-    return UserError(
-        f"{method_file(method)}: {type(method).__name__}.{hook} marks nothing trainable; set "
-        "requires_grad on what trains (a method of the head alone says head_only = True)."
-    )
-
-
-def _closest_module(model: nn.Module, error: Exception) -> str:
-    """A hint where ``error`` is about a module that the model does not have."""
-    missing = re.search(r"has no attribute [`'\"](\w+)", str(error))
-    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
-    close = difflib.get_close_matches(missing[1], parts, n=1) if missing else []
-    return f". Did you mean {close[0]!r}?" if close else "."

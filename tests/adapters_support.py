@@ -8,7 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from snella.method import Method, build_method, prepare_model
+from snella.method import Method
+from snella.methods.base import build_method, prepare_model
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "baselines"

@@ -36,7 +36,7 @@ def settings(tiny_data: Path):
     """Resolved settings of one run on ``tiny_data``, as a function of what differs."""
 
     def make(method: str = "full", hyperparameters: dict | None = None, **protocol) -> dict:
-        from snella.protocol import Protocol
+        from snella.runs.protocol import Protocol
 
         chosen = {
             "image_size": 16, "resize": "none", "normalisation": "inception", "epochs": 3,

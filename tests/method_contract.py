@@ -13,7 +13,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from snella.check import Subject, examine
-from snella.method import Method, build_method, count_parameters, prepare_model, trainable
+from snella.method import Method, count_parameters, trainable
+from snella.methods.base import build_method, prepare_model
 
 BASELINES = Path(__file__).parents[1] / "baselines"
 Batch = dict[str, Tensor]

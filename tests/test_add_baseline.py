@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from snella import config as configuration
-from snella import plan, template
 from snella.check import Subject, examine
 from snella.check.toy import BASE_SIZE
 from snella.cli import main
 from snella.errors import UserError
-from snella.method import build_method
+from snella.methods import template
+from snella.methods.base import build_method
+from snella.suite import config as configuration
+from snella.suite import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "docs" / "examples" / "svf.py"

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from torch import Tensor
 
-from snella.allocation import SCHEDULES, Importance, Schedule, allocate, allocate_released
+from snella.equations.allocation import SCHEDULES, Importance, Schedule, allocate, allocate_released
 from snella.errors import UserError
 
 LAYERS = st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 10_000)), min_size=1, max_size=12)

@@ -8,8 +8,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from snella.backbones import build_backbone, file_digest
 from snella.errors import UserError
+from snella.models.backbones import build_backbone, file_digest
 
 KWARGS = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3}
 

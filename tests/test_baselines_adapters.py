@@ -11,7 +11,8 @@ from adapters_support import adapted, images, labels, method, perturb, tiny
 from torch import nn
 
 from snella.errors import CannotMerge, Unsupported, UserError
-from snella.method import prepare_model, trainable
+from snella.method import trainable
+from snella.methods.base import prepare_model
 
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),

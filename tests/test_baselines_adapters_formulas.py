@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from adapters_support import adapted, images, labels, method, perturb, tiny
 from torch import Tensor
 
-from snella.method import prepare_model, trainable
+from snella.method import trainable
+from snella.methods.base import prepare_model
 
 
 def _logits(model: Any, tokens: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from adapters_support import assert_gradients, golden, golden_model, method, tiny
 from torch import Tensor, nn
 
-from snella.method import prepare_model
+from snella.methods.base import prepare_model
 
 _CLOSE = {"rtol": 1e-6, "atol": 1e-7}
 

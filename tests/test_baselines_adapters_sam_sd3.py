@@ -7,7 +7,8 @@ import torch
 from adapters_support import method, perturb
 from torch import Tensor, nn
 
-from snella.method import freeze, trainable
+from snella.method import trainable
+from snella.methods.base import freeze
 
 
 def _sam() -> tuple[nn.Module, dict[str, Tensor]]:

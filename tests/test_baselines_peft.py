@@ -17,13 +17,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from snella.errors import Unsupported, UserError
-from snella.method import (
-    Method,
-    build_method,
-    count_parameters,
-    prepare_model,
-    trainable,
-)
+from snella.method import Method, count_parameters, trainable
+from snella.methods.base import build_method, prepare_model
 
 FILE = Path(__file__).parents[1] / "baselines" / "peft.py"
 GOLDEN = Path(__file__).parent / "golden" / "baselines"

@@ -25,7 +25,8 @@ from method_contract import (
 from torch import Tensor, nn
 
 from snella.errors import CannotMerge, Unsupported
-from snella.method import Method, count_parameters, prepare_model, trainable
+from snella.method import Method, count_parameters, trainable
+from snella.methods.base import prepare_model
 
 GOLDEN = Path(__file__).parent / "golden" / "baselines"
 S2FT = functions(make("s2ft"))

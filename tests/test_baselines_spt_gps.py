@@ -24,7 +24,8 @@ from method_contract import (
 from torch import Tensor, nn
 
 from snella.errors import CannotMerge, Unsupported, UserError
-from snella.method import Method, count_parameters, first_images, prepare_model, trainable
+from snella.method import Method, count_parameters, first_images, trainable
+from snella.methods.base import prepare_model
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 GOLDEN = Path(__file__).parent / "golden" / "spt_gps"

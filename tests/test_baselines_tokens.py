@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from snella.errors import CannotMerge, Unsupported, UserError
-from snella.method import Method, build_method, count_parameters, prepare_model, trainable
+from snella.method import Method, count_parameters, trainable
+from snella.methods.base import build_method, prepare_model
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "baselines"

@@ -78,7 +78,7 @@ def test_every_comparison_names_a_row_and_a_repository() -> None:
     from library_models import LIBRARY
     from published_models import PUBLISHED, REPOSITORIES
 
-    from snella import config
+    from snella.suite import config
 
     rows = config.load().methods
     assert {entry.row for entry in (PUBLISHED | LIBRARY).values()} <= set(rows)

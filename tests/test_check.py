@@ -8,8 +8,6 @@ from textwrap import dedent, indent
 import pytest
 import torch
 
-from snella import config as configuration
-from snella import plan
 from snella.check import Subject, check_method, examine
 from snella.check.contract import compare_restored
 from snella.check.findings import Failure, Finding
@@ -19,7 +17,10 @@ from snella.check.suite import _claims
 from snella.check.toy import FAMILIES, missing_extra, output, tiny_backbone
 from snella.cli import main
 from snella.errors import UserError
-from snella.method import Unsupported, build_method
+from snella.method import Unsupported
+from snella.methods.base import build_method
+from snella.suite import config as configuration
+from snella.suite import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = configuration.load(ROOT / "config/config.yaml").methods
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from snella.method import Method, blocks, replace, slots
+from snella.method import (Method, blocks, replace, slots)
 
 
 class _Gain(nn.Module):

@@ -16,9 +16,9 @@ from snella_golden import (
 from torch import Tensor
 
 from snella import SnellaConfig
-from snella.allocation import Importance, Schedule, allocate, allocate_released
-from snella.kernels import Kernel, merge
-from snella.sparsify import budget_from_sparsity, keep_mask, select, sparsify
+from snella.equations.allocation import Importance, Schedule, allocate, allocate_released
+from snella.equations.kernels import Kernel, merge
+from snella.equations.sparsify import budget_from_sparsity, keep_mask, select, sparsify
 
 MODULES = sorted(path.name for path in (GOLDEN / "modules").glob("*.npz"))
 DOUBLE = [name for name in MODULES if "float32" not in name]

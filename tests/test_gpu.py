@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from snella import gpu, sparsify
-from snella.kernels import Kernel, initial_factor, merge
-from snella.sparsify import Selection
+from snella.backends import gpu
+from snella.backends.update import Update, effective_weight
+from snella.equations import sparsify
+from snella.equations.kernels import Kernel, initial_factor, merge
+from snella.equations.sparsify import Selection
 from snella.tuner.functional import merged_linear
-from snella.update import Update, effective_weight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -237,7 +238,7 @@ def select(matrices: Tensor, budgets: list[int]) -> tuple[list[Selection], Tenso
 
 
 def check_selection(matrices: Tensor, budgets: list[int]) -> None:
-    """Against ``snella.sparsify``."""
+    """Against ``snella.equations.sparsify``."""
     actual, out = select(matrices.to(DEVICE), budgets)
     total = matrices[0].numel()
     for matrix, budget, found, kept in zip(matrices, budgets, actual, out, strict=True):
@@ -412,7 +413,7 @@ def test_kernels_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from snella import gpu_kernels
+    from snella.backends import triton as gpu_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for name, constants in COMPILED:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from snella import tiles
+from snella.backends import tiles
+from snella.backends.scratch import Scratch
+from snella.equations.kernels import KERNELS, PIECEWISE, Kernel, initial_factor, merge
 from snella.errors import UserError
-from snella.kernels import KERNELS, PIECEWISE, Kernel, initial_factor, merge
-from snella.scratch import Scratch
 
 CHOICES = [
     Kernel(name, 6, 3, learnable, temperature)

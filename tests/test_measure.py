@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from snella.measure import PeakMemory, gflops
+from snella.runs.measure import PeakMemory, gflops
 
 
 def test_gflops_of_vit_b_16_are_the_published_ones():

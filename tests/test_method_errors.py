@@ -10,13 +10,14 @@ import pytest
 from snella.check.toy import tiny_backbone
 from snella.cli import main
 from snella.errors import UserError
-from snella.method import build_method, load_method, prepare_model
+from snella.method import load_method
+from snella.methods.base import build_method, prepare_model
 
 IMPORTS = """\
 from pydantic import Field
 from torch import nn
 
-from snella.method import Method, slots
+from snella.method import (Method, slots)
 """
 FULL = """
 class Mine(Method):

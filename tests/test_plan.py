@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from snella import config as configuration
-from snella import plan
 from snella.errors import UserError
+from snella.suite import config as configuration
+from snella.suite import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
-from snella.data import formula
-from snella.pretrain import ARCHITECTURE, PretrainConfig, augment, pretrain
+from snella.quick import formula
+from snella.quick.pretrain import ARCHITECTURE, PretrainConfig, augment, pretrain
 
 TOY = PretrainConfig(
     architecture={**ARCHITECTURE, "embed_dim": 12, "depth": 1, "num_heads": 2},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from snella.protocol import Protocol
+from snella.runs.protocol import Protocol
 
 GOLDEN = Path(__file__).parent / "golden" / "snella" / "lr_schedule.npz"
 

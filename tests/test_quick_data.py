@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella.data import bundled, render, species
-from snella.data.quick import QUICK, SPLITS, Split, make
 from snella.errors import UserError
+from snella.quick import bundled, render, species
+from snella.quick.tasks import QUICK, SPLITS, Split, make
 
 NAMES = sorted(QUICK)
 

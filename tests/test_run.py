@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from snella import run as running
 from snella.data.prepared import Prepared, SealedTestLabels
 from snella.errors import UserError
-from snella.evaluation import score_run
-from snella.run import execute, load_run
+from snella.runs import execute as running
+from snella.runs.evaluate import score_run
+from snella.runs.execute import execute, load_run
 from snella.tasks import Classification
 
 METHODS = [

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch import Tensor
 
-from snella import sparsify as module
-from snella.errors import UserError
-from snella.sparsify import (
+from snella.equations import sparsify as module
+from snella.equations.sparsify import (
     Region,
     budget_from_sparsity,
     factors,
@@ -20,6 +19,7 @@ from snella.sparsify import (
     select,
     sparsify,
 )
+from snella.errors import UserError
 
 # Integers give many ties, reals none.
 VALUES = st.one_of(st.integers(-4, 4).map(float), st.floats(-1e6, 1e6, width=32))

@@ -19,13 +19,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snella import SnellaConfig, cpu, tiles
-from snella import sparsify as sparsify_module
-from snella import update as update_module
-from snella.kernels import KERNELS, Kernel, initial_factor, merge
-from snella.sparsify import FORMS, Selection, sparsify
+from snella import SnellaConfig
+from snella.backends import cpu, tiles
+from snella.backends import update as update_module
+from snella.backends.update import Update, contract, effective_weight
+from snella.equations import sparsify as sparsify_module
+from snella.equations.kernels import KERNELS, Kernel, initial_factor, merge
+from snella.equations.sparsify import FORMS, Selection, sparsify
 from snella.tuner.functional import merged_linear, merged_weight
-from snella.update import Update, contract, effective_weight
 
 
 def problem(

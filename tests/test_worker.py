@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from snella import worker
+from snella.jobs import worker
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -21,7 +21,9 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(worker.tempfile, "gettempdir", lambda: str(tmp_path))
     code = (
         f"import tempfile; tempfile.gettempdir = lambda: {str(tmp_path)!r}\n"
-        "from snella import worker; worker.IDLE_SECONDS, worker.PRELOAD = 1, (); worker.serve()"
+        "from snella.jobs import worker\n"
+        "worker.IDLE_SECONDS, worker.PRELOAD = 1, ()\n"
+        "worker.serve()"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 30
@@ -58,7 +60,7 @@ def test_a_job_ends_when_its_client_is_killed(server, tmp_path, settings):
     chosen = settings(epochs=100_000)
     code = (
         f"import sys, tempfile; tempfile.gettempdir = lambda: {str(tmp_path)!r}\n"
-        "from snella import worker; worker.call(sys.argv[1:])"
+        "from snella.jobs import worker; worker.call(sys.argv[1:])"
     )
     folder = tmp_path / "x"
     client = subprocess.Popen(

@@ -19,8 +19,8 @@ from snella.check.findings import Failure, Finding, Note, finding, some
 from snella.check.subject import EPOCHS, STEPS, Subject, answer
 from snella.check.toy import BASE_SIZE, base_backbone, toy_loss
 from snella.errors import CannotMerge, one_line
-from snella.method import method_file, prepare_model
-from snella.parameters import count_parameters, trainable
+from snella.methods.base import method_file, prepare_model
+from snella.models.parameters import count_parameters, trainable
 
 TOLERANCE = 1e-5
 TRAINS = "trains"

@@ -22,7 +22,7 @@ from snella.check.contract import restore
 from snella.check.findings import Failure
 from snella.check.subject import Subject
 from snella.errors import one_line
-from snella.method import build_method
+from snella.methods.base import build_method
 
 SECONDS = 120
 Answer = tuple[Tensor, list[str]]

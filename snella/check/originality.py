@@ -13,7 +13,7 @@ import torch
 from snella.check.findings import Failure
 from snella.check.subject import Subject
 from snella.errors import UserError
-from snella.method import build_method
+from snella.methods.base import build_method
 
 
 def original(

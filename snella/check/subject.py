@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from snella.check.toy import output, tiny_backbone, toy_batch, toy_loss
-from snella.method import Batch, Method, prepare_model
-from snella.parameters import count_parameters, seed_everything, trainable
+from snella.methods.base import Batch, Method, prepare_model
+from snella.models.parameters import count_parameters, seed_everything, trainable
 
 EPOCHS, STEPS, LR, WEIGHT_DECAY = 3, 4, 5e-3, 1e-4
 

@@ -16,7 +16,7 @@ from snella.check.originality import original
 from snella.check.subject import Subject
 from snella.check.toy import FAMILIES, TIMM_FAMILIES, missing_extra, tiny_backbone
 from snella.errors import Unsupported, unknown
-from snella.method import Method, build_method, prepare_model
+from snella.methods.base import Method, build_method, prepare_model
 
 
 def check_method(

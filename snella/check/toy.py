@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella.architecture import family
-from snella.method import Batch
+from snella.methods.base import Batch
+from snella.models.families import family
 
 CLASSES = 5
 _EXTRAS = {"sam": ("segment_anything", "segmentation"), "sd3": ("diffusers", "generation")}

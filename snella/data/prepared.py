@@ -186,7 +186,7 @@ class Prepared:
 
 
 def test_labels(folder: Path) -> np.ndarray:
-    """Labels of the test split, int64 (N,): for the scorer (`snella.evaluation`) alone."""
+    """Labels of the test split, int64 (N,): for the scorer (`snella.runs.evaluate`) alone."""
     return _load_labels(Prepared.open(folder).folder, "test")
 
 

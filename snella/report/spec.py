@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from snella.config import validate
 from snella.errors import UserError
+from snella.suite.config import validate
 
 MeanKind = Literal["tasks", "groups"]
 

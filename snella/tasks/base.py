@@ -9,15 +9,15 @@ import numpy as np
 from torch import Tensor, nn
 
 from snella.data.prepared import Prepared
-from snella.method import Batch
-from snella.protocol import Protocol
+from snella.methods.base import Batch
+from snella.runs.protocol import Protocol
 
 
 class Task(ABC):
     """One data set under one protocol, seen through what training and scoring need.
 
     A task never holds test targets: it predicts on test inputs, and the predictions are scored
-    afterwards by :mod:`snella.evaluation`, which alone can read them.
+    afterwards by :mod:`snella.runs.evaluate`, which alone can read them.
     """
 
     metric: str

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella.backbones import build_backbone
 from snella.data.prepared import Prepared
 from snella.data.transforms import (
     batches,
@@ -19,8 +18,9 @@ from snella.data.transforms import (
     open_split,
     train_transform,
 )
-from snella.method import Batch, head
-from snella.protocol import Protocol
+from snella.methods.base import Batch, head
+from snella.models.backbones import build_backbone
+from snella.runs.protocol import Protocol
 from snella.tasks.base import Task
 
 EVAL_BATCH = 256

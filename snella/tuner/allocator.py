@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from snella.allocation import Importance, Schedule, allocate, allocate_released
+from snella.equations.allocation import Importance, Schedule, allocate, allocate_released
 from snella.errors import UserError
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer

@@ -13,10 +13,10 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from snella.allocation import SCHEDULES, SCORES
+from snella.equations.allocation import SCHEDULES, SCORES
+from snella.equations.kernels import Kernel
+from snella.equations.sparsify import BUDGET_RULES, FORMS
 from snella.errors import UserError, unknown
-from snella.kernels import Kernel
-from snella.sparsify import BUDGET_RULES, FORMS
 
 
 class SnellaPeftType(enum.StrEnum):

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from snella.scratch import Scratch
-from snella.update import Update, contract, effective_weight
+from snella.backends.scratch import Scratch
+from snella.backends.update import Update, contract, effective_weight
 
 
 class _MergedLinear(torch.autograd.Function):

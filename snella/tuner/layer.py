@@ -12,12 +12,12 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from snella import sparsify
+from snella.backends.update import Update
+from snella.equations import sparsify
+from snella.equations.kernels import Kernel, initial_factor
 from snella.errors import UserError
-from snella.kernels import Kernel, initial_factor
 from snella.tuner.config import SnellaConfig
 from snella.tuner.functional import merged_weight
-from snella.update import Update
 
 # Training steps seen without a hook before they are taken to be forgotten; a loaded state or a
 # learning-rate finder may change the parameters a few times before training begins.

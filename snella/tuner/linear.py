@@ -10,11 +10,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from snella.backends.update import effective_weight
 from snella.errors import UserError
 from snella.tuner.config import SnellaConfig
 from snella.tuner.functional import merged_linear, merged_weight
 from snella.tuner.layer import SnellaLayer, identity
-from snella.update import effective_weight
 
 
 class SnellaLinear(nn.Module, SnellaLayer):

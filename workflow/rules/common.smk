@@ -1,6 +1,6 @@
-from snella.workflow import WorkflowPlan
+from snella.jobs.workflow import WorkflowPlan
 
-# All logic is in snella.plan; a mistake in the configuration is one line here.
+# All logic is in snella.suite.plan; a mistake in the configuration is one line here.
 PLAN = WorkflowPlan.from_snakemake(config)
 CONFIG = PLAN.config
 

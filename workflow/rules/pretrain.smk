@@ -13,4 +13,4 @@ rule pretrain_backbone:
         mem_mb=3000,
         runtime=120,
     shell:
-        "python -m snella.pretrain --out {output:q} > {log:q} 2>&1"
+        "python -m snella.quick.pretrain --out {output:q} > {log:q} 2>&1"

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from snella import tables
-from snella.workflow import WorkflowPlan
+from snella.jobs import tables
+from snella.jobs.workflow import WorkflowPlan
 
 with open(snakemake.log[0], "w") as log:  # noqa: F821
     sys.stdout = sys.stderr = log

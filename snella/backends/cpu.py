@@ -1,0 +1,262 @@
+"""The elementwise part of a layer as compiled loops on the CPU: cpu.cpp, called by ctypes.
+
+The same function as ``backends.tiles`` and ``equations.sparsify``, for the piecewise kernels. The
+source is compiled once per kernel, form and number type by the machine's own C++ compiler, in a
+second or two, and kept in the user's cache (``$XDG_CACHE_HOME/snella``). Where that fails
+the caller goes on with the tiles; who asked for the loops is warned once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from ctypes import byref, c_double, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from snella.equations.kernels import Kernel
+from snella.equations.sparsify import Selection, select_all_or_nothing
+
+if TYPE_CHECKING:
+    from snella.backends.update import Update
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+# Contraction of products is left to the source, so that all loops round alike.
+FLAGS = (
+    *("-O3", "-std=c++17", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+    "-fopenmp" if sys.platform == "linux" else "-fopenmp-simd",
+)
+# By the instruction set that torch found, and not by the machine: caches are shared in clusters.
+INSTRUCTIONS = {"AVX512": ("-march=x86-64-v4",), "AVX2": ("-march=x86-64-v3",)}
+FUNCTIONS = {
+    "snella_merge": [c_void_p] * 2,
+    "snella_select": [c_void_p, c_void_p, c_int64, c_void_p],
+    "snella_finish": [c_void_p] * 4,
+    "snella_backward": [c_void_p] * 8,
+}
+
+
+class _Slice(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("outputs", "inputs", "threads")),
+        *((name, c_void_p) for name in ("a", "b", "scalars", "softmax")),
+        ("scale", c_double),
+    )
+
+
+class _Selection(ctypes.Structure):
+    _fields_ = (("threshold", c_double), ("subtracted", c_double), ("cut", c_int64))
+
+
+def usable(update: Update, a: Tensor) -> bool:
+    """Whether there are loops for this kernel, and a compiler; the first call compiles them."""
+    if a.device.type != "cpu" or not update.kernel.is_piecewise:
+        return False
+    if _library(update.kernel, update.form, _number(a)) is not None:
+        return True
+    if update.compile:
+        _warn()
+    return False
+
+
+def in_use() -> bool:
+    """Whether this process has loaded loops; they round otherwise than torch operations do."""
+    return _library.cache_info().currsize > 0 and not _failures()
+
+
+@lru_cache
+def _warn() -> None:
+    reason = _failures()[0].strip().partition("\n")[0]
+    warnings.warn(f"SNELLA runs without compiled loops ({reason}).", stacklevel=2)
+
+
+def _number(a: Tensor) -> str:
+    return "double" if a.dtype == torch.float64 else "float"
+
+
+@lru_cache
+def _library(kernel: Kernel, form: str, number: str) -> ctypes.CDLL | None:
+    """The compiled loops; None where they cannot be had."""
+    if _failures():
+        return None
+    try:
+        library = ctypes.CDLL(str(_build(_settings(kernel, form, number))))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        _failures().append(getattr(error, "stderr", None) or str(error))
+        return None
+    for name, types in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
+    return library
+
+
+@lru_cache
+def _failures() -> list[str]:
+    """What the compiler said when it failed; it is not asked again in this process."""
+    return []
+
+
+def _settings(kernel: Kernel, form: str, number: str) -> list[str]:
+    mixed = kernel.name == "mix-k"
+    values = {
+        "REAL": number,
+        "PIECES": kernel.pieces,
+        "COORDINATES": kernel.coordinates,
+        "MIXED": int(mixed),
+        "TEMPERATURE": int(mixed and kernel.temperature),
+        "LEARNED": int(kernel.learnable_coefficients),
+        "FORM": ("none", "released", "paper").index(form),
+    }
+    return [f"-D{name}={value}" for name, value in values.items()]
+
+
+def _build(settings: list[str]) -> Path:
+    """Compile the source, unless this was done before; the path of the library."""
+    names = (os.environ.get("CXX"), *COMPILERS)
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        raise OSError(f"no C++ compiler: none of {', '.join(COMPILERS)} is on the PATH")
+    instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
+    if not instructions and platform.machine() in ("x86_64", "AMD64"):
+        raise OSError("the processor has no AVX2, without which they would be slower")
+    command = [compiler, *FLAGS, *instructions, *settings]
+    machine = platform.machine(), sys.platform, *platform.libc_ver()
+    identity = (*machine, *command, SOURCE.read_text())
+    name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:20]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snella"
+    library = cache / f"{name}.so"
+    if not library.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        # Compiled beside its place and moved there whole: other processes may be at the same.
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder) / library.name
+            command += [str(SOURCE), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            built.replace(library)
+    return library
+
+
+class _Layer:
+    """A layer's tensors, in the form the loops take, and its slices one by one."""
+
+    def __init__(self, update: Update, a: Tensor, b: Tensor, scalars: Tensor) -> None:
+        self.number = _number(a)
+        self.dtype = torch.float64 if self.number == "double" else torch.float32
+        library = _library(update.kernel, update.form, self.number)
+        assert library is not None
+        self.library: Any = library
+        self.update = update
+        self.a, self.b, self.scalars = (self.plain(t.detach()) for t in (a, b, scalars))
+        self.slices, _, self.inputs, _ = a.shape
+        self.outputs = b.shape[2]
+        if update.constants is None:  # the softmax's shift and normaliser, found by snella_merge
+            update.constants = self.a.new_empty(self.slices, 2, self.inputs)
+
+    def plain(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype).contiguous()
+
+    def empty(self, s: int) -> bool:
+        """Whether nothing of this slice survives, so that there is nothing to compute."""
+        return self.update.form != "none" and not self.update.budgets[s]
+
+    def part(self, tensor: Tensor | None, s: int) -> int | None:
+        """Address of a slice's share of a tensor."""
+        if tensor is None:
+            return None
+        return tensor.data_ptr() + s * tensor.nbytes // self.slices
+
+    def copy(self, base: Tensor | None, out: Tensor | None, s: int) -> None:
+        """The effective weight of an empty slice."""
+        if out is None:
+            return
+        shape = self.slices, self.outputs, self.inputs
+        block = out.view(shape)[s]
+        if base is None:
+            block.zero_()
+        else:
+            block.copy_(base.view(shape)[s])
+
+    def __iter__(self) -> Iterator[tuple[int, _Slice]]:
+        tensors = self.a, self.b, self.scalars, self.update.constants
+        # A small matrix is done before a second thread has woken up.
+        threads = torch.get_num_threads() if self.outputs * self.inputs > 2**15 else 1
+        sizes = self.outputs, self.inputs, threads
+        for s in range(self.slices):
+            addresses = [self.part(tensor, s) for tensor in tensors]
+            yield s, _Slice(*sizes, *addresses, self.update.scale)
+
+    def select(self, s: int, fields: _Slice, merged: Tensor) -> Selection:
+        """As ``equations.sparsify.select``."""
+        budget = self.update.budgets[s]
+        if budget in (0, self.outputs * self.inputs):
+            return select_all_or_nothing(budget > 0, merged)
+        found = _Selection()
+        self.library.snella_select(byref(fields), self.part(merged, s), budget, byref(found))
+        return Selection(found.threshold, found.cut, found.subtracted)
+
+    def selection(self, s: int) -> _Selection:
+        selections = self.update.selections
+        if selections is None:
+            return _Selection()
+        return _Selection(selections[s].threshold, selections[s].subtracted, selections[s].cut)
+
+
+def effective_weight(
+    update: Update, weight: Tensor | None, a: Tensor, b: Tensor, scalars: Tensor, out: Tensor
+) -> None:
+    """Write W + S, or S alone, to ``out``, (out, in); see ``backends.update.effective_weight``."""
+    layer = _Layer(update, a, b, scalars)
+    base = None if weight is None else layer.plain(weight.detach())
+    selections = []
+    for s, fields in layer:
+        if not layer.empty(s):
+            layer.library.snella_merge(byref(fields), layer.part(out, s))
+        if update.form != "none" and update.selections is None:
+            selections.append(layer.select(s, fields, out))
+    update.selections = selections or update.selections
+    for s, fields in layer:
+        if layer.empty(s):
+            layer.copy(base, out, s)
+            continue
+        kept = layer.selection(s)
+        layer.library.snella_finish(
+            byref(fields), byref(kept), layer.part(out, s), layer.part(base, s)
+        )
+
+
+def contract(
+    update: Update,
+    dense: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scalars: Tensor,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of A, B and the scalars; W + S into ``out``. See ``backends.update.contract``."""
+    layer = _Layer(update, a, b, scalars)
+    base = None if weight is None or out is None else layer.plain(weight.detach())
+    dense = layer.plain(dense)
+    grads = [torch.zeros_like(tensor) for tensor in (layer.a, layer.b, layer.scalars)]
+    for s, fields in layer:
+        if layer.empty(s):
+            layer.copy(base, out, s)
+            continue
+        kept = layer.selection(s)
+        addresses = [layer.part(tensor, s) for tensor in (dense, base, out, *grads)]
+        layer.library.snella_backward(byref(fields), byref(kept), *addresses)
+    return grads[0], grads[1], grads[2]

@@ -1,0 +1,200 @@
+"""The command line: parse, call, print. Exit status 2 is a user's mistake, 1 a broken run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from snella.errors import UserError
+from snella.suite import config as configuration
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; print a user's mistake as one line."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.verb(options) or 0
+    except UserError as error:
+        sys.stderr.write(f"snella: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("snella: interrupted; the same command resumes.\n")
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    parser = argparse.ArgumentParser(prog="snella", description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, call: Callable[[argparse.Namespace], int | None]) -> Any:
+        summary = (call.__doc__ or "").strip()
+        sub = verbs.add_parser(name, help=summary.splitlines()[0], description=summary)
+        sub.set_defaults(verb=call)
+        return sub
+
+    def with_config(sub: Any) -> Any:
+        sub.add_argument("--configfile", type=Path, default=configuration.DEFAULT)
+        sub.add_argument("--config", nargs="*", default=[], metavar="KEY=VALUE")
+        return sub
+
+    run = with_config(verb("run", _run))
+    run.add_argument("--method", required=True)
+    run.add_argument("--dataset", required=True)
+    run.add_argument("--seed", type=int, default=0)
+
+    execute = verb("execute", _execute)
+    execute.add_argument("--settings", required=True, help="resolved settings, JSON")
+    execute.add_argument("--folder", type=Path, required=True)
+    execute.add_argument("--warm", action="store_true", help="use a warm worker")
+
+    check = with_config(verb("check", _check))
+    check.add_argument("method", help="a row, a file in baselines/, or a path to any .py file")
+    new = with_config(verb("new-baseline", _new_baseline))
+    new.add_argument("name", help="letters, digits and underscores, or a path ending in .py")
+
+    with_config(verb("methods", _methods))
+    with_config(verb("datasets", _datasets))
+    prepare = with_config(verb("prepare", _prepare))
+    prepare.add_argument("dataset")
+    for name, call in (("plan", _plan), ("table", _table), ("show", _show)):
+        with_config(verb(name, call)).add_argument("table", nargs="?", default="table1")
+    verb("pdf", _pdf).add_argument("tex", type=Path)
+    return parser
+
+
+def _load(options: argparse.Namespace) -> configuration.Config:
+    overrides: dict[str, Any] = {}
+    for item in options.config:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--config takes KEY=VALUE, got {item!r}.")
+        target = overrides
+        *parents, last = key.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = yaml.safe_load(value)
+    return configuration.load(options.configfile, overrides)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Train one method on one data set, showing progress, and write its record."""
+    from snella.cli.progress import ProgressDisplay
+    from snella.jobs.prepare import prepare_dataset
+    from snella.runs.execute import execute, set_threads
+    from snella.suite import plan
+
+    config = _load(options)
+    run = plan.resolve(config, options.method, options.dataset, options.seed)
+    prepare_dataset(config, options.dataset, missing_only=True)
+    set_threads()
+    with ProgressDisplay(f"{run.method} on {run.dataset}, seed {run.seed}") as display:
+        record = execute(run.settings, run.folder, display.report)
+        display.finish(record, run.folder)
+    return 0 if record["status"] == "ok" else 1
+
+
+def _execute(options: argparse.Namespace) -> int:
+    """Do one run of the workflow from its resolved settings."""
+    if options.warm:
+        from snella.jobs import worker
+
+        status = worker.call(_without_warm(options)) if worker.available() else None
+        if status is not None:
+            return status
+    from snella.runs.execute import execute, set_threads
+
+    set_threads()
+    record = execute(json.loads(options.settings), options.folder)
+    name = f"{record['run']['method']} on {record['run']['dataset']}"
+    sys.stdout.write(f"{name}: {record['status']} {record['reason'] or ''}\n")
+    return 0 if record["status"] in ("ok", "diverged") else 1
+
+
+def _without_warm(options: argparse.Namespace) -> list[str]:
+    return ["execute", "--settings", options.settings, "--folder", str(options.folder)]
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Run the contract suite on one method and print a report; status 1 if something fails."""
+    from snella.check.report import check_and_report
+    from snella.suite import plan
+
+    config = _load(options)
+    path, hyperparameters = plan.find_method(config, options.method)
+    others = plan.method_files(config).values()
+    return check_and_report(options.method, path, hyperparameters, list(others))
+
+
+def _new_baseline(options: argparse.Namespace) -> None:
+    """Write a method file that already passes `snella check`, to be edited."""
+    from snella.methods.scaffold import write_baseline
+
+    for line in write_baseline(_load(options), options.name):
+        sys.stdout.write(f"{line}\n")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    """List the runs of a table, which are done, and how long the rest may take."""
+    from snella.cli.progress import print_plan
+
+    print_plan(_load(options), options.table)
+
+
+def _methods(options: argparse.Namespace) -> None:
+    """List the methods (rows) that the configuration knows."""
+    from snella.cli.progress import print_methods
+
+    print_methods(_load(options))
+
+
+def _datasets(options: argparse.Namespace) -> None:
+    """List the data sets (columns) that the configuration knows."""
+    from snella.cli.progress import print_datasets
+
+    print_datasets(_load(options))
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    """Read or render a data set and write its prepared arrays and manifest."""
+    from snella.jobs.prepare import prepare_dataset
+
+    folder = prepare_dataset(_load(options), options.dataset)
+    sys.stdout.write(f"{folder / 'manifest.json'}\n")
+
+
+def _table(options: argparse.Namespace) -> None:
+    """Write a table from the records there are."""
+    from snella.jobs import tables
+
+    for path in tables.write(_load(options), options.table):
+        sys.stdout.write(f"{path}\n")
+
+
+def _show(options: argparse.Namespace) -> None:
+    """Print a table in the terminal, from the records there are."""
+    from snella.jobs import tables
+
+    tables.show(_load(options), options.table)
+
+
+def _pdf(options: argparse.Namespace) -> None:
+    """Compile a table to PDF and PNG."""
+    from snella.report.pdf import compile_pdf
+
+    done = compile_pdf(options.tex)
+    if done is None:
+        raise UserError("LaTeX is not installed (Debian: texlive-latex-recommended poppler-utils).")
+    sys.stdout.write(f"{done[0]}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""The mathematics of the papers: kernels, sparsification, allocation; torch only, no files."""

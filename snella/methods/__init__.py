@@ -1,0 +1,1 @@
+"""The interface of SNELLA and every baseline; authors of methods import `snella.method`."""

@@ -1,0 +1,1 @@
+"""Backbones: the table of families, pre-trained weights, and which parameters train."""

@@ -1,0 +1,56 @@
+"""A model's parameters: which train, how many there are, and whether the frozen ones stayed."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from snella.models.families import head
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze every parameter."""
+    model.requires_grad_(False)
+
+
+def no_decay(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay spares a parameter: vectors, biases, tokens, position embeddings."""
+    return parameter.ndim <= 1 or name.endswith((".bias", "cls_token", "pos_embed"))
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of trainable parameters without the head, of the head, and of all."""
+    task_head = head(model)
+    in_head = {id(p) for p in task_head.parameters()} if task_head is not None else set()
+    sizes = [(id(p) in in_head, p.requires_grad, p.numel()) for p in model.parameters()]
+    return {
+        "trainable": sum(n for of_head, trains, n in sizes if trains and not of_head),
+        "head": sum(n for of_head, trains, n in sizes if trains and of_head),
+        "total": sum(n for _, _, n in sizes),
+    }
+
+
+def frozen_checksums(model: nn.Module) -> dict[str, int]:
+    """The sum of each frozen parameter's bit patterns, by name: cheap enough for every epoch."""
+    frozen = [(name, p.detach()) for name, p in model.named_parameters() if not p.requires_grad]
+    if not frozen:
+        return {}
+    sums = [p.contiguous().view(_BITS[p.element_size()]).sum(dtype=torch.int64) for _, p in frozen]
+    return dict(zip((name for name, _ in frozen), torch.stack(sums).tolist(), strict=True))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,1 @@
+"""What only the embedded default needs: rendered and bundled data, and its pre-trained models."""

@@ -1,0 +1,1 @@
+"""One run: training, its record, and what is measured."""
