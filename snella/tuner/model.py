@@ -37,7 +37,7 @@ class SnellaModel(BaseTuner):
 
     prefix = "snella_"
     tuner_layer_cls = SnellaLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  declared so by PEFT
+    target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(
         self, peft_config: PeftConfig, model_config: dict[str, Any]
