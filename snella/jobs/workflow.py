@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from snella.errors import UserError
 from snella.jobs.prepare import origin_of
-from snella.runs.identity import evaluation_key, training_key
+from snella.runs.identity import code_key, training_key
 from snella.runs.run import Run
 from snella.suite import config as configuration
 from snella.suite import plan
@@ -80,8 +80,7 @@ class WorkflowPlan:
     def code(self, wildcards: Any) -> str:
         """The code and libraries that train and score the run: what makes it stale when changed."""
         run = self.run(wildcards)
-        keys = _user(lambda: [training_key(run), evaluation_key(run)])
-        return json.dumps(keys, sort_keys=True)
+        return json.dumps(_user(lambda: code_key(run)), sort_keys=True)
 
     def training_code(self, wildcards: Any) -> str:
         """The code and libraries that train the run."""
