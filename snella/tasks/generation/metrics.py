@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 
 def similarity_to(features: Array, references: Array) -> Array:
     """Mean cosine of each of ``features`` (N, D) to all ``references`` (R, D): (N,)."""
-    return np.asarray((features @ references.T).mean(axis=1))
+    return np.clip((features @ references.T).mean(axis=1), -1, 1)
 
 
 def similarity_within(features: Array) -> float:
@@ -21,7 +21,7 @@ def similarity_within(features: Array) -> float:
     if n < 2:
         return float("nan")
     cosine = features @ features.T
-    return float((cosine.sum() - np.trace(cosine)) / (n * (n - 1)))
+    return float(np.clip((cosine.sum() - np.trace(cosine)) / (n * (n - 1)), -1, 1))
 
 
 def vendi(features: Array) -> float:
@@ -34,6 +34,7 @@ def vendi(features: Array) -> float:
     short = features.T if features.shape[0] > features.shape[1] else features
     eigenvalues = np.linalg.eigvalsh(short @ short.T / n)
     positive = eigenvalues[eigenvalues > 1e-12]
+    positive = positive / positive.sum()
     return float(np.exp(-(positive * np.log(positive)).sum()))
 
 
@@ -44,7 +45,7 @@ def matches(images: Array, texts: Array, own: NDArray[np.int64]) -> Array:
 
 def drift(adapted: Array, base: Array) -> Array:
     """1 - cosine of corresponding rows of two sets of features (N, D): (N,)."""
-    return np.asarray(1 - (adapted * base).sum(axis=1))
+    return np.clip(1 - (adapted * base).sum(axis=1), 0, 2)
 
 
 def pairs_within(groups: NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -77,7 +77,7 @@ class SubjectScorer(Scorer):
         found = {
             "clip_i": self._score(metrics.similarity_to(clip, real_clip), prompt),
             "vendi": Score(metrics.vendi(diverse)),
-            "clip_t": self._score((clip * texts[prompt]).sum(axis=1), prompt),
+            "clip_t": self._score(np.clip((clip * texts[prompt]).sum(axis=1), -1, 1), prompt),
             "dino": self._score(metrics.similarity_to(*dino), prompt),
             "lpips": Score(_mean(self.perceptual.pairs(images, metrics.pairs_within(prompt)))),
             "vendi_prompt": Score(float(np.mean(by_prompt))),
@@ -107,7 +107,7 @@ class SubjectScorer(Scorer):
         moved = metrics.drift(
             _array(self.dinov2.images(adapted)), _array(self.dinov2.images(base))
         )
-        return Score(float(np.clip(moved.mean(), 0, None)), {}, moved.astype(np.float32))
+        return Score(float(moved.mean()), {}, moved.astype(np.float32))
 
     def _read(self, folder: Path, prompts: int, samples: int) -> tuple[list[np.ndarray], Any]:
         """Images in order of prompt and sample, and the prompt's number of each (N,)."""
@@ -153,7 +153,9 @@ class SubjectScorer(Scorer):
 
 
 def _array(features: Any) -> np.ndarray:
-    return np.asarray(features.numpy(), dtype=np.float64)
+    """In double precision, again of unit length."""
+    double = np.asarray(features.numpy(), dtype=np.float64)
+    return double / np.linalg.norm(double, axis=1, keepdims=True)
 
 
 def _mean(values: np.ndarray) -> float:
