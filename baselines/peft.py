@@ -102,7 +102,7 @@ class Peft(Method):
     paper: ClassVar[str] = "PEFT: State-of-the-art Parameter-Efficient Fine-Tuning methods (2022)"
     bibkey: ClassVar[str] = "mangrulkar2022peft"
     licence: ClassVar[str] = "Apache-2.0"
-    supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext", "sam"})
+    supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext", "sam", "sd3"})
 
     method: Literal[tuple(_KINDS)] = "lora"
     rank: PositiveInt | None = Field(None, description="Rank; None is PEFT's default.")

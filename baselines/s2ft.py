@@ -38,7 +38,7 @@ class S2FT(Method):
 
     paper: ClassVar[str] = "S²FT"
     bibkey: ClassVar[str] = "zhang_s2ft"
-    supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "sam"})
+    supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "sam", "sd3"})
 
     points: int = Field(default=3000, gt=0, description="n, spectral points per matrix")
     alpha: float = Field(default=300.0, gt=0)
