@@ -155,8 +155,9 @@ def test_scores_of_a_subjects_own_photographs(tmp_path: Path) -> None:
     assert scores["lpips"] == scores["drift"] == pytest.approx(0.0, abs=1e-6)
     assert scores["text_match"] == 0.5  # one image cannot be closest to both prompts
     assert scores["base_lpips"] > 0 and scores["real_lpips"] > 0
-    within = (scores["real_clip_i"] * 3 * 2 + 3) / 9  # the same three photographs against each other
-    assert scores["clip_i"] > within - 0.5 and -1 <= scores["clip_t"] <= 1
+    clip = found.clip.images(list(found.data.images("train")))
+    assert scores["clip_i"] == pytest.approx(float((clip[0] @ clip.T).mean()), abs=1e-5)
+    assert -1 <= scores["clip_t"] <= 1
     assert found.chance() == {"text_match": 0.5}
     from snella.tasks import find_task
 

@@ -105,9 +105,7 @@ def test_seeds_belong_to_subject_prompt_and_sample(tmp_path: Path) -> None:
     first = jobs(tmp_path, "dog", ["a", "b"], 2)
     assert len({job.seed for job in first}) == 4
     assert [j.seed for j in jobs(tmp_path, "dog", ["b"], 2)] == [j.seed for j in first[2:]]
-    assert {j.seed for j in jobs(tmp_path, "cat", ["a", "b"], 2)}.isdisjoint(
-        j.seed for j in first
-    )
+    assert {j.seed for j in jobs(tmp_path, "cat", ["a", "b"], 2)}.isdisjoint(j.seed for j in first)
 
 
 def test_nan_is_one_clear_line(folder: Path) -> None:

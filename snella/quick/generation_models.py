@@ -46,7 +46,7 @@ CLIP: dict[str, Any] = {
 class PixelCodec(ModelMixin, ConfigMixin):
     """Pixels as latents, behind the interface of diffusers' ``AutoencoderKL``."""
 
-    config_name = "config.json"
+    config_name = "config.json"  # type: ignore[assignment]
 
     @register_to_config
     def __init__(
@@ -98,7 +98,11 @@ def tokenizer() -> Any:
     from transformers import CLIPTokenizer
 
     vocab, merges = bpe()
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT)
+    return CLIPTokenizer(
+        vocab=vocab,
+        merges=merges,  # type: ignore[arg-type]
+        model_max_length=CONTEXT,
+    )
 
 
 def token_ids(texts: list[str]) -> Tensor:
@@ -131,13 +135,12 @@ def transformer(**changes: Any) -> Any:
     return SD3Transformer2DModel(**{**TRANSFORMER, **changes})
 
 
-def clip_model(config: dict[str, Any] | None = None) -> nn.Module:
+def clip_model() -> Any:
     """A fresh open_clip model."""
     import open_clip
 
-    config = config or clip_config()
-    text = {k: v for k, v in config["text_cfg"].items()}
-    return open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text)
+    config = clip_config()
+    return open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
 
 
 def clip_config() -> dict[str, Any]:
@@ -146,7 +149,7 @@ def clip_config() -> dict[str, Any]:
 
 
 def text_features(encoders: list[Any], ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Token features (n, CONTEXT, 128) and pooled features (n, 128), as SD3's pipeline joins them."""
+    """Token features (n, CONTEXT, 128) and pooled ones (n, 128), as SD3's pipeline joins them."""
     found = [encoder(ids, output_hidden_states=True) for encoder in encoders]
     tokens = torch.cat([out.hidden_states[-2] for out in found], -1)
     return tokens, torch.cat([out.text_embeds for out in found], -1)
@@ -165,7 +168,8 @@ def save_pipeline(folder: Path, model: Any, encoders: list[Any]) -> None:
         encoder.half().save_pretrained(folder / name)
     for name in ("tokenizer", "tokenizer_2"):
         save_tokenizer(folder / name)
-    FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+    scheduler.save_pretrained(folder / "scheduler")
     PixelCodec().half().save_pretrained(folder / "vae")
     clip = ["transformers", "CLIPTextModelWithProjection"]
     index = {

@@ -344,8 +344,7 @@ def _night(rng: torch.Generator, n: int) -> Tensor:
 
 def _checkered(rng: torch.Generator, n: int) -> Tensor:
     x, y = _pixels(rng.device)
-    side = 5.0
-    odd = torch.floor((x + _shift(rng, n, 10)) / side) + torch.floor((y + _shift(rng, n, 10)) / side)
+    odd = torch.floor((x + _shift(rng, n, 10)) / 5) + torch.floor((y + _shift(rng, n, 10)) / 5)
     return _mix(_flat(rng, n, (0.90, 0.90, 0.88)), (0.22, 0.22, 0.25), torch.remainder(odd, 2.0))
 
 

@@ -1,6 +1,6 @@
 """Pre-train quick generation's CLIP on captioned rendered scenes, by the contrastive loss of CLIP.
 
-    python -m snella.quick.pretrain_clip --out workflow/resources/clip_quick
+python -m snella.quick.pretrain_clip --out workflow/resources/clip_quick
 """
 
 from __future__ import annotations
@@ -61,9 +61,8 @@ def pretrain(recipe: Recipe, out: Path, device: torch.device) -> dict[str, Any]:
         loss.backward()
         if (step + 1) % 100 == 0:
             right = (logits.argmax(1) == target).float().mean()
-            history.append(
-                {"step": step + 1, "loss": round(float(loss.detach()), 4), "accuracy": round(float(right), 4)}
-            )
+            value, accuracy = round(float(loss.detach()), 4), round(float(right), 4)
+            history.append({"step": step + 1, "loss": value, "accuracy": accuracy})
             log.info("%s, %.0f s", history[-1], time.perf_counter() - begin)
     models.save_clip(out, model.cpu())
     count = sum(p.numel() for p in model.parameters())

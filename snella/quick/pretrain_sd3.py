@@ -15,7 +15,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,18 +62,19 @@ def world(n: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.cat(images), models.token_ids(texts).to(device)
 
 
-def schedule(recipe: Recipe, step: int, seconds: float) -> float | None:
+def schedule(recipe: Any, step: int, seconds: float) -> float | None:
     """The learning rate at ``step``: linear warm-up, then a cosine; None at the end."""
     progress = step / recipe.steps
     if recipe.max_seconds:
         progress = max(progress, seconds / recipe.max_seconds)
     if progress >= 1:
         return None
-    return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * progress))
+    warm = min(1.0, (step + 1) / recipe.warmup)
+    return float(recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def steps(
-    recipe: Any, parameters: list[Tensor], device: torch.device
+    recipe: Any, parameters: Sequence[Tensor], device: torch.device
 ) -> Iterator[tuple[int, torch.optim.Optimizer, Any]]:
     """Training steps with the learning rate set; the optimizer steps between two of them."""
     optimizer = torch.optim.AdamW(
@@ -174,7 +175,8 @@ def arguments(recipe: type, doc: str, argv: list[str] | None) -> tuple[Any, Path
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)
     for name, value in asdict(recipe()).items():
-        parser.add_argument(f"--{name}", type=float if value is None else type(value), default=value)
+        kind = float if value is None else type(value)
+        parser.add_argument(f"--{name}", type=kind, default=value)
     chosen = vars(parser.parse_args(argv))
     out, device = chosen.pop("out"), torch.device(chosen.pop("device"))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

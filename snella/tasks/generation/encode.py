@@ -131,8 +131,8 @@ def _encode_squares(folder: PipelineFolder, squares: list[np.ndarray]) -> dict[s
     vae.to(device)
     means, stds = [], []
     for image in squares:
-        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1
-        found = vae.encode(pixels).latent_dist
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        found = vae.encode(pixels.to(device)).latent_dist
         mean = found.mode()
         std = getattr(found, "std", None)
         means.append(mean.float().cpu())

@@ -182,7 +182,7 @@ def lpips_network(net: str, file: str | None) -> nn.Module:
     try:
         import lpips
     except ImportError as error:
-        raise UserError("LPIPS needs the library lpips: pip install 'snella[generation]'.") from error
+        raise UserError("LPIPS needs lpips: pip install 'snella[generation]'.") from error
     made: nn.Module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -192,6 +192,7 @@ def lpips_network(net: str, file: str | None) -> nn.Module:
         made.net.load_state_dict(found)  # type: ignore[union-attr]
     except Exception as error:
         raise UserError(
-            f"`lpips_file: {file}` does not hold torchvision's weights of {net} ({one_line(error)})."
+            f"`lpips_file: {file}` does not hold torchvision's weights of {net} "
+            f"({one_line(error)})."
         ) from error
     return made

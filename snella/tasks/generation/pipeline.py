@@ -93,7 +93,9 @@ class PipelineFolder:
         from diffusers import StableDiffusion3Pipeline
 
         absent = dict.fromkeys((*REQUIRED, *THIRD))
-        pipeline = StableDiffusion3Pipeline(**{**absent, "scheduler": self.scheduler(), **parts})
+        pipeline: Any = StableDiffusion3Pipeline(
+            **{**absent, "scheduler": self.scheduler(), **parts}
+        )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

@@ -83,9 +83,7 @@ def _photographs(name: str, spec: DatasetSpec) -> tuple[list[bytes], dict[str, A
     return [_checked(path) for path in files], info
 
 
-def _prompts(
-    name: str, root: Path, subject: str, options: dict[str, Any]
-) -> tuple[str, list[str]]:
+def _prompts(name: str, root: Path, subject: str, options: dict[str, Any]) -> tuple[str, list[str]]:
     """Class word and templates, from the options or else from the prompt file."""
     own = options.get("prompts")
     found = None

@@ -98,7 +98,7 @@ def check_template(template: str, place: str) -> None:
     """Raise :class:`~snella.errors.UserError` unless {0} and {1} occur, and nothing else in {}."""
     fields = set(re.findall(r"\{([^}]*)\}", template))
     if fields != {"0", "1"}:
-        raise UserError(f"{place}: the prompt {template!r} must contain {{0}} and {{1}} and no other.")
+        raise UserError(f"{place}: the prompt {template!r} must contain {{0}} and {{1}} only.")
 
 
 def fill_prompt(template: str, token: str, class_word: str) -> str:

@@ -112,7 +112,8 @@ def _sample(
     except ValueError as error:
         if "divisible" not in str(error):
             raise
-        raise UserError(f"`image_size: {sampling.size}` does not fit the pipeline: {error}.") from error
+        size = f"`image_size: {sampling.size}`"
+        raise UserError(f"{size} does not fit the pipeline: {error}.") from error
 
 
 def decode(vae: Any, latents: Tensor) -> list[np.ndarray]:
@@ -144,4 +145,5 @@ def read_png(file: Path) -> np.ndarray:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{file} is missing or damaged; delete it and train the run again.") from error
+        text = f"{file} is missing or damaged; delete it and train the run again."
+        raise UserError(text) from error

@@ -104,9 +104,7 @@ class SubjectScorer(Scorer):
         numbers = len(s.drift_prompts), s.drift_samples
         adapted, _ = self._read(predictions / DRIFT, *numbers)
         base, _ = self._read(predictions / BASE / DRIFT, *numbers)
-        moved = metrics.drift(
-            _array(self.dinov2.images(adapted)), _array(self.dinov2.images(base))
-        )
+        moved = metrics.drift(_array(self.dinov2.images(adapted)), _array(self.dinov2.images(base)))
         return Score(float(moved.mean()), {}, moved.astype(np.float32))
 
     def _read(self, folder: Path, prompts: int, samples: int) -> tuple[list[np.ndarray], Any]:
@@ -117,9 +115,7 @@ class SubjectScorer(Scorer):
         return [read_png(folder / name) for name in names], np.repeat(np.arange(prompts), samples)
 
     def _score(self, values: np.ndarray, prompt: np.ndarray) -> Score:
-        groups = {
-            text: float(values[prompt == p].mean()) for p, text in enumerate(self.templates)
-        }
+        groups = {text: float(values[prompt == p].mean()) for p, text in enumerate(self.templates)}
         return Score(float(values.mean()), groups, values.astype(np.float32))
 
     # --------------------------------------------------------------------------------- networks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -136,9 +137,9 @@ class Generation(Task):
     def _order(n: int, generator: torch.Generator | None) -> Iterator[int]:
         """Row numbers without end, each pass in a new order, or in file order."""
         while True:
-            yield from range(n) if generator is None else torch.randperm(
-                n, generator=generator
-            ).tolist()
+            yield from (
+                range(n) if generator is None else torch.randperm(n, generator=generator).tolist()
+            )
 
     # -------------------------------------------------------------------------------- sampling
 
@@ -208,7 +209,7 @@ class Generation(Task):
 def flow_forward(model: nn.Module, batch: Batch) -> Tensor:
     """The velocity (B, C, h, w) of an SD3 transformer at the batch's latents, noise and σ."""
     noisy = interpolate(batch["latent"], batch["noise"], batch["sigma"])
-    dtype = model.pos_embed.proj.weight.dtype  # type: ignore[union-attr]  # no method adapts it
+    dtype = model.get_parameter("pos_embed.proj.weight").dtype  # no method adapts it
     velocity: Tensor = model(
         hidden_states=noisy.to(dtype),
         timestep=batch["sigma"] * 1000,
@@ -226,7 +227,7 @@ def mean_flow_loss(
     precondition: bool = True,
     prior_weight: float = 1.0,
 ) -> Tensor:
-    """The mean loss of the examples; those marked ``prior`` have a mean, and a weight, their own."""
+    """The mean loss of the examples; those marked ``prior`` have their own mean and weight."""
     velocity = flow_forward(model, batch)
     each = flow_loss(
         velocity, batch["latent"], batch["noise"], batch["sigma"], weighting, precondition
