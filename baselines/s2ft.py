@@ -141,7 +141,7 @@ class _Spectrum(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         values = torch.view_as_complex(self.values.view(-1, 2)) if self.complex else self.values
         smooth = spectral_delta(values, self.points, weight.shape, self.alpha)
-        return weight + smooth[self.rows][:, self.columns]
+        return (weight + smooth[self.rows][:, self.columns]).to(weight.dtype)
 
 
 def spectral_delta(values: Tensor, points: Tensor, shape: torch.Size, alpha: float) -> Tensor:

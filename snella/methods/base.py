@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
@@ -268,6 +269,7 @@ def prepare_model(method: Method, model: nn.Module) -> None:
         task_head.requires_grad_(True)
     if not (marked or calibrates) or not trainable(model):
         raise _nothing_marked(method, "adapt")
+    _in_single_precision(model)
 
 
 def check_marked(method: Method, model: nn.Module) -> None:
@@ -275,6 +277,14 @@ def check_marked(method: Method, model: nn.Module) -> None:
     calibrates = type(method).calibrate is not Method.calibrate
     if calibrates and not method.head_only and not count_parameters(model)["trainable"]:
         raise _nothing_marked(method, "calibrate")
+    _in_single_precision(model)
+
+
+def _in_single_precision(model: nn.Module) -> None:
+    """What trains is float32 even where the frozen weights are half: steps would be rounded off."""
+    for parameter in trainable(model).values():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def _nothing_marked(method: Method, hook: str) -> UserError:

@@ -99,8 +99,10 @@ def training_key(run: Run) -> dict[str, object]:
 
 def evaluation_key(run: Run) -> dict[str, object]:
     """The same for scoring."""
-    sources = evaluation_sources(run)
-    return {"code": digest_json(sources.code), "libraries": sources.libraries}
+    sources, settings = evaluation_sources(run), run.task_settings
+    own = settings.model_dump(mode="json", include=set(settings.scoring))
+    key: dict[str, object] = {"code": digest_json(sources.code), "libraries": sources.libraries}
+    return {**key, "settings": digest_json(own)} if own else key
 
 
 def code_key(run: Run) -> list[object]:

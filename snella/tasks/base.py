@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -51,7 +51,12 @@ class Score:
 
 
 class TaskSettings(Strict):
-    """A task's own part of the protocol: plain values beside the common ones."""
+    """A task's own part of the protocol: plain values beside the common ones.
+
+    Fields named in ``scoring`` concern scores alone: changing one costs no training.
+    """
+
+    scoring: ClassVar[frozenset[str]] = frozenset()
 
 
 class DatasetSpec(Strict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -18,6 +18,13 @@ class GenerationSettings(TaskSettings):
     In a template ``{token}`` is the rare token that comes to mean the subject, ``{class_word}`` the
     subject's class. A metric's model is read from a local file; nothing is downloaded.
     """
+
+    scoring: ClassVar[frozenset[str]] = frozenset(
+        {
+            "clip_model", "clip_file", "clip_batch", "dino_model", "dino_kwargs", "dino_file",
+            "dinov2_model", "dinov2_kwargs", "dinov2_file", "lpips_net", "lpips_file", "lpips_size",
+        }
+    )  # fmt: skip
 
     # training images and prompts
     image_size: int = Field(512, gt=0)
