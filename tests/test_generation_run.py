@@ -126,6 +126,24 @@ def test_half_precision_keeps_adapters_single(place: Path, tmp_path: Path, metho
     assert execute(run)["status"] == "ok"
 
 
+@pytest.mark.parametrize("method", ["peft", "snella", "s2ft"])
+def test_a_finished_run_opens_again(place: Path, tmp_path: Path, method: str) -> None:
+    """The reopened model generates the very images of the run."""
+    from snella.jobs.export import open_run
+
+    run = make(place, tmp_path, method)
+    with pytest.raises(UserError, match="holds no trained run"):
+        open_run(run.folder)
+    execute(run, stage="train")
+    _, model = open_run(run.folder)
+    task = load_run(run).task
+    task.predict(model, "test", tmp_path / "again")
+    made = tmp_path / "again" / "images"
+    first = next(run.folder.glob("predictions/*/test/images"))
+    names = sorted(p.name for p in first.iterdir())
+    assert [(made / n).read_bytes() for n in names] == [(first / n).read_bytes() for n in names]
+
+
 def killed(run: Run, when: Callable[[Path], bool]) -> None:
     """Start the run in a process of its own and end it by SIGKILL once ``when`` its folder."""
     command = [sys.executable, "-m", "snella.cli", "execute", "--settings", run.to_json()]

@@ -165,12 +165,12 @@ class Perceptual:
 
 
 def map_distance(layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """LPIPS's distance with unit weights: Σ_l mean_hw ‖x̂ - ŷ‖² of channel-normalised maps."""
+    """LPIPS's distance with equal weights: mean_l mean_hw ‖x̂ - ŷ‖² of channel-normalised maps."""
     total = torch.zeros(len(layers[0][0]))
     for x, y in layers:
         x, y = (m / (m.square().sum(1, keepdim=True).sqrt() + 1e-10) for m in (x, y))
         total = total + (x - y).square().sum(1).mean((1, 2))
-    return total
+    return total / len(layers)
 
 
 def lpips_network(net: str, file: str | None) -> nn.Module:
