@@ -4,6 +4,7 @@
 #   <results>/runs/{suite}/{backbone}/{dataset}/{method}/seed{seed}/record.json  train.smk
 #   <results>/{table}.tex .csv .md, <results>/{table}.pdf .png                   tables.smk
 #   <results>/pretrain/vit_quick.safetensors                                     pretrain.smk
+#   <results>/figure9.pdf figure14.pdf samples.pdf tradeoff_*.pdf                generation.smk
 from snakemake.utils import min_version
 
 min_version("9.27")
@@ -27,6 +28,7 @@ include: "workflow/rules/prepare.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/pretrain.smk"
+include: "workflow/rules/generation.smk"
 
 
 localrules:

@@ -10,8 +10,8 @@ import torch
 from generation_support import official_pipeline, settings, subject
 from torch import Tensor
 
+from snella.equations.flow import draw_positions, flow_loss, loss_weight, noise_levels
 from snella.tasks.base import Backbone
-from snella.tasks.generation.flow import draw_positions, flow_loss, loss_weight, noise_levels
 from snella.tasks.generation.task import Generation, mean_flow_loss
 
 diffusers = pytest.importorskip("diffusers")

@@ -125,6 +125,12 @@ class WorkflowPlan:
             return []
         return [run.record.as_posix() for run in self._table_runs(wildcards)]
 
+    def figure_records(self, wildcards: Any) -> list[str]:
+        """The records that a figure of generation shows."""
+        from snella.jobs import generation_figures
+
+        return _user(lambda: generation_figures.records(self.config, wildcards.figure))
+
     def table_content(self, wildcards: Any) -> str:
         """What a table shows besides its records, and with ``allow_missing`` which there are."""
         config = _user(lambda: plan.for_table(self.config, wildcards.table))

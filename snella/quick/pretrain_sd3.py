@@ -1,7 +1,7 @@
 """Pre-train quick generation's text-to-image model on captioned rendered scenes.
 
 Transformer and text encoders are trained together by the rectified-flow objective of
-:mod:`snella.tasks.generation.flow`; one caption in ten is empty, for classifier-free guidance. The
+:mod:`snella.equations.flow`; one caption in ten is empty, for classifier-free guidance. The
 weights written are an exponential moving average.
 
     python -m snella.quick.pretrain_sd3 --out workflow/resources/sd3_quick
@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from snella.equations.flow import draw_positions, flow_loss, interpolate
 from snella.quick import generation_models as models
 from snella.quick import generation_scenes as scenes
-from snella.tasks.generation.flow import draw_positions, flow_loss, interpolate
 
 log = logging.getLogger(__name__)
 EVERY = 100

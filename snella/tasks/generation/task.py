@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from snella.data.prepared import Prepared
-from snella.files import atomic, digest_json
-from snella.methods.base import Batch
-from snella.tasks.base import Backbone, Task
-from snella.tasks.generation.encode import Latents, Prompts, encode_images, encode_prompts
-from snella.tasks.generation.flow import (
+from snella.equations.flow import (
     Weighting,
     draw_positions,
     flow_loss,
     interpolate,
     noise_levels,
 )
+from snella.files import atomic, digest_json
+from snella.methods.base import Batch
+from snella.tasks.base import Backbone, Task
+from snella.tasks.generation.encode import Latents, Prompts, encode_images, encode_prompts
 from snella.tasks.generation.pipeline import PipelineFolder
 from snella.tasks.generation.prompts import fill_prompt
 from snella.tasks.generation.sample import Job, Sampling, generate, jobs, read_png
