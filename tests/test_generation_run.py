@@ -188,3 +188,31 @@ def test_errors_of_a_run_are_one_line(place: Path, tmp_path: Path) -> None:
     weights = {**run.settings, "clip_model": "local-dir:nowhere"}
     with pytest.raises(UserError, match="CLIP local-dir:nowhere cannot be loaded"):
         execute(run.model_copy(update={"settings": weights}))
+
+
+REAL = Path(os.environ.get("SNELLA_DREAMBOOTH", ROOT / "data" / "dreambooth"))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="DreamBooth's photographs are not here")
+@pytest.mark.parametrize("name", ["dog6", "backpack", "teapot"])
+def test_real_photographs_at_64_pixels(place: Path, tmp_path: Path, name: str) -> None:
+    """The official data and the official pipeline structure (three text encoders, VAE), tiny."""
+    from generation_support import official_pipeline
+
+    from snella.tasks.base import DatasetSpec
+    from snella.tasks.generation.prepare import prepare
+
+    spec = DatasetSpec(kind="dreambooth", path=str(REAL), options={"subject": name})
+    prepared = tmp_path / "data" / "prepared" / name
+    assert len(prepare(name, spec, prepared)["prompts"]) == 25
+    run = make(place, tmp_path, "snella")
+    changes = {"image_size": 64, "max_sequence_length": 16, "prompts": 2}
+    sd3 = official_pipeline(tmp_path / "sd3").as_posix()
+    run = run.model_copy(update={
+        "settings": {**run.settings, **changes},
+        "backbone": run.backbone.model_copy(update={"file": sd3}),
+        "dataset": run.dataset.model_copy(update={"prepared": prepared.as_posix()}),
+    })  # fmt: skip
+    record = execute(run)
+    assert record["status"] == "ok"
+    assert 0 < record["metrics"]["last"]["real_clip_i"] <= 1
