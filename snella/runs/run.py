@@ -86,7 +86,7 @@ class Run(Strict):
         """What moves the number, without names that only label it and without local paths."""
         skip = {"selection", "hyperparameters", "checkpoint_every"}
         return {
-            "backbone": {"arch": self.backbone.arch, "kwargs": self.backbone.kwargs},
+            "backbone": self.backbone.model_dump(exclude={"name", "file"}, exclude_defaults=True),
             "dataset": {"name": self.dataset.name, "task": self.dataset.task},
             "hyperparameters": self.method.hyperparameters,
             "protocol": self.protocol.model_dump(mode="json", exclude=skip),

@@ -26,13 +26,34 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 class BackboneEntry(Strict):
-    """A pre-trained model: timm architecture and keyword arguments, and the weights' file."""
+    """A pre-trained model: timm architecture and keyword arguments, and the weights' file.
+
+    ``file`` is a weights file, a transformers folder, ``timm`` (the tag's weights in the local
+    cache) or ``random``. ``key`` chooses one of several containers in a file; ``ignore`` and
+    ``fresh`` list beginnings of tensors that only the file and only the model may have;
+    ``holds``, ``lacks`` and ``md5`` tell releases of one architecture apart.
+    """
 
     arch: str
     kwargs: dict[str, Any] = {}
     file: str | None = None
+    key: str | None = None
+    ignore: list[str] = []
+    fresh: list[str] = []
+    holds: list[str] = []
+    lacks: list[str] = []
+    md5: str | None = None
     title: str = ""
+    source: str = ""
+    licence: str = ""
+    normalisation: str | None = None
     demo: bool = False
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """How the file is read and recognised: what differs from the defaults."""
+        names = {"key", "ignore", "fresh", "holds", "lacks", "md5"}
+        return self.model_dump(include=names, exclude_defaults=True)
 
 
 class MethodEntry(Strict):
