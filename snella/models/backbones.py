@@ -185,7 +185,7 @@ def _load_flax(model: nn.Module, path: Path, entry: Mapping[str, Any]) -> None:
 def _check_blocks(model: nn.Module, path: Path, names: list[str]) -> None:
     """Compare numbers of blocks and heads, which timm's reader of the file does not."""
     depth = {match[1] for n in names if (match := re.search(r"encoderblock_(\d+)/", n))}
-    blocks = getattr(model, "blocks", ())
+    blocks: Any = getattr(model, "blocks", ())
     queries = [n for n in names if n.endswith("/query/kernel")]
     heads, own = 0, blocks[0].attn.num_heads if len(blocks) else 0
     if queries:
