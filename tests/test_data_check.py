@@ -116,7 +116,7 @@ def test_an_interrupted_download_goes_on(server, tmp_path):
 def test_mirrors_and_digests(server, tmp_path):
     server.missing = {"/gone/a.bin"}
     assert fetch(file(server, "/gone/a.bin", "/a.bin"), tmp_path).read_bytes() == CONTENT
-    with pytest.raises(UserError, match="sha256 begins .* not 000000"):
+    with pytest.raises(UserError, match=r"sha256 begins .* not 000000"):
         fetch(file(server, "/b.bin", sha256="0" * 64), tmp_path)
     assert not list(tmp_path.glob("b.bin*"))
     with pytest.raises(UserError, match="512,000 bytes instead of 5"):
