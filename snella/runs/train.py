@@ -25,7 +25,7 @@ from snella.errors import CannotMerge, UserError, one_line
 from snella.files import atomic, digest_file, write_json
 from snella.methods.base import Batch, Method, build_method, prepare_model
 from snella.models.backbone_files import RANDOM, file_digest, require, weights_path
-from snella.models.parameters import count_parameters, seed_everything
+from snella.models.parameters import seed_everything
 from snella.records import now, provenance
 from snella.runs.identity import identity
 from snella.runs.measure import gflops
@@ -140,7 +140,7 @@ def _train(loaded: Loaded, ids: dict[str, Any], folder: Path, report: Report) ->
         ids["training"], report, _validator(loaded),
     )  # fmt: skip
     progress = trainer.fit()
-    counts = count_parameters(loaded.model)
+    counts = loaded.method.count(loaded.model)
     _write_adapter(folder, loaded.method.state(loaded.model), ids["training"])
     _write_history(folder, progress.history)
     chosen = [int(row["epoch"]) for row in progress.history if "predicted" in row]
