@@ -7,8 +7,8 @@ Adaptation, ECCV 2024 (arXiv 2403.09192), on LoRA of the fused qkv and ToMe's me
 tokens (Bolya et al., ICLR 2023). s and t are the merged pairs (r, D), w_a has r entries per block,
 w_b D, zero at the start. ViT-B/16, LoRA-8, ``low``: 294,912 + 8,448 + 176 = 303,536 parameters,
 0.30 million as published; ``norm_affine``, which the public code has and the paper does not count,
-adds 16,896. The last block's 778, which the class token cannot see, are left out. ``low`` and ``high`` are the published numbers of merged tokens per
-block, brought to other numbers of tokens and blocks in proportion.
+adds 16,896. The last block's 778, which the class token cannot see, are left out. ``low`` and
+``high`` are the published numbers of merged tokens per block, in proportion for other depths.
 """
 
 import math
