@@ -8,6 +8,7 @@ import pickle
 import formats
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from snella.data.images import decode
@@ -405,3 +406,37 @@ def test_grey_cmyk_and_palette_images(tmp_path):
     image.convert("1").save(root / "images/test/000003.jpg", "PNG")
     splits, _ = read_images(root, "birds")
     assert [image.shape for image in splits["test"]["image"]] == [(20, 24, 3)] * 4
+
+
+def test_prepared_copies_without_val_serve_protocols_on_all_images(tmp_path):
+    from snella.data.prepared import Prepared
+    from snella.tasks.base import DatasetSpec
+    from snella.tasks.classification.prepare import prepare
+
+    root = formats.community(tmp_path / "x", LABELS)
+    (root / "val200.txt").unlink()
+    (root / "train800.txt").unlink()
+    prepare("birds", DatasetSpec(path=str(root)), tmp_path / "birds")
+    data = Prepared.open(tmp_path / "birds")
+    assert data.size("trainval") == 9
+    assert data.manifest["warnings"]
+    with pytest.raises(UserError, match="has no train split"):
+        data.size("train")
+
+
+def test_views_follow_the_order_of_the_batches():
+    from snella.data.pixels import PixelSettings
+    from snella.data.transforms import batches
+    from snella.data.views import view_batches
+
+    images = np.stack([np.full((40, 48, 3), 20 * i, np.uint8) for i in range(10)])
+    settings = PixelSettings(image_size=16, normalisation="none")
+    views = list(view_batches(images, settings, 2, 4, 7))
+    plain = batches(torch.from_numpy(images).permute(0, 3, 1, 2), None, 4, 7)
+    assert [v.shape for v in views] == [(4, 2, 3, 16, 16), (4, 2, 3, 16, 16), (2, 2, 3, 16, 16)]
+    for v, batch in zip(views, plain, strict=True):
+        grey = batch["image"].float().mean((1, 2, 3)) / 255
+        assert (v.mean((2, 3, 4)) - grey[:, None]).abs().max() < 0.4
+    again = list(view_batches(images, settings, 2, 4, 7))
+    assert all(torch.equal(a, b) for a, b in zip(views, again, strict=True))
+    assert not torch.equal(views[0][:, 0], views[0][:, 1])

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from snella.data.prepared import Prepared
-from snella.errors import CannotMerge, UserError, one_line
-from snella.files import atomic, digest_file, write_json
+from snella.errors import CannotMerge, one_line
+from snella.files import atomic, digest_file, digest_tree, write_json
 from snella.methods.base import Batch, Method, build_method, prepare_model
 from snella.models.backbone_files import RANDOM, file_digest, require, weights_path
 from snella.models.parameters import seed_everything
