@@ -132,12 +132,25 @@ def merge(own: dict[str, Any], path: Path, overrides: dict[str, Any]) -> Config:
     base["tables"] = {}
     for file in sorted((shipped / "tables").glob("*.yaml")):
         base["tables"].update(read_yaml(file))
-    released = shipped / "released.yaml"
-    base["released"] = read_yaml(released) if released.exists() else {}
+    base["released"] = _released(shipped / "released", base["datasets"])
     merged = overlay(overlay(base, own), overrides)
     if isinstance(merged["methods"], dict):
         merged["methods"] = {name: _row(name, row) for name, row in merged["methods"].items()}
     return validate(Config, merged, str(path))
+
+
+def _released(folder: Path, datasets: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the authors' scripts, by row and data set; one file per repository.
+
+    A set that is read from TFDS (`<name>-tfds`) has the settings of the set it is.
+    """
+    found: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.yaml")):
+        for row, sets in read_yaml(file).get("rows", {}).items():
+            twins = {f"{name}-tfds": entry for name, entry in sets.items()}
+            sets = {**sets, **{name: e for name, e in twins.items() if name in datasets}}
+            found[row] = {**found.get(row, {}), **sets}
+    return found
 
 
 def _row(name: str, entry: Any) -> Any:
