@@ -87,7 +87,7 @@ class Run(Strict):
         skip = {"selection", "hyperparameters", "checkpoint_every"}
         settings = self.task_settings
         return {
-            "backbone": {"arch": self.backbone.arch, "kwargs": self.backbone.kwargs},
+            "backbone": self.backbone.model_dump(exclude={"name", "file"}, exclude_defaults=True),
             "dataset": {"name": self.dataset.name, "task": self.dataset.task},
             "hyperparameters": self.method.hyperparameters,
             "protocol": self.protocol.model_dump(mode="json", exclude=skip),

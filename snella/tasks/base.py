@@ -71,12 +71,16 @@ class DatasetSpec(Strict):
 
 
 class Backbone(Strict):
-    """A pre-trained model: architecture, its keyword arguments, and the weights' file."""
+    """A pre-trained model: architecture, its keyword arguments, and the weights' file.
+
+    ``load`` says how the file is read and recognised (key, ignore, fresh, holds, lacks, md5).
+    """
 
     name: str
     arch: str
     kwargs: dict[str, Any] = {}
     file: str | None = None
+    load: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
