@@ -51,10 +51,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if path.suffix == ".npz":
         _load_flax(model, path)
     else:
-        _load_state(model, _filtered(model, _read_state(path)), path)
+        _load_state(model, _filtered(model, read_state(path)), path)
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by name; raises ``UserError`` for one that is damaged."""
     import torch
     from safetensors.torch import load_file
 
