@@ -166,10 +166,10 @@ def _overlap(splits: Split, options: Options) -> dict[str, Any]:
     near = sum(_near(hashes, pair.hash, options.near_duplicate_bits) for pair in tested)
     info: dict[str, Any] = {"test_equal_to_training": equal, "test_near_to_training": near}
     if equal:
-        info["note"] = (
-            f"{equal} of {len(tested)} test images are training images"
-            + (" (split as released)" if options.split == "released" else "")
-        )
+        released = " (split as released)" if options.split == "released" else ""
+        info["warnings"] = [
+            f"{equal} of {len(tested)} test images are training images{released}"
+        ]
     return info
 
 
