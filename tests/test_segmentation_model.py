@@ -156,7 +156,9 @@ def test_batches_hold_every_image_once_and_depend_on_the_seed_alone(data: Prepar
 def test_flips_mirror_image_and_mask_together(data: Prepared) -> None:
     plain = next(task(data, augmentation="none").batches("train", 5))
     flipped = next(task(data).batches("train", 5))
-    mirrored = [not torch.equal(a, b) for a, b in zip(plain["image"], flipped["image"], strict=True)]
+    mirrored = [
+        not torch.equal(a, b) for a, b in zip(plain["image"], flipped["image"], strict=True)
+    ]
     assert 4 < sum(mirrored) < 20
     for i, was in enumerate(mirrored):
         for name in ("image", "mask"):

@@ -142,10 +142,10 @@ def _polyp(
     inside = np.clip(depth, 0, 1)
     side = ((_X - centre[0]) * np.cos(light) + (_Y - centre[1]) * np.sin(light)) / radius
     slope = np.clip(side, -1.5, 1.5) * (1 - inside)
-    height = rng.uniform(0.5, 1.0)
-    shade = 1 + height * (0.22 * slope + 0.10 * np.sqrt(inside)) - 0.04
+    height = rng.uniform(0.6, 1.0)
+    shade = 1 + height * (0.30 * slope + 0.16 * np.sqrt(inside)) - 0.05
     shifted = _outline_shadow(depth, side)
-    image = image * (1 - 0.30 * height * shifted)[..., None]
+    image = image * (1 - 0.45 * height * shifted)[..., None]
     body = np.clip((_matched(skin, image) + _tint(rng)) * shade[..., None], 0, 1)
     image = image + _cover(depth, radius)[..., None] * (body - image)
     return image, depth > 0
@@ -195,10 +195,10 @@ def draw(rng: np.random.Generator, grounds: Grounds) -> tuple[NDArray[np.uint8],
         image = _fold(rng, image)
     mask = np.zeros((SIZE, SIZE), dtype=bool)
     taken: list[tuple[Array, float]] = []
-    stains, polyps = int(rng.integers(1, 4)), int(rng.choice([1, 1, 1, 2, 2, 3]))
+    stains, polyps = int(rng.integers(0, 3)), int(rng.choice([1, 1, 1, 2, 2, 3]))
     kinds = ["stain"] * stains + ["polyp"] * polyps  # a stain over a polyp would blur its mask
     for kind in kinds:
-        radius = float(np.exp(rng.uniform(np.log(0.07), np.log(0.24))))
+        radius = float(np.exp(rng.uniform(np.log(0.10), np.log(0.26))))
         centre = _place(rng, taken, radius)
         taken.append((centre, radius))
         skin = grounds.window(rng)

@@ -134,7 +134,9 @@ def _unpack(data: bytes, height: int, width: int, index: Index) -> Prediction:
     ends = np.cumsum([_bytes(height * width), _bytes(index.model_size**2), index.map_size**2])
     values = np.frombuffer(data, dtype=np.uint8)
     if len(values) != ends[-1]:
-        raise UserError(f"A prediction has {len(values)} bytes, {ends[-1]} are needed; predict again.")
+        raise UserError(
+            f"A prediction has {len(values)} bytes, {ends[-1]} are needed; predict again."
+        )
     side = index.model_size
     return Prediction(
         _bits(values[: ends[0]], height, width),

@@ -112,7 +112,9 @@ def _disjoint(name: str, root: Path, pairs: Mapping[str, Pair], options: Options
         train, test = (read_list(file, names) for file in lists)
         both = sorted(set(train) & set(test))
         if both:
-            raise UserError(f"{lists[1]}: {both[0]} is also in {lists[0]} (and {len(both)} in all).")
+            raise UserError(
+                f"{lists[1]}: {both[0]} is also in {lists[0]} (and {len(both)} in all)."
+            )
         groups = _groups(pairs, train, options)
         wanted = round(options.val_fraction * len(train))
         val, rest = share_out(groups, [wanted, len(train) - wanted], options.seed)
@@ -167,9 +169,7 @@ def _overlap(splits: Split, options: Options) -> dict[str, Any]:
     info: dict[str, Any] = {"test_equal_to_training": equal, "test_near_to_training": near}
     if equal:
         released = " (split as released)" if options.split == "released" else ""
-        info["warnings"] = [
-            f"{equal} of {len(tested)} test images are training images{released}"
-        ]
+        info["warnings"] = [f"{equal} of {len(tested)} test images are training images{released}"]
     return info
 
 
@@ -189,5 +189,3 @@ def _columns(found: list[tuple[str, Pair]], test_sets: list[str]) -> dict[str, A
         "name": [pair.name.encode() for _, pair in found],
         "test_set": np.array([number.get(title, 0) for title, _ in found], dtype=np.int64),
     }
-
-

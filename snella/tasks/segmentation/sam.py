@@ -186,7 +186,7 @@ def pixel_statistics(device: torch.device | str) -> tuple[Tensor, Tensor]:
 
 
 def mask_logits(model: nn.Module, image: Tensor) -> Tensor:
-    """Mask logits (B, h, w) of normalised images (B, 3, S, S), at the decoder's resolution S / 4."""
+    """Mask logits (B, h, w) of normalised images (B, 3, S, S), at the decoder's S / 4."""
     embeddings = model.image_encoder(image)
     sparse, dense = model.prompt_encoder(points=None, boxes=None, masks=None)
     low, _ = model.mask_decoder(  # one set of tokens for the whole batch, spread by broadcasting

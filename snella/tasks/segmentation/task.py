@@ -39,9 +39,7 @@ class Segmentation(Task):
 
     def build_model(self, backbone: Backbone) -> nn.Module:
         """The pre-trained SAM for images of ``image_size``; its decoder is pre-trained too."""
-        return load_sam(
-            backbone.arch, backbone.kwargs, self.settings.image_size, backbone.file
-        )
+        return load_sam(backbone.arch, backbone.kwargs, self.settings.image_size, backbone.file)
 
     def batches(self, split: str, seed: int | None) -> Iterator[Batch]:
         """Normalised images (B, 3, S, S) and masks (B, S, S), float in {0, 1}.
