@@ -3,9 +3,10 @@
 A 96-pixel SAM of segment-anything's own classes (patch 8, width 96, 6 blocks, decoder width 64)
 learns to answer a point or a box with the mask of the shape under it (`segmentation_shapes`), as
 SAM did: binary cross-entropy plus soft IoU on the single-mask output and on the best of the three
-ambiguity-aware outputs, and the squared error of the predicted IoU. It never sees a tissue, and it
-is never trained without a prompt. Each epoch depends only on (config, epoch), and a checkpoint
-follows each.
+ambiguity-aware outputs, and the squared error of the predicted IoU. Some pictures are also asked
+without a prompt, for all their shapes, because that is how the benchmark uses SAM and this one is
+too small to get there by itself. It never sees a tissue. Each epoch depends only on (config,
+epoch), and a checkpoint follows each.
 
     python -m snella.quick.pretrain_sam --out workflow/resources/sam_quick.safetensors
 """
@@ -29,7 +30,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from snella.quick.segmentation_shapes import Renderer
-from snella.tasks.segmentation.sam import build_sam, mask_loss, pixel_statistics, positions
+from snella.tasks.segmentation.sam import (
+    build_sam,
+    mask_loss,
+    pixel_statistics,
+    positions,
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +63,8 @@ class PretrainConfig:
     batch_size: int = 256
     layers: int = 4
     prompts: int = 2
+    unprompted: float = 0.25
+    """Share of the pictures that are asked for all their shapes too."""
     least_pixels: int = 30
     lr: float = 1.5e-3
     warmup_epochs: float = 1.0
@@ -133,36 +141,46 @@ def decode(model: nn.Module, embeddings: Tensor, sparse: Tensor) -> tuple[Tensor
 # -------------------------------------------------------------------------------- training
 
 
-def prompted_loss(model: nn.Module, image: Tensor, masks: Tensor, rng: torch.Generator) -> Any:
-    """Loss and mean IoU of one batch: images (B, 3, S, S) in [0, 1], masks (B * P, S, S).
+def prompted_loss(
+    model: nn.Module, embeddings: Tensor, masks: Tensor, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Loss and mean IoU of prompts: embeddings (B, C, h, w), masks (B * P, S, S).
 
     The first half of the prompts are points, the second boxes.
     """
-    mean, std = pixel_statistics(image.device)
-    embeddings = model.image_encoder((image - mean) / std)
-    prompts = len(masks) // len(image)
-    embeddings = embeddings.repeat_interleave(prompts, dim=0)
+    embeddings = embeddings.repeat_interleave(len(masks) // len(embeddings), dim=0)
     half = len(masks) // 2
     coordinates = points_in(masks[:half], rng)
-    labels = torch.ones(coordinates.shape[:2], dtype=torch.int64, device=image.device)
-    with torch.autocast(image.device.type, enabled=False):  # coordinates need their digits
+    labels = torch.ones(coordinates.shape[:2], dtype=torch.int64, device=masks.device)
+    with torch.autocast(masks.device.type, enabled=False):  # coordinates need their digits
         by_point, _ = model.prompt_encoder((coordinates, labels), None, None)
         by_box, _ = model.prompt_encoder(None, boxes_around(masks[half:], rng), None)
     # both have two tokens: a point is padded with "not a point", a box has two corners
     low, quality = decode(model, embeddings, torch.cat([by_point, by_box]))
+    losses, iou = _compare(low, masks)
+    loss = losses[:, 0].mean() + losses[:, 1:].amin(1).mean()
+    return loss + functional.mse_loss(quality.float(), iou), iou[:, 0].mean()
+
+
+def unprompted_loss(model: nn.Module, embeddings: Tensor, masks: Tensor) -> Tensor:
+    """Loss of the single mask without a prompt: embeddings (B, C, h, w), masks (B, S, S)."""
+    nothing = embeddings.new_zeros(len(embeddings), 0, embeddings.shape[1])
+    low, _ = decode(model, embeddings, nothing)
+    return _compare(low[:, :1], masks)[0].mean()
+
+
+def _compare(low: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and IoU (N, M) of mask logits (N, M, h, w) against one mask (N, S, S) each."""
     size = masks.shape[-1]
     logits = functional.interpolate(
         low.float(), size=(size, size), mode="bilinear", align_corners=False
     )
     target = masks[:, None].float().expand_as(logits)
-    losses = mask_loss(logits, target, reduce=False)
     with torch.no_grad():
         hit, wanted = logits > 0, target > 0.5
         both = (hit & wanted).flatten(2).sum(-1).float()
         iou = both / (hit | wanted).flatten(2).sum(-1).clamp(min=1)
-    loss = losses[:, 0].mean() + losses[:, 1:].amin(1).mean()
-    loss = loss + functional.mse_loss(quality.float(), iou)
-    return loss, iou[:, 0].mean()
+    return mask_loss(logits, target, reduce=False), iou
 
 
 def _learning_rate(config: PretrainConfig, progress: float) -> float:
@@ -180,6 +198,8 @@ def _epoch(
     device = next(model.parameters()).device
     rng = torch.Generator(device).manual_seed(config.seed * 100_003 + epoch)
     render = Renderer(config.architecture["image_size"], config.layers, rng)
+    mean, std = pixel_statistics(device)
+    asked = round(config.unprompted * config.batch_size)
     losses, ious = [], []
     for step in range(config.steps):
         for group in optimizer.param_groups:
@@ -187,7 +207,12 @@ def _epoch(
         pictures = render(config.batch_size)
         masks = choose_shapes(pictures.visible, config.prompts, config.least_pixels, rng)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, iou = prompted_loss(model, pictures.image, masks, rng)
+            embeddings = model.image_encoder((pictures.image - mean) / std)
+            loss, iou = prompted_loss(model, embeddings, masks, rng)
+            if asked:
+                loss = loss + unprompted_loss(
+                    model, embeddings[:asked], pictures.visible[:asked].any(1)
+                )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
