@@ -20,7 +20,7 @@ from snella.tasks.segmentation.predictions import (
 from snella.tasks.segmentation.score import SegmentationScorer
 
 SIZES = [(20, 31), (17, 17), (40, 8), (9, 9), (24, 24)]
-INDEX = Index(len(SIZES), 16, 8, 0.5, "model")
+INDEX = Index(len(SIZES), 16, 8, "model")
 
 
 def masks(seed: int = 0) -> list[np.ndarray]:
@@ -83,7 +83,7 @@ def test_damaged_records_and_another_models_are_not_resumed(tmp_path: Path) -> N
     data[_ends(bytes(data))[1] + 12] ^= 1
     (tmp_path / RECORDS).write_bytes(bytes(data))
     assert write(tmp_path, masks()) == 2
-    other = Index(len(SIZES), 16, 8, 0.5, "another model")
+    other = Index(len(SIZES), 16, 8, "another model")
     assert write(tmp_path, masks(1), other) == 0
     first = next(read_predictions(tmp_path, SIZES[:1] * 1))
     np.testing.assert_array_equal(first.mask, masks(1)[0])
@@ -142,7 +142,7 @@ def predict(folder: Path, found: list[np.ndarray], maps: list[np.ndarray] | None
     from snella.tasks.segmentation.masks import resize_mask
 
     size = 0 if maps is None else maps[0].shape[0]
-    with Writer(folder, Index(len(found), 16, size, 0.5, "m")) as writer:
+    with Writer(folder, Index(len(found), 16, size, "m")) as writer:
         for i, mask in enumerate(found):
             writer.append(mask, resize_mask(mask, 16), None if maps is None else maps[i])
     return folder

@@ -3,10 +3,10 @@
 A 96-pixel SAM of segment-anything's own classes (patch 8, width 96, 6 blocks, decoder width 64)
 learns to answer a point or a box with the mask of the shape under it (`segmentation_shapes`), as
 SAM did: binary cross-entropy plus soft IoU on the single-mask output and on the best of the three
-ambiguity-aware outputs, and the squared error of the predicted IoU. Some pictures are also asked
-without a prompt, for all their shapes, because that is how the benchmark uses SAM and this one is
-too small to get there by itself. It never sees a tissue. Each epoch depends only on (config,
-epoch), and a checkpoint follows each.
+ambiguity-aware outputs, and the squared error of the predicted IoU. In later epochs some pictures
+are also asked without a prompt, for all their shapes, because that is how the benchmark uses SAM
+and this one is too small to get there by itself. It never sees a tissue. Each epoch depends only
+on (config, epoch), and a checkpoint follows each.
 
     python -m snella.quick.pretrain_sam --out workflow/resources/sam_quick.safetensors
 """
@@ -58,13 +58,15 @@ class PretrainConfig:
     """Everything that moves the weights (besides the device's arithmetic)."""
 
     architecture: dict[str, Any] = field(default_factory=lambda: dict(ARCHITECTURE))
-    epochs: int = 30
+    epochs: int = 16
     steps: int = 100
-    batch_size: int = 256
+    batch_size: int = 24
     layers: int = 4
     prompts: int = 2
     unprompted: float = 0.25
     """Share of the pictures that are asked for all their shapes too."""
+    prompted_epochs: int = 6
+    """Epochs at the start with prompts alone."""
     least_pixels: int = 30
     lr: float = 1.5e-3
     warmup_epochs: float = 1.0
@@ -199,7 +201,8 @@ def _epoch(
     rng = torch.Generator(device).manual_seed(config.seed * 100_003 + epoch)
     render = Renderer(config.architecture["image_size"], config.layers, rng)
     mean, std = pixel_statistics(device)
-    asked = round(config.unprompted * config.batch_size)
+    share = config.unprompted if epoch >= config.prompted_epochs else 0.0
+    asked = round(share * config.batch_size)
     losses, ious = [], []
     for step in range(config.steps):
         for group in optimizer.param_groups:

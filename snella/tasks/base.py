@@ -43,11 +43,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class Score:
-    """A metric's value, by group where there are groups, and per example (N,) for statistics."""
+    """A metric's value, by group where there are groups, and per example (N,) for statistics.
+
+    ``warnings`` are what a reader of the value should know; they go into the record.
+    """
 
     value: float
     per_group: dict[str, float] = field(default_factory=dict)
     per_example: np.ndarray | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class TaskSettings(Strict):

@@ -35,7 +35,6 @@ class Index:
     model_size: int
     map_size: int
     """Side of the probability map, 0 where none is stored."""
-    threshold: float
     fingerprint: str
     """Of the model and the images: predictions of another model are not resumed."""
 

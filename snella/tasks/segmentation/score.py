@@ -134,15 +134,22 @@ class SegmentationScorer(Scorer):
     # ------------------------------------------------------------------------- threshold
 
     def _threshold(self, predictions: Path, split: str) -> float | None:
-        """The threshold chosen on the validation split, or None: the masks are as stored."""
-        if self.settings.threshold != "val":
+        """The threshold to apply to the maps, or None: the masks are as stored, at 0.5."""
+        threshold = self.settings.threshold
+        if threshold == 0.5:
             return None
-        place = predictions if split == "val" else predictions.parent / "val"
+        chosen = threshold == "val" and split != "val"
+        place = predictions.parent / "val" if chosen else predictions
         if not place.is_dir() or not read_index(place).map_size:
             raise UserError(
-                f"threshold: val needs probability maps of the validation split in {place}; "
-                "train with train_split: train."
+                f"threshold: {threshold} needs the probability maps of {place}, which are not "
+                "there; train with probabilities: true"
+                + (" and train_split: train." if chosen else ".")
             )
+        return self._best(place) if threshold == "val" else float(threshold)
+
+    def _best(self, place: Path) -> float:
+        """The threshold with the best mean Dice on the validation split, nearest to 0.5."""
         totals = np.zeros(len(THRESHOLDS))
         for prediction, truth in self._pairs(place, "val"):
             assert prediction.probabilities is not None

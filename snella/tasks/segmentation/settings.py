@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -13,11 +13,13 @@ class SegmentationSettings(TaskSettings):
     """Pixels, and how masks are made and scored.
 
     ``image_size`` is the side of the square that images are resized to (SAM's is 1024).
-    ``threshold`` is the probability above which a pixel is foreground; ``val`` chooses it on the
-    validation split, by mean Dice, among 0.05, 0.10, ... 0.95. ``probabilities`` stores the maps
-    beside the masks: they are needed for ``threshold: val``, S-measure and MAE.
-    ``boundary_tolerance`` is a share of the image's diagonal.
+    ``probabilities`` stores the maps beside the masks at 0.5: they are needed for any other
+    threshold, for S-measure and MAE. ``threshold`` is the probability above which a pixel is
+    foreground; ``val`` chooses it on the validation split, by mean Dice, among 0.05, 0.10, ...
+    0.95. ``boundary_tolerance`` is a share of the image's diagonal.
     """
+
+    scoring: ClassVar[frozenset[str]] = frozenset({"threshold", "boundary_tolerance"})
 
     image_size: int = Field(1024, gt=0)
     augmentation: Literal["none", "flip"] = "flip"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -73,7 +72,7 @@ class Segmentation(Task):
 
     @torch.inference_mode()
     def predict(self, model: nn.Module, split: str, folder: Path) -> int:
-        """Append each image's mask, and map where asked for, to ``folder``; resumes there.
+        """Append each image's mask at 0.5, and map where asked for, to ``folder``; resumes there.
 
         Masks at the original size come from the decoder's logits, bilinear. Masks that are empty
         or full for most images of the validation split are warned about.
@@ -95,10 +94,9 @@ class Segmentation(Task):
 
     def _append(self, writer: Writer, logits: Tensor, size: np.ndarray) -> float:
         """Write one image's prediction; return the share of its pixels that are foreground."""
-        cut = math.log(writer.index.threshold / (1 - writer.index.threshold))
         side = writer.index.model_size
-        original = upsample(logits[None], (int(size[0]), int(size[1])))[0] > cut
-        at_model_size = upsample(logits[None], (side, side))[0] > cut
+        original = upsample(logits[None], (int(size[0]), int(size[1])))[0] > 0
+        at_model_size = upsample(logits[None], (side, side))[0] > 0
         levels = None
         if writer.index.map_size:
             levels = (torch.sigmoid(logits) * 255).round().to(torch.uint8).cpu().numpy()
@@ -111,8 +109,7 @@ class Segmentation(Task):
         return Index(
             count=self.data.size(split),
             model_size=settings.image_size,
-            map_size=4 * grid if settings.probabilities or settings.threshold == "val" else 0,
-            threshold=0.5 if settings.threshold == "val" else settings.threshold,
+            map_size=4 * grid if settings.probabilities else 0,
             fingerprint=_fingerprint(model, f"{self.data.digest}/{split}"),
         )
 
