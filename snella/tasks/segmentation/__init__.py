@@ -27,4 +27,5 @@ TASK = TaskInfo(
     scorer="snella.tasks.segmentation.score:SegmentationScorer",
     toy="snella.tasks.segmentation.toy:toy",
     families=("sam",),
+    figure="snella.tasks.segmentation.figure:draw",
 )
