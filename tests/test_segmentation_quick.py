@@ -134,7 +134,13 @@ def test_the_batched_decoder_is_the_packages_own() -> None:
 
 
 SMALL = PretrainConfig(
-    architecture=dict(SIZES), epochs=3, steps=2, batch_size=4, least_pixels=5, warmup_epochs=0.5
+    architecture=dict(SIZES),
+    epochs=3,
+    steps=2,
+    batch_size=4,
+    least_pixels=5,
+    warmup_epochs=0.5,
+    prompted_epochs=1,
 )
 
 

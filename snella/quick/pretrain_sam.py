@@ -21,7 +21,7 @@ import math
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class PretrainConfig:
     """Everything that moves the weights (besides the device's arithmetic)."""
 
     architecture: dict[str, Any] = field(default_factory=lambda: dict(ARCHITECTURE))
-    epochs: int = 16
+    epochs: int = 11
     steps: int = 100
     batch_size: int = 24
     layers: int = 4
@@ -70,6 +70,10 @@ class PretrainConfig:
     least_pixels: int = 30
     lr: float = 1.5e-3
     warmup_epochs: float = 1.0
+    cosine_epochs: int = 16
+    """Length of the cosine; training may end before it, with a cool-down."""
+    cooldown_epochs: int = 3
+    """Epochs at the end over which the learning rate falls to zero in a straight line as well."""
     weight_decay: float = 0.05
     seed: int = 0
 
@@ -186,11 +190,15 @@ def _compare(low: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _learning_rate(config: PretrainConfig, progress: float) -> float:
-    """Linear warm-up, then a cosine to zero; progress is in epochs."""
+    """Linear warm-up, a cosine, and the cool-down; progress is in epochs."""
     if progress < config.warmup_epochs:
         return config.lr * progress / config.warmup_epochs
-    left = (progress - config.warmup_epochs) / max(1e-9, config.epochs - config.warmup_epochs)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, left)))
+    length = max(1e-9, config.cosine_epochs - config.warmup_epochs)
+    phase = min(1.0, (progress - config.warmup_epochs) / length)
+    rate = config.lr * 0.5 * (1 + math.cos(math.pi * phase))
+    if config.cooldown_epochs:
+        rate *= min(1.0, max(0.0, config.epochs - progress) / config.cooldown_epochs)
+    return rate
 
 
 def _epoch(
@@ -348,8 +356,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(option, type=int, default=getattr(recipe, name))
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    config = PretrainConfig(
-        epochs=args.epochs, steps=args.steps, batch_size=args.batch_size, seed=args.seed
+    config = replace(
+        recipe, epochs=args.epochs, steps=args.steps, batch_size=args.batch_size, seed=args.seed
     )
     pretrain(config, args.out, args.device)
 
