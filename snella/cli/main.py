@@ -92,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
         table = _with_config(verb(name, call, f"snella {name} table1"))
         table.add_argument("table", nargs="?", default="table1", help="a table (default: table1)")
     verb("worker", _worker, "snella worker")
+    figure = _with_config(verb("figure", _figure, "snella figure figure8"))
+    figure.add_argument("figure", help="a figure of config/figures/")
     pdf = verb("pdf", _pdf, "snella pdf results/table1.tex")
     pdf.add_argument("tex", type=Path, help="a table written by `snella table`")
     return parser
@@ -234,6 +236,13 @@ def _show(options: argparse.Namespace) -> None:
     from snella.jobs import tables
 
     tables.show(_load(options), options.table)
+
+
+def _figure(options: argparse.Namespace) -> None:
+    """Draw a figure of examples from the predictions there are."""
+    from snella.jobs import figures
+
+    sys.stdout.write(f"{figures.draw(_load(options), options.figure)}\n")
 
 
 def _pdf(options: argparse.Namespace) -> None:

@@ -126,6 +126,11 @@ class WorkflowPlan:
         return [run.record.as_posix() for run in self._table_runs(wildcards)]
 
     def figure_records(self, wildcards: Any) -> list[str]:
+        """The records a figure needs; none are demanded with ``allow_missing``."""
+        runs = _user(lambda: plan.figure_runs(self.config, wildcards.figure))
+        return [] if self.config.allow_missing else [run.record.as_posix() for run in runs]
+
+    def generation_figure_records(self, wildcards: Any) -> list[str]:
         """The records that a figure of generation shows."""
         from snella.jobs import generation_figures
 

@@ -41,6 +41,7 @@ from snella.models.families import (
     replace,
     slots,
     split_qkv,
+    unused_parameters,
 )
 from snella.models.parameters import count_parameters, freeze, no_decay, seed_everything, trainable
 
@@ -275,6 +276,8 @@ def prepare_model(method: Method, model: nn.Module) -> None:
         ) from error
     calibrates = type(method).calibrate is not Method.calibrate
     marked = bool(trainable(model)) or method.head_only
+    for parameter in unused_parameters(model):
+        parameter.requires_grad_(False)
     task_head = head(model)
     if task_head is not None:
         task_head.requires_grad_(True)

@@ -139,7 +139,7 @@ def _warnings(
     chance: dict[str, float],
 ) -> list[str]:
     """What a reader of the number should know."""
-    result = [*run.notes, *data.manifest.get("warnings", [])]
+    result = [*run.notes, *data.manifest.get("warnings", []), *found.warnings]
     if training["merge"].get("failed"):
         result.append(f"merging failed: {training['merge']['reason']}")
     name = run.task.primary.name

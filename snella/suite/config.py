@@ -92,6 +92,13 @@ class SuiteEntry(Strict):
         return [name for group in self.groups.values() for name in group]
 
 
+class FigureEntry(Strict):
+    """Examples of a task's predictions: which rows, in printed order, of which task's suite."""
+
+    task: str
+    methods: list[Name] = Field(min_length=1)
+
+
 class Config(Strict):
     """The merged configuration."""
 
@@ -109,6 +116,7 @@ class Config(Strict):
     protocols: dict[Name, dict[str, Any]]
     suites: dict[Name, SuiteEntry]
     tables: dict[Name, dict[str, Any]]
+    figures: dict[Name, FigureEntry] = {}
     released: dict[Name, dict[Name, MethodOverride]] = {}
 
 
@@ -129,9 +137,10 @@ def merge(own: dict[str, Any], path: Path, overrides: dict[str, Any]) -> Config:
     shipped = _shipped_folder(path)
     base: dict[str, Any] = {name: read_yaml(shipped / f"{name}.yaml") for name in SECTIONS[:-1]}
     base["suites"] = {p.stem: read_yaml(p) for p in sorted((shipped / "suites").glob("*.yaml"))}
-    base["tables"] = {}
-    for file in sorted((shipped / "tables").glob("*.yaml")):
-        base["tables"].update(read_yaml(file))
+    for section in ("tables", "figures"):
+        base[section] = {}
+        for file in sorted((shipped / section).glob("*.yaml")):
+            base[section].update(read_yaml(file))
     base["released"] = _released(shipped / "released", base["datasets"])
     merged = overlay(overlay(base, own), overrides)
     if isinstance(merged["methods"], dict):

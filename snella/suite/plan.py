@@ -202,21 +202,34 @@ def with_suite(config: Config, suite: str) -> Config:
 
 
 def for_table(config: Config, table: str) -> Config:
-    """The configuration with the suite that a table shows.
-
-    That is the configured one where it is of the table's task family, and otherwise the one that
-    ``task_suites`` names for that family.
-    """
+    """The configuration with the suite that a table shows, as :func:`for_task` finds it."""
     spec = _look_up("table", table, config.tables)
-    task = spec.get("task", "classification")
+    return for_task(config, spec.get("task", "classification"), f"Table {table!r}")
+
+
+def for_task(config: Config, task: str, what: str) -> Config:
+    """The configuration with a suite of the family ``task``, for ``what`` is shown.
+
+    That is the configured one where it is of that family, and otherwise the one that
+    ``task_suites`` names for it.
+    """
     if suite_task(config) == task:
         return config
     if task not in config.task_suites:
         raise UserError(
-            f"Table {table!r} shows {task}, suite {config.suite!r} does not; "
+            f"{what} shows {task}, suite {config.suite!r} does not; "
             f"name a suite for it under `task_suites: {{{task}: ...}}`."
         )
     return with_suite(config, config.task_suites[task])
+
+
+def figure_runs(config: Config, figure: str) -> list[Run]:
+    """The runs that a figure shows: its methods on the suite's first data set and seed."""
+    spec = _look_up("figure", figure, config.figures)
+    config = for_task(config, spec.task, f"Figure {figure!r}")
+    suite, enabled = current_suite(config), suite_methods(config)
+    methods = [name for name in spec.methods if name in enabled]
+    return plan(config, methods=methods, datasets=suite.datasets[:1], seeds=suite.seeds[:1])
 
 
 def suite_task(config: Config) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from snella.errors import UserError
 from snella.validation import Strict
 
 if TYPE_CHECKING:
@@ -43,11 +44,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class Score:
-    """A metric's value, by group where there are groups, and per example (N,) for statistics."""
+    """A metric's value, by group where there are groups, and per example (N,) for statistics.
+
+    ``warnings`` are what a reader of the value should know; they go into the record.
+    """
 
     value: float
     per_group: dict[str, float] = field(default_factory=dict)
     per_example: np.ndarray | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class TaskSettings(Strict):
@@ -90,7 +95,9 @@ class TaskInfo:
     ``prepare`` writes a data set's prepared folder from its raw form; ``sources`` names the files
     that make it stale; ``implementation`` and ``scorer`` are "module:class", and ``toy``
     is "module:function", from the name of a family of backbones to a :class:`Toy`: strings, so that
-    an edit of one makes only its own stage stale. ``families`` are those that the task trains. With
+    an edit of one makes only its own stage stale. ``families`` are those that the task trains.
+    ``figure``, "module:function", draws examples from (data, settings, folders of test predictions
+    by label, file without ending) for the figures of the configuration. With
     ``expensive_scoring`` the workflow scores in a job of its own, with its own resources.
     """
 
@@ -105,6 +112,7 @@ class TaskInfo:
     toy: str
     families: tuple[str, ...]
     expensive_scoring: bool = False
+    figure: str | None = None
 
     @property
     def primary(self) -> Metric:
@@ -120,6 +128,14 @@ class TaskInfo:
         """The class of :class:`Scorer`."""
         found: type[Scorer] = _resolve(self.scorer)
         return found
+
+    def draw_figure(
+        self, data: Prepared, settings: Any, predictions: dict[str, Path], file: Path
+    ) -> None:
+        """Draw examples of test predictions; raises ``UserError`` where the task has no figure."""
+        if self.figure is None:
+            raise UserError(f"The task {self.name} draws no figure of examples.")
+        _resolve(self.figure)(data, settings, predictions, file)
 
     def make_toy(self, family: str) -> Toy:
         """A tiny model of ``family`` with a batch to learn by heart; imports torch."""

@@ -1,10 +1,11 @@
 # Figures of sample images and trade-offs (Figures 9 and 14 of the SNELLA paper).
+ruleorder: generation_figure > figure
 ruleorder: generation_figure > pdf
 
 
 rule generation_figure:
     input:
-        PLAN.figure_records,
+        PLAN.generation_figure_records,
     output:
         report(
             "<results>/{figure}.pdf",
