@@ -136,24 +136,26 @@ def _natural(grid: Grid, layout: Layout, columns: Sequence[int]) -> float:
 
 def _label_width(grid: Grid, layout: Layout) -> float:
     labels = [
-        _text_width(line.label) * (0.8 if line.continued else 1) + 1.0 * line.continued
+        _text_width(line.label) * _points(line, layout) + (10.0 if line.continued else 0.0)
         for line in grid.lines
     ]
-    return max([_text_width(grid.first), *labels]) * layout.points + layout.gap
+    return max([_text_width(grid.first) * layout.points, *labels]) + layout.gap
 
 
 def _column_width(grid: Grid, layout: Layout, column: int) -> float:
-    entries = [(line.entries[column], line.continued) for line in grid.lines]
-    numbers = [_entry_width(e, layout) * (0.9 if small else 1.0) for e, small in entries]
-    heading = grid.headings[column]
-    parts = _broken(heading.label)
+    numbers = [_entry_width(line.entries[column], _points(line, layout)) for line in grid.lines]
+    parts = _broken(grid.headings[column].label)
     head = 1.2 if layout.rotate else max(map(_text_width, parts))
     return max([*numbers, head * layout.points]) + 2 * layout.gap
 
 
-def _entry_width(entry: Entry, layout: Layout) -> float:
+def _points(line: Line, layout: Layout) -> float:
+    return 7.0 if line.continued else layout.points
+
+
+def _entry_width(entry: Entry, points: float) -> float:
     spread = _text_width(f"±{entry.spread}") * 6.2 + 3 if entry.spread else 0.0
-    return _text_width(entry.text) * layout.points * (1.08 if entry.mark == "best" else 1) + spread
+    return _text_width(entry.text) * points * (1.08 if entry.mark == "best" else 1) + spread
 
 
 def _text_width(text: str) -> float:
@@ -165,8 +167,14 @@ WIDTHS = dict.fromkeys("iljtf.,:;'|!()[] ", 0.36) | dict.fromkeys("mwMW±×−+=
 
 
 def to_latex(grid: Grid) -> str:
-    """The grid as a complete table environment, no wider than the page's column or columns."""
+    """The grid as a complete table environment, no wider than the page's column or columns.
+
+    A table that would be longer than the page in panels is printed without its spreads.
+    """
     layout = choose_layout(grid)
+    if _height(grid, layout) > PAGE_HEIGHT and any(e.spread for x in grid.lines for e in x.entries):
+        grid = _without_spread(grid)
+        layout = choose_layout(grid)
     packages = ["booktabs", "graphicx"] if layout.rotate else ["booktabs"]
     lines = [f"% {' '.join(comment.split())}" for comment in grid.comments]
     lines += [f"% needs \\usepackage{{{package}}}" for package in packages]
@@ -179,6 +187,20 @@ def to_latex(grid: Grid) -> str:
     lines += _below(grid)
     lines += [f"\\end{{{layout.environment}}}"]
     return "\n".join(lines) + "\n"
+
+
+def _without_spread(grid: Grid) -> Grid:
+    sections = tuple(
+        replace(
+            s,
+            lines=tuple(
+                replace(x, entries=tuple(replace(e, spread="") for e in x.entries)) for x in s.lines
+            ),
+        )
+        for s in grid.sections
+    )
+    remarks = (*grid.remarks, "The spread (±) is in the CSV and Markdown files.")
+    return replace(grid, sections=sections, remarks=remarks)
 
 
 def _key(name: str) -> str:

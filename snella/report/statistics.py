@@ -229,7 +229,7 @@ class Statistics:
             separable = test.critical_difference < test.methods - 1
             result.append(
                 f"All {test.methods} rows on {test.datasets} complete data sets: Friedman χ² = "
-                f"{test.chi_squared:.1f}, p = {test.p:.2g} (Iman–Davenport: p = {test.p_f:.2g}); "
+                f"{test.chi_squared:.1f}, {_p(test.p)} (Iman–Davenport: {_p(test.p_f)}); "
                 f"average ranks differ at level {ALPHA:g} if more than "
                 f"{test.critical_difference:.2f} apart (Nemenyi)"
                 + ("." if separable else ", more than any two can be.")
@@ -314,8 +314,8 @@ def statistics_grid(statistics: Statistics) -> Grid:
         low, high = (_number(v, "+.1f") for v in (row.low, row.high))
         interval = DASH if row.low is None else f"{low} to {high}"
         result = [_number(rank(row.method), ".1f"), _number(row.difference, "+.2f"), interval]
-        result += [_number(row.p, ".2g"), _number(row.p_holm, ".2g")]
-        result += [_number(row.p_images_holm, ".2g")] if images else []
+        result += [_probability(row.p), _probability(row.p_holm)]
+        result += [_probability(row.p_images_holm)] if images else []
         return [*result, f"{row.wins}/{row.ties}/{row.losses}"]
 
     first = [_number(rank(statistics.reference), ".1f"), *[""] * (len(heads) - 1)]
@@ -354,3 +354,13 @@ def _line(label: str, cells: Sequence[str]) -> Line:
 
 def _number(value: float | None, form: str) -> str:
     return DASH if value is None else format(value, form)
+
+
+def _probability(value: float | None) -> str:
+    if value is None:
+        return DASH
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

@@ -190,9 +190,21 @@ def compare_published(table: Table) -> Versus | None:
             elif pair.printed is not None:
                 pair = replace(pair, causes=tuple(paper.doubts(pair.printed)))
             pairs[method, column.key] = pair
+    columns = [c for c in columns if not _only_other_mean(c, columns, pairs)]
     if not any(c.ranked for c in columns) or not rows:
         return None
+    kept = {c.key for c in columns}
+    pairs = {key: pair for key, pair in pairs.items() if key[1] in kept}
     return Versus(table, source, paper, columns, pairs, lines, mismatches)
+
+
+def _only_other_mean(
+    column: Column, columns: Sequence[Column], pairs: Mapping[tuple[str, str], Pair]
+) -> bool:
+    """Whether a mean is printed of the other kind alone, and that kind is a column too."""
+    twins = [c for c in columns if (c.block, c.members) == (column.block, column.members)]
+    printed = any(p.printed is not None for (_, key), p in pairs.items() if key == column.key)
+    return not printed and len(twins) > 1 and column.kind.startswith("mean")
 
 
 def _ours(table: Table, method: str) -> dict[str, set[str]]:
