@@ -96,7 +96,13 @@ class Layout:
         return "table" if self.width == ONE_COLUMN else "table*"
 
 
-TYPES = (("footnotesize", 8.0, 4.0), ("scriptsize", 7.0, 3.0), ("scriptsize", 7.0, 2.0))
+TYPES = (
+    ("footnotesize", 8.0, 4.0),
+    ("scriptsize", 7.0, 3.0),
+    ("scriptsize", 7.0, 2.0),
+    ("scriptsize", 7.0, 1.2),
+)
+SAFETY = 1.01  # widths are estimated
 
 
 def choose_layout(grid: Grid) -> Layout:
@@ -106,7 +112,7 @@ def choose_layout(grid: Grid) -> Layout:
     tries = [Layout(ONE_COLUMN, *kind, False, everything) for kind in TYPES[:2] if not grid.rotate]
     tries += [Layout(TWO_COLUMNS, *kind, turn, everything) for kind in TYPES for turn in turns]
     for layout in tries:
-        if _natural(grid, layout, layout.panels[0]) <= layout.width:
+        if SAFETY * _natural(grid, layout, layout.panels[0]) <= layout.width:
             return layout
     split = [
         _panels(grid, replace(layout, rotate=False))
@@ -120,7 +126,7 @@ def choose_layout(grid: Grid) -> Layout:
 def _panels(grid: Grid, layout: Layout) -> Layout:
     """Distribute the columns over panels, blocks kept together where they fit."""
     needs = [_column_width(grid, layout, i) for i in range(len(grid.headings))]
-    room = layout.width - _label_width(grid, layout)
+    room = layout.width / SAFETY - _label_width(grid, layout)
     columns = pack(grid.units(), needs, room)
     return replace(layout, panels=tuple(map(tuple, columns)))
 
@@ -287,6 +293,7 @@ def _line(line: Line, entries: Sequence[Entry], padding: Sequence[tuple[int, int
     cells = [_entry(e, *widths) for e, widths in zip(entries, padding, strict=True)]
     if line.continued:
         label = rf"\quad\scriptsize {label}"
+        label += rf"\textsuperscript{{{line.note}}}" if line.note else ""
         cells = [rf"\scriptsize {cell}" if cell else "" for cell in cells]
     return " & ".join([label, *cells]) + r" \\"
 

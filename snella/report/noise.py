@@ -59,6 +59,9 @@ class Noise:
         return math.sqrt(self.images[self.rows[row], self.rows[row]])
 
 
+NOTHING = Noise({}, 0, 0, None, None)
+
+
 def measure(runs: pd.DataFrame) -> Noise:
     """Read the scores of one data set's runs (rows of the frame of one selection and metric).
 
@@ -72,7 +75,7 @@ def measure(runs: pd.DataFrame) -> Noise:
     common = sorted(set.intersection(*(set(s) for s in by_row.values()))) if by_row else []
     names = {name: i for i, name in enumerate(by_row)}
     if not common:
-        return Noise({}, 0, 0, None, None)
+        return NOTHING
     table = np.array([[by_row[m][s].value for s in common] for m in names], dtype=float)  # (M, S)
     seeds = np.cov(table).reshape(len(names), -1) / len(common) if len(common) > 1 else None
     scores: dict[str, list[Any]] = {m: [read_scores(by_row[m][s]) for s in common] for m in names}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from snella.errors import UserError
 from snella.report.columns import Column, Quantity
 from snella.report.frame import NOT_RUN
-from snella.report.noise import Noise, measure
+from snella.report.noise import NOTHING, Noise, measure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +72,7 @@ class Results:
         _no_duplicates(self.runs)
         self.made = self.runs[self.runs["status"] != NOT_RUN]
         self.notes: list[str] = []
-        own = sorted(set(_texts(self.made, "protocol.selection")))
+        own = sorted(_tallied(self.made, "protocol.selection"))
         for suite in dict.fromkeys(self.made["suite"]):
             part = self.made[self.made["suite"] == suite]
             self.notes += check_comparable(part, mixed, chosen=selection is not None)
@@ -85,12 +85,16 @@ class Results:
         for run in self.runs[keep].itertuples():
             self._index[run.suite, run.method, run.dataset][int(run.seed)] = run
         self._values: dict[tuple[str, str], dict[tuple[str, str, str], dict[int, float]]] = {}
+        self._common: dict[tuple[str, str | None], str] = {}
         self._noise: dict[tuple[str, str, str, str], Noise] = {}
 
     def common(self, column: str, suite: str | None = None) -> str:
         """The runs' value in a column of the frame; differing ones are joined, none is empty."""
-        made = self.made if suite is None else self.made[self.made["suite"] == suite]
-        return ", ".join(sorted(set(_texts(made, column))))
+        key = column, suite
+        if key not in self._common:
+            made = self.made if suite is None else self.made[self.made["suite"] == suite]
+            self._common[key] = ", ".join(sorted(_tallied(made, column)))
+        return self._common[key]
 
     def counts(self) -> dict[str, int]:
         """How many runs ended in each status, and how many have not run."""
@@ -170,11 +174,18 @@ class Results:
         """The noise of a data set's rows, from their scores and seeds."""
         key = (column.suite.name, dataset, column.quantity.name, column.subset)
         if key not in self._noise:
-            found = self._rows(column.quantity.name, column.subset)
-            mine = (found["suite"] == column.suite.name) & (found["dataset"] == dataset)
-            mine &= (found["status"] == "ok") & found["value"].notna()
-            self._noise[key] = measure(found[mine])
-        return self._noise[key]
+            self._measure(column.quantity.name, column.subset)
+        return self._noise.setdefault(key, NOTHING)
+
+    def _measure(self, metric: str, subset: str) -> None:
+        """Read the noise of all data sets in a metric at once."""
+        keep = ["suite", "dataset", "method", "seed", "value", "folder", "scores"]
+        rows = self._rows(metric, subset)
+        rows = rows[(rows["status"] == "ok") & rows["value"].notna()]
+        for (suite, dataset), part in rows[[*keep, "selection", "metric"]].groupby(
+            ["suite", "dataset"], sort=False
+        ):
+            self._noise[str(suite), str(dataset), metric, subset] = measure(part)
 
     def origins(self) -> list[str]:
         """What differs in where the numbers come from: commits, versions, hardware, code."""
@@ -193,14 +204,14 @@ class Results:
             notes.append(f"Runs were made at commit {next(iter(shown))}.")
         titles = ("python", "torch", "timm", "peft", "numpy", "hardware", "threads", "device")
         for name in titles:
-            found = Counter(_texts(self.made, name))
+            found = _tallied(self.made, name)
             if len(found) > 1:
                 notes.append(f"Runs differ in {name}: {_tally(found)}.")
         code = self.made.dropna(subset=["identity.code"]).groupby("method")["identity.code"]
         mixed = [str(method) for method, n in code.nunique().items() if n > 1]
         if mixed:
             notes.append(f"Rows whose runs were made by different code: {some(mixed)}.")
-        warned = Counter(_texts(self.made, "warnings"))
+        warned = _tallied(self.made, "warnings")
         notes += [f"Warning of {n} of {len(self.made)} runs: {t}." for t, n in warned.most_common()]
         stale = int((self.made["stale"] != "").sum())
         if stale:
@@ -252,7 +263,7 @@ def check_comparable(runs: pd.DataFrame, mixed: str, *, chosen: bool) -> list[st
     method and ``mixed="note"`` turn a differing protocol into a note.
     """
     for name in ("backbone", "protocol.selection"):
-        found = sorted(set(_texts(runs, name)))
+        found = sorted(_tallied(runs, name))
         if len(found) > 1 and not (chosen and name == "protocol.selection"):
             raise _disagree(found, name.removeprefix("protocol."))
     fields = [c for c in runs.columns if c.startswith("protocol.")]
@@ -284,17 +295,15 @@ def _plain(value: Any) -> str:
     return "none" if value is None or value != value else str(value)
 
 
-def _texts(runs: pd.DataFrame, column: str) -> list[str]:
-    """The values of a column as text, without the missing ones."""
-    if column not in runs.columns:
-        return []
-    texts = []
-    for value in runs[column]:
-        if value is None or value != value or value == "":
-            continue
-        whole = isinstance(value, float) and value.is_integer()
-        texts.append(str(int(value)) if whole else str(value))
-    return texts
+def _tallied(runs: pd.DataFrame, column: str) -> Counter[str]:
+    """How often each value of a column occurs, as text, without the missing ones."""
+    found: Counter[str] = Counter()
+    if column in runs.columns:
+        for value, count in runs[column].value_counts().items():
+            if value != "":
+                whole = isinstance(value, float) and value.is_integer()
+                found[str(int(value)) if whole else str(value)] += int(count)
+    return found
 
 
 def _disagree(values: Sequence[str], name: str) -> UserError:

@@ -28,11 +28,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Line:
-    """One printed row. ``continued`` lines belong to the line above and print small."""
+    """One printed row. ``continued`` lines belong to the line above and print small.
+
+    ``note`` is a footnote letter of such a line as a whole.
+    """
 
     label: str
     entries: tuple[Entry, ...]
     continued: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ def _row(cells: list[str]) -> str:
 
 
 def _markdown_line(line: Line) -> str:
-    label = escape_markdown(line.label)
+    label = escape_markdown(line.label) + (f"<sup>{line.note}</sup>" if line.note else "")
     cells = [_markdown_entry(e) for e in line.entries]
     return _row([f"<sub>{label}</sub>" if line.continued else label, *cells])
 
@@ -279,6 +283,7 @@ def _piece(grid: Grid, columns: list[int]) -> RichTable:
         for line in section.lines:
             style = "dim" if line.continued else ""
             label = Text(("  " if line.continued else "") + line.label, style=style)
+            label.append(f" {line.note}" if line.note else "", style="dim italic")
             table.add_row(label, *(_entry(line.entries[i], style) for i in columns))
     return table
 

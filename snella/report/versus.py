@@ -301,8 +301,10 @@ def versus_grid(versus: Versus) -> Grid:
         )
         result = [Line(label, ours)]
         if any(p.printed is not None for p in pairs):
-            theirs = tuple(_printed(versus, p, footnotes) for p in pairs)
-            result += [Line("published", theirs, continued=True)]
+            notes = {p.printed["note"] for p in pairs if p.printed is not None}
+            shared = notes.pop() if len(notes) == 1 else ""
+            theirs = tuple(_printed(versus, p, footnotes, shared) for p in pairs)
+            result += [Line("published", theirs, continued=True, note=footnotes.letter(shared))]
         if any(p.difference is not None for p in pairs):
             digits = [table.units[p.column.key].digits for p in pairs]
             apart = tuple(
@@ -334,12 +336,13 @@ def versus_grid(versus: Versus) -> Grid:
     )
 
 
-def _printed(versus: Versus, pair: Pair, footnotes: Footnotes) -> Entry:
+def _printed(versus: Versus, pair: Pair, footnotes: Footnotes, shared: str) -> Entry:
     if pair.printed is None or pair.value is None:
         return Entry(DASH, note=footnotes.letter(pair.note))
     digits = versus.table.units[pair.column.key].digits
     spread = f"{float(pair.printed['std']):.{digits}f}" if pair.printed["std"] else ""
-    doubts = "; ".join(filter(None, (pair.printed["note"], *versus.paper.doubts(pair.printed))))
+    note = pair.printed["note"].replace(shared, "") if shared else pair.printed["note"]
+    doubts = "; ".join(filter(None, (note, *versus.paper.doubts(pair.printed))))
     return Entry(f"{pair.value:.{digits}f}", spread, note=footnotes.letter(doubts))
 
 
