@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snella.records import read_record
+from snella.records import FAILURE, FINISHED, RECORD, read_record
 from snella.report.frame import Missing, tidy
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from snella.suite.config import Config
 
+NAMES = frozenset((RECORD, FINISHED, FAILURE))
 Stale = Callable[[Path, Mapping[str, Any]], str]
 """Says why a record does not fit the configuration; empty if it does."""
 
@@ -60,7 +61,7 @@ def record_folders(results: Path) -> Iterator[Path]:
         results / "runs" if (results / "runs").is_dir() else results
     ):
         names.sort()
-        if "record.json" in files or "failure.json" in files:
+        if not NAMES.isdisjoint(files):
             yield Path(folder)
 
 
@@ -69,7 +70,6 @@ def read(folder: Path, stale: Stale | None = None) -> dict[str, Any] | None:
     record = read_record(folder)
     if record is None:
         return None
-    record = _schema2(record)
     return record | {"folder": folder, "stale": stale(folder, record) if stale else ""}
 
 
@@ -100,23 +100,9 @@ def _records(
         for run in plan.plan(config):
             if run.folder.resolve() not in known:
                 yield Missing(
-                    run.method, run.dataset, run.seed, suite=run.suite, backbone=run.backbone
+                    run.method.name,
+                    run.dataset.name,
+                    run.seed,
+                    suite=run.suite,
+                    backbone=run.backbone.name,
                 )
-
-
-def _schema2(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of schema 1 (classification only) in the form of schema 2."""
-    if record.get("schema") != 1:
-        return record
-    info = {"name": "top1", "title": "Top-1 accuracy", "unit": "%", "higher_is_better": True}
-    identity = record.get("identity")
-    return record | {
-        "task": "classification",
-        "metric": "top1",
-        "metric_info": [info | {"lower": 0.0, "upper": 1.0}],
-        "metrics": record.get("metrics") or {},
-        "groups": {},
-        "scores": None,
-        "warnings": [],
-        "identity": {"run": identity} if isinstance(identity, str) else identity or {},
-    }

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from snella.records import sign
 from snella.report import Missing, SuiteInfo, TableSpec, build_table, parse_spec, tidy, write_table
 from snella.report.table import Table
 
@@ -112,7 +113,8 @@ def write_run(results: Path, made: dict, scores: Mapping[str, np.ndarray] | None
         np.savez(folder / "scores.npz", **{k: np.float32(v) for k, v in scores.items()})
         made = made | {"scores": "scores.npz"}
     final = made["status"] in ("ok", "diverged")
-    (folder / ("record.json" if final else "failure.json")).write_text(json.dumps(made))
+    name = "record.json" if final else "failure.json"
+    (folder / name).write_text(json.dumps(sign(made) if made["schema"] == 2 else made))
     return folder
 
 

@@ -13,9 +13,9 @@ from snella.report.columns import expand_columns
 from snella.report.frame import tidy
 from snella.report.table import Table, build_table
 from snella.report.write import statistics_texts, versus_texts, write_texts
+from snella.runs.run import Run
 from snella.suite import plan
 from snella.suite.config import Config
-from snella.suite.plan import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,12 +81,9 @@ class Material:
 
 def material(config: Config, name: str, stale: results.Stale | None = None) -> Material:
     """Description, suites, rows and the frame of a table; reads all records that it shows."""
+    config = plan.for_table(config, name)
     spec, methods = _rows(config, name)
-    records = [
-        results.read(run.folder, stale)
-        or Missing(run.method, run.dataset, run.seed, suite=run.suite, backbone=run.backbone)
-        for run in table_runs(config, name)
-    ]
+    records = [results.read(run.folder, stale) or _missing(run) for run in table_runs(config, name)]
     frame = tidy(
         records,
         subsets=spec.subsets,
@@ -99,6 +96,7 @@ def material(config: Config, name: str, stale: results.Stale | None = None) -> M
 
 def table_runs(config: Config, name: str) -> list[Run]:
     """All runs whose records a table shows: its rows on the data sets of its columns."""
+    config = plan.for_table(config, name)
     spec, methods = _rows(config, name)
     columns = expand_columns(spec, suite_info(config), others=_others(config, spec))
     datasets: dict[str, dict[str, None]] = {}
@@ -106,11 +104,16 @@ def table_runs(config: Config, name: str) -> list[Run]:
         datasets.setdefault(column.suite.name, {}).update(dict.fromkeys(column.datasets))
     runs: list[Run] = []
     for suite, wanted in datasets.items():
-        own = config.model_copy(update={"suite": suite})
+        own = plan.with_suite(config, suite)
         enabled = set(plan.suite_methods(own))
         rows = [method for method in methods if method in enabled]
         runs += plan.plan(own, methods=rows, datasets=list(wanted)) if rows else []
     return runs
+
+
+def _missing(run: Run) -> Missing:
+    names = run.method.name, run.dataset.name, run.seed
+    return Missing(*names, suite=run.suite, backbone=run.backbone.name)
 
 
 def _rows(config: Config, name: str) -> tuple[TableSpec, dict[str, str]]:
@@ -125,7 +128,7 @@ def _rows(config: Config, name: str) -> tuple[TableSpec, dict[str, str]]:
 
 def _others(config: Config, spec: TableSpec) -> dict[str, SuiteInfo]:
     return {
-        other: suite_info(config.model_copy(update={"suite": other}))
+        other: suite_info(plan.with_suite(config, other))
         for other in spec.suites
         if other in config.suites and other != config.suite
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snella.errors import UserError
-from snella.records import atomic
+from snella.files import atomic
 from snella.report.columns import UNITS, Unit
 
 if TYPE_CHECKING:

@@ -72,7 +72,11 @@ def tidy(
     """
     import pandas as pd
 
-    share = _Sharing()
+    known: dict[str, str] = {}  # equal strings become one object: few different ones repeat
+
+    def share(value: Any) -> Any:
+        return known.setdefault(value, value) if type(value) is str else value
+
     runs: list[dict[str, Any]] = []
     index: list[int] = []
     rows: list[tuple[Any, ...]] = []
@@ -81,7 +85,7 @@ def tidy(
         run["label"] = (labels or {}).get(run["method"], run["method"])
         run["group"] = (groups or {}).get(run["suite"], {}).get(run["dataset"], "")
         run["run"] = number
-        runs.append({key: share(value) for key, value in run.items()})
+        runs.append({k: known.setdefault(v, v) if type(v) is str else v for k, v in run.items()})
         numbers = [] if isinstance(record, Missing) else list(_numbers(record, subsets))
         for row in numbers or [_without_value(record)]:
             rows.append(tuple(map(share, row)))
@@ -94,16 +98,6 @@ def tidy(
     for name in NUMBERS:
         frame[name] = pd.to_numeric(frame[name], errors="coerce")
     return frame
-
-
-class _Sharing:
-    """Equal strings become one object: 10,000 records repeat few different ones."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, str] = {}
-
-    def __call__(self, value: Any) -> Any:
-        return self.known.setdefault(value, value) if isinstance(value, str) else value
 
 
 def _missing(run: Missing) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class TableSpec(_Strict):
     made under differing protocols, with a note, instead of refusing it. ``spread`` says what
     follows the ±: the standard deviation over seeds, the standard error over test images, or
     the standard deviation over the records' groups. ``reference`` asks for the paired
-    comparison with that row.
+    comparison with that row. ``task`` is the family whose suite the table shows.
     """
 
     caption: str
@@ -133,6 +133,7 @@ class TableSpec(_Strict):
     spread: Spread = "seeds"
     reference: str | None = None
     rotate: bool = False
+    task: str = "classification"
 
     @property
     def suites(self) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from snella.errors import unknown
@@ -23,6 +24,7 @@ from snella.report.table import DASH, Table, compare_rows
 from snella.report.text import Entry, Grid, Heading, Line, Section, comments
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 Scores = Mapping[str, Mapping[str, Mapping[int, float]]]
@@ -134,17 +136,33 @@ def bootstrap(differences: Sequence[Sequence[float]], seed: int = 0) -> tuple[fl
     """Percentile interval of the mean difference: data sets resampled, then seeds within them."""
     import numpy as np
 
+    flat = np.concatenate([np.asarray(d, dtype=float) for d in differences])
+    means = resampling(tuple(map(len, differences)), seed) @ flat
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+@lru_cache(maxsize=4)
+def resampling(lengths: tuple[int, ...], seed: int) -> np.ndarray:
+    """What each of the (sum of ``lengths``) differences weighs in each resample; rows sum to 1.
+
+    The same for all rows of a table, so that they are drawn once.
+    """
+    import numpy as np
+
     rng = np.random.default_rng(seed)
-    n = len(differences)
-    sums = np.zeros(RESAMPLES)
+    n, longest, total = len(lengths), max(lengths), sum(lengths)
+    sizes, starts = np.array(lengths), np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    weights = np.zeros(RESAMPLES * total)
+    rows = np.arange(RESAMPLES)[:, None] * total
     for _ in range(n):  # the n draws of a data set, each for all resamples at once
         chosen = rng.integers(n, size=RESAMPLES)
-        for index, values in enumerate(differences):
-            hit = np.flatnonzero(chosen == index)
-            seeds = rng.integers(len(values), size=(len(hit), len(values)))
-            sums[hit] += np.asarray(values)[seeds].mean(axis=1)
-    low, high = np.quantile(sums / n, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+        size = sizes[chosen][:, None]
+        seeds = (rng.random((RESAMPLES, longest)) * size).astype(int)
+        share = np.where(np.arange(longest) < size, 1 / (n * size), 0.0)
+        cells = rows + starts[chosen][:, None] + seeds
+        weights += np.bincount(cells.ravel(), share.ravel(), minlength=weights.size)
+    return weights.reshape(RESAMPLES, total)
 
 
 def complete(scores: Scores) -> pd.DataFrame:
