@@ -33,6 +33,7 @@ SAME = {
     "schedule": "released",
     "epochs": 100,
     "drop_path": 0.1,
+    "hyperparameters": "released",
 }
 ROWS = {
     label.lower(): label

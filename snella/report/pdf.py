@@ -56,6 +56,21 @@ def compile_pdf(tex: Path) -> tuple[Path, Path | None] | None:
     return pdf, _png(pdf)
 
 
+def compile_document(tex: Path) -> Path | None:
+    """Compile a whole document to a PDF beside it; None, with one line logged, as above."""
+    if shutil.which("pdflatex") is None:
+        log.warning("No pdflatex on this machine: %s is not compiled.", tex)
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        shutil.copyfile(tex, work / "page.tex")
+        problem = run_pdflatex(work) or run_pdflatex(work)  # long tables need a second pass
+        if problem:
+            log.warning("pdflatex does not compile %s: %s", tex, problem)
+            return None
+        return Path(shutil.copyfile(work / "page.pdf", tex.with_suffix(".pdf")))
+
+
 def run_pdflatex(work: Path) -> str:
     """Run pdfLaTeX; the first error line of its log, or an empty string."""
     command = ["pdflatex", "-interaction=batchmode", "-halt-on-error", "page.tex"]

@@ -204,6 +204,17 @@ def our_dataset(line: Printed) -> str:
     return _yaml("names")["datasets"].get(line["suite"], {}).get(line["dataset"], line["dataset"])
 
 
+def our_suite(line: Printed) -> str | None:
+    """The suite of ours that has a printed number's tasks; None where there is none yet."""
+    key = " ".join(line[k] for k in ("suite", "backbone", "pretraining"))
+    return _yaml("names")["suites"].get(key)
+
+
+def our_table(source: str, number: int) -> str | None:
+    """The table of ours that prints a published one; None where there is none."""
+    return _yaml("names")["tables"].get(f"{source} {number}")
+
+
 def our_method(line: Printed, methods: Iterable[str] | None = None) -> str | None:
     """The row of ours that a printed number belongs to; None where none or several fit."""
     known = _yaml("names")["methods"]

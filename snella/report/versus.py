@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Verdict = Literal["reproduced", "explained", "refuted", "open"]
 OTHER = {"mean_of_tasks": "mean_of_groups", "mean_of_groups": "mean_of_tasks"}
+UNSET = frozenset({"ema_decay"})  # without a value where it is off
 WORDS = {"mean_of_tasks": "over tasks", "mean_of_groups": "over groups"}
 LEVEL = 0.95
 
@@ -170,7 +171,7 @@ def compare_published(table: Table) -> Versus | None:
     ours = {m: _ours(table, m) for m, _ in table.methods}
     pairs: dict[tuple[str, str], Pair] = {}
     columns = []
-    mismatches: dict[str, list[str]] = defaultdict(list)
+    apart: dict[str, list[str]] = defaultdict(list)
     for column in table.columns:
         where, near = place(column), _of_backbone(lines, column)
         if where is None or not _occurs(near, where):
@@ -180,12 +181,11 @@ def compare_published(table: Table) -> Versus | None:
             pair = Pair(method, label, column, table.cells[method, column.key])
             pair = _pair(near, rows.get(method), where, table.units[column.key], pair)
             if pair.printed is not None and column.ranked:
-                differing = _mismatches(
-                    paper.facts(pair.printed), ours[method], len(table.results.seeds)
-                )
-                for text in differing:
-                    if label not in mismatches[text]:
-                        mismatches[text].append(label)
+                facts = paper.facts(pair.printed)
+                differing = mismatches(facts, ours[method])
+                for text in [*differing, *_seeds(facts, len(table.results.seeds))]:
+                    if label not in apart[text]:
+                        apart[text].append(label)
                 pair = replace(pair, causes=(*paper.doubts(pair.printed), *differing))
             elif pair.printed is not None:
                 pair = replace(pair, causes=tuple(paper.doubts(pair.printed)))
@@ -195,7 +195,14 @@ def compare_published(table: Table) -> Versus | None:
         return None
     kept = {c.key for c in columns}
     pairs = {key: pair for key, pair in pairs.items() if key[1] in kept}
-    return Versus(table, source, paper, columns, pairs, lines, mismatches)
+    return Versus(table, source, paper, columns, pairs, lines, apart)
+
+
+def _seeds(facts: RowFacts, ours: int) -> list[str]:
+    if facts.seeds in (None, ours):
+        return []
+    number = f"{facts.seeds} seed" + ("s" if facts.seeds != 1 else "")
+    return [f"published numbers are of {number}; ours: {ours}"]
 
 
 def _only_other_mean(
@@ -230,22 +237,14 @@ def _text(value: object) -> str:
     return str(int(value)) if whole else str(value)  # type: ignore[call-overload]
 
 
-def _mismatches(facts: RowFacts, ours: Mapping[str, set[str]], seeds: int) -> list[str]:
-    """What differs between how a printed row was made and how ours was."""
+def mismatches(facts: RowFacts, ours: Mapping[str, set[str]]) -> list[str]:
+    """What differs between how a printed number was made and how ours were."""
     result = []
     for name, fact in facts.protocol.items():
         odd = sorted(v for v in ours.get(name, set()) if not fact.fits(v))
-        if odd or (name == "ema_decay" and not ours.get(name)):
+        if odd or (name in UNSET and not ours.get(name)):
             result.append(f"published: {fact.says}; ours: {', '.join(odd) or 'none'}")
-    if facts.seeds is not None and facts.seeds != seeds:
-        number = f"{facts.seeds} seed" + ("s" if facts.seeds > 1 else "")
-        result.append(f"published numbers are of {number}; ours: {seeds}")
     return result
-
-
-def mismatches(facts: RowFacts, runs: pd.DataFrame, selection: str, seeds: int) -> list[str]:
-    """What differs between how a printed number and the ``runs`` of ours were made."""
-    return _mismatches(facts, protocol_of(runs, selection), seeds)
 
 
 def _of_backbone(lines: Sequence[Printed], column: Column) -> list[Printed]:
