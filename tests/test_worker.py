@@ -23,7 +23,8 @@ def server(tmp_path, monkeypatch):
         f"import tempfile; tempfile.gettempdir = lambda: {str(tmp_path)!r}\n"
         "from snella.jobs import worker\n"
         "worker.IDLE_SECONDS, worker.PRELOAD = 1, ()\n"
-        "worker.serve()"
+        "from snella.cli import main\n"
+        "worker.serve(main)"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 30

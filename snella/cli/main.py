@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, call in (("plan", _plan), ("table", _table), ("show", _show)):
         table = _with_config(verb(name, call, f"snella {name} table1"))
         table.add_argument("table", nargs="?", default="table1", help="a table (default: table1)")
+    verb("worker", _worker, "snella worker")
     figure = _with_config(verb("figure", _figure, "snella figure figure8"))
     figure.add_argument("figure", help="a figure of config/figures/")
     pdf = verb("pdf", _pdf, "snella pdf results/table1.tex")
@@ -167,6 +168,13 @@ def _execute(options: argparse.Namespace) -> int:
     return 0 if record["status"] in ("ok", "diverged") else 1
 
 
+def _worker(options: argparse.Namespace) -> None:
+    """Run many short jobs without paying torch's import for each; the workflow starts it."""
+    from snella.jobs import worker
+
+    worker.serve(main)
+
+
 def _check(options: argparse.Namespace) -> int:
     """Run the contract suite on one method and print a report; status 1 if something fails."""
     from snella.check.report import check_and_report
@@ -180,7 +188,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _new_baseline(options: argparse.Namespace) -> None:
     """Write a method file that already passes `snella check`, to be edited."""
-    from snella.methods.scaffold import write_baseline
+    from snella.jobs.scaffold import write_baseline
 
     for line in write_baseline(_load(options), options.name):
         sys.stdout.write(f"{line}\n")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from snella.errors import UserError
 from snella.jobs.prepare import origin_of
-from snella.runs.identity import evaluation_key, training_key
+from snella.runs.identity import code_key, training_key
 from snella.runs.run import Run
 from snella.suite import config as configuration
 from snella.suite import plan
@@ -80,8 +80,7 @@ class WorkflowPlan:
     def code(self, wildcards: Any) -> str:
         """The code and libraries that train and score the run: what makes it stale when changed."""
         run = self.run(wildcards)
-        keys = _user(lambda: [training_key(run), evaluation_key(run)])
-        return json.dumps(keys, sort_keys=True)
+        return json.dumps(_user(lambda: code_key(run)), sort_keys=True)
 
     def training_code(self, wildcards: Any) -> str:
         """The code and libraries that train the run."""
@@ -130,6 +129,12 @@ class WorkflowPlan:
         """The records a figure needs; none are demanded with ``allow_missing``."""
         runs = _user(lambda: plan.figure_runs(self.config, wildcards.figure))
         return [] if self.config.allow_missing else [run.record.as_posix() for run in runs]
+
+    def generation_figure_records(self, wildcards: Any) -> list[str]:
+        """The records that a figure of generation shows."""
+        from snella.jobs import generation_figures
+
+        return _user(lambda: generation_figures.records(self.config, wildcards.figure))
 
     def table_content(self, wildcards: Any) -> str:
         """What a table shows besides its records, and with ``allow_missing`` which there are."""

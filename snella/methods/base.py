@@ -17,8 +17,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
@@ -94,6 +95,10 @@ class Method(BaseModel):
     supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext"})
     head_only: ClassVar[bool] = False
     """Whether nothing but the task head trains, by intention."""
+    calibration_order: ClassVar[Literal["file", "shuffled"]] = "file"
+    """Order of the training images that :meth:`calibrate` sees."""
+    calibration_views: ClassVar[int] = 0
+    """Augmented views per image in the key ``views`` (B, n, 3, H, W) of calibration batches."""
 
     def adapt(self, model: nn.Module) -> None:
         """Change the frozen ``model`` in place and set ``requires_grad`` on what trains."""
@@ -164,6 +169,13 @@ class Method(BaseModel):
 
     def load_training_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         """Load what :meth:`training_state` returned; runs after :meth:`load_state`."""
+
+    def count(self, model: nn.Module) -> dict[str, int]:
+        """Numbers of parameters, as :func:`count_parameters` counts them.
+
+        To be overridden where tensors hold entries that the paper does not count as trained.
+        """
+        return count_parameters(model)
 
     def check_supported(self, model: nn.Module) -> None:
         """Raise :class:`~snella.errors.Unsupported` for a family the method does not claim."""
@@ -271,6 +283,7 @@ def prepare_model(method: Method, model: nn.Module) -> None:
         task_head.requires_grad_(True)
     if not (marked or calibrates) or not trainable(model):
         raise _nothing_marked(method, "adapt")
+    _in_single_precision(model)
 
 
 def check_marked(method: Method, model: nn.Module) -> None:
@@ -278,6 +291,14 @@ def check_marked(method: Method, model: nn.Module) -> None:
     calibrates = type(method).calibrate is not Method.calibrate
     if calibrates and not method.head_only and not count_parameters(model)["trainable"]:
         raise _nothing_marked(method, "calibrate")
+    _in_single_precision(model)
+
+
+def _in_single_precision(model: nn.Module) -> None:
+    """What trains is float32 even where the frozen weights are half: steps would be rounded off."""
+    for parameter in trainable(model).values():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def _nothing_marked(method: Method, hook: str) -> UserError:

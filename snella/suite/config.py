@@ -26,13 +26,34 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 class BackboneEntry(Strict):
-    """A pre-trained model: timm architecture and keyword arguments, and the weights' file."""
+    """A pre-trained model: timm architecture and keyword arguments, and the weights' file.
+
+    ``file`` is a weights file, a transformers folder, ``timm`` (the tag's weights in the local
+    cache) or ``random``. ``key`` chooses one of several containers in a file; ``ignore`` and
+    ``fresh`` list beginnings of tensors that only the file and only the model may have;
+    ``holds``, ``lacks`` and ``md5`` tell releases of one architecture apart.
+    """
 
     arch: str
     kwargs: dict[str, Any] = {}
     file: str | None = None
+    key: str | None = None
+    ignore: list[str] = []
+    fresh: list[str] = []
+    holds: list[str] = []
+    lacks: list[str] = []
+    md5: str | None = None
     title: str = ""
+    source: str = ""
+    licence: str = ""
+    normalisation: str | None = None
     demo: bool = False
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """How the file is read and recognised: what differs from the defaults."""
+        names = {"key", "ignore", "fresh", "holds", "lacks", "md5"}
+        return self.model_dump(include=names, exclude_defaults=True)
 
 
 class MethodEntry(Strict):
@@ -120,12 +141,25 @@ def merge(own: dict[str, Any], path: Path, overrides: dict[str, Any]) -> Config:
         base[section] = {}
         for file in sorted((shipped / section).glob("*.yaml")):
             base[section].update(read_yaml(file))
-    released = shipped / "released.yaml"
-    base["released"] = read_yaml(released) if released.exists() else {}
+    base["released"] = _released(shipped / "released", base["datasets"])
     merged = overlay(overlay(base, own), overrides)
     if isinstance(merged["methods"], dict):
         merged["methods"] = {name: _row(name, row) for name, row in merged["methods"].items()}
     return validate(Config, merged, str(path))
+
+
+def _released(folder: Path, datasets: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the authors' scripts, by row and data set; one file per repository.
+
+    A set that is read from TFDS (`<name>-tfds`) has the settings of the set it is.
+    """
+    found: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.yaml")):
+        for row, sets in read_yaml(file).get("rows", {}).items():
+            twins = {f"{name}-tfds": entry for name, entry in sets.items()}
+            sets = {**sets, **{name: e for name, e in twins.items() if name in datasets}}
+            found[row] = {**found.get(row, {}), **sets}
+    return found
 
 
 def _row(name: str, entry: Any) -> Any:

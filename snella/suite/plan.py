@@ -67,6 +67,7 @@ def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
             arch=entry.arch,
             kwargs=entry.kwargs,
             file=entry.file and locate(entry.file),
+            load=entry.load,
         ),
         dataset=Dataset(
             name=dataset, task=data.task, prepared=prepared_folder(config, dataset).as_posix()

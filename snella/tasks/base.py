@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -56,7 +56,12 @@ class Score:
 
 
 class TaskSettings(Strict):
-    """A task's own part of the protocol: plain values beside the common ones."""
+    """A task's own part of the protocol: plain values beside the common ones.
+
+    Fields named in ``scoring`` concern scores alone: changing one costs no training.
+    """
+
+    scoring: ClassVar[frozenset[str]] = frozenset()
 
 
 class DatasetSpec(Strict):
@@ -71,12 +76,16 @@ class DatasetSpec(Strict):
 
 
 class Backbone(Strict):
-    """A pre-trained model: architecture, its keyword arguments, and the weights' file."""
+    """A pre-trained model: architecture, its keyword arguments, and the weights' file.
+
+    ``load`` says how the file is read and recognised (key, ignore, fresh, holds, lacks, md5).
+    """
 
     name: str
     arch: str
     kwargs: dict[str, Any] = {}
     file: str | None = None
+    load: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from snella.data.transforms import (
     open_split,
     train_transform,
 )
+from snella.data.views import view_batches
 from snella.files import atomic
 from snella.methods.base import Batch
 from snella.models.backbones import build_backbone
@@ -55,6 +56,10 @@ class Classification(Task):
         source = self._split(split, training=True)
         labels = torch.from_numpy(np.array(self.data.labels(split)))
         return self._normalised(batches(source, labels, self.batch_size, seed))
+
+    def views(self, split: str, seed: int | None, count: int) -> Iterator[Tensor]:
+        """Augmented views (B, count, 3, S, S) of the images of :meth:`batches`, in their order."""
+        return view_batches(self.data.images(split), self.settings, count, self.batch_size, seed)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits (B, classes)."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from snella.errors import UserError, unknown
-from snella.models.backbones import read_state
+from snella.models.checkpoint import read_tensors
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -121,7 +121,7 @@ def load_sam(arch: str, kwargs: Mapping[str, Any], image_size: int, file: str | 
     """
     sizes = sam_sizes(arch, kwargs)
     model = build_sam(arch, {**kwargs, "image_size": image_size})
-    if file is None:
+    if file in (None, "random"):
         return model
     path = Path(file)
     if not path.is_file():
@@ -129,7 +129,7 @@ def load_sam(arch: str, kwargs: Mapping[str, Any], image_size: int, file: str | 
             f"Backbone file {path} is missing; download it (docs/segmentation.md) or correct "
             "`file:` of the backbone."
         )
-    state = read_state(path)
+    state = read_tensors(path, model.state_dict().keys())
     if sizes["image_size"] != image_size:
         own = model.state_dict()
         state = {n: _resized(t, own[n]) if n in own else t for n, t in state.items()}
