@@ -242,3 +242,34 @@ def test_the_toy_is_learnt_by_heart() -> None:
     assert loss.item() < 0.7 * first
     with pytest.raises(UserError, match="not vit"):
         toy("vit")
+
+
+def test_trainable_parameters_are_those_of_the_released_code() -> None:
+    """Full, SSF and GPS on ViT-B: the decoder and the no-mask embedding train with all of them.
+
+    SSF lacks one pair of 256: it leaves out the neck's convolutions, which have no bias.
+    """
+    from snella.methods.base import count_parameters, load_method, prepare_model, trainable
+    from snella.models.families import head
+
+    expected = {"full": 93_729_508, "ssf": 4_264_420 - 512, "gps": 4_227_044, "linear": 4_058_596}
+    for name, total in expected.items():
+        method = load_method(Path("baselines") / f"{name}.py")
+        settings = {"score": "cross-entropy"} if name == "gps" else {}
+        with torch.device("meta"):
+            model = build_sam("sam_vit_b")
+            prepare_model(method(**settings), model)
+        counts = count_parameters(model)
+        found = counts["trainable"] + counts["head"]
+        if name == "gps":  # one entry for each row of every weight, chosen later by calibration
+            rows = [p for n, p in model.image_encoder.named_parameters() if _selected(n, p)]
+            found += sum(len(p) for p in rows)
+        assert found == total, name
+        assert counts["head"] == 4_058_596
+        names = [n for n in trainable(model) if n.startswith("prompt_encoder")]
+        assert names == ["prompt_encoder.no_mask_embed.weight"]
+        assert head(model) is not None
+
+
+def _selected(name: str, parameter: torch.Tensor) -> bool:
+    return parameter.ndim >= 2 and "rel_pos" not in name and "pos_embed" not in name

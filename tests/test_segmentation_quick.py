@@ -204,3 +204,21 @@ def test_the_figure_is_drawn_from_files(tmp_path: Path) -> None:
     assert len(rows) == len(cases) and set(rows[0]) == {"case", "image", *folders}
     assert (tmp_path / "figure8.pdf").read_bytes()[:4] == b"%PDF"
     assert (tmp_path / "figure8.png").stat().st_size > 10_000
+
+
+def test_table_and_figure_come_from_the_quick_segmentation_suite(tmp_path: Path) -> None:
+    from snella.errors import UserError
+    from snella.jobs import figures
+    from snella.suite import plan
+    from snella.suite.config import load
+
+    config = load(overrides={"results": tmp_path.as_posix(), "data": tmp_path.as_posix()})
+    runs = plan.table_runs(config, "table5")
+    assert {run.suite for run in runs} == {"quick_segmentation"} and len(runs) == 30
+    assert all(run.dataset.task == "segmentation" for run in runs)
+    shown = plan.figure_runs(config, "figure8")
+    assert [run.method.name for run in shown] == ["lora-8", "ssf", "snella-8"]
+    with pytest.raises(UserError, match="no finished run to show"):
+        figures.draw(config, "figure8")
+    with pytest.raises(UserError, match="Did you mean 'figure8'"):
+        plan.figure_runs(config, "figure9")
