@@ -43,8 +43,7 @@ class Classification(Task):
         The head starts at truncated normal(0.02) with zero bias, as in the released codes: a
         zero head would give methods that calibrate on gradients nothing to look at.
         """
-        entry = backbone.model_dump()
-        model = build_backbone(entry, self.data.num_classes, self.settings.drop_path)
+        model = build_backbone(backbone.entry, self.data.num_classes, self.settings.drop_path)
         for module in (head(model) or nn.Identity()).modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
