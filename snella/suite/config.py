@@ -31,7 +31,8 @@ class BackboneEntry(Strict):
     ``file`` is a weights file, a transformers folder, ``timm`` (the tag's weights in the local
     cache) or ``random``. ``key`` chooses one of several containers in a file; ``ignore`` and
     ``fresh`` list beginnings of tensors that only the file and only the model may have;
-    ``holds``, ``lacks`` and ``md5`` tell releases of one architecture apart.
+    ``holds``, ``lacks``, ``md5`` and ``sha256`` tell releases of one architecture apart. A file of
+    an installed package is ``package:name/path``, where ``package`` says what to install.
     """
 
     arch: str
@@ -43,6 +44,8 @@ class BackboneEntry(Strict):
     holds: list[str] = []
     lacks: list[str] = []
     md5: str | None = None
+    sha256: str | None = None
+    package: str | None = None
     title: str = ""
     source: str = ""
     licence: str = ""
@@ -52,7 +55,7 @@ class BackboneEntry(Strict):
     @property
     def load(self) -> dict[str, Any]:
         """How the file is read and recognised: what differs from the defaults."""
-        names = {"key", "ignore", "fresh", "holds", "lacks", "md5"}
+        names = {"key", "ignore", "fresh", "holds", "lacks", "md5", "sha256", "package"}
         return self.model_dump(include=names, exclude_defaults=True)
 
 
