@@ -225,7 +225,8 @@ def _check_hooks(path: Path, cls: type[Method]) -> None:
             continue
         line = f"{path}, line {function.__code__.co_firstlineno}: {cls.__name__}.{name}"
         if name not in hooks:
-            close = difflib.get_close_matches(name, hooks, n=1, cutoff=0.8 - 0.3 * (name[:3] == "on_"))
+            likeness = 0.5 if name.startswith("on_") else 0.8
+            close = difflib.get_close_matches(name, hooks, n=1, cutoff=likeness)
             if close or name.startswith("on_"):
                 raise UserError(
                     f"{line} is no hook and would never be called. "
@@ -332,7 +333,7 @@ def _nothing_marked(method: Method, hook: str) -> UserError:
     )
 
 
-def _closest_module(model: nn.Module, error: Exception) -> str:
+def _closest_module(model: nn.Module, error: BaseException) -> str:
     """A hint where ``error`` is about a module that the model does not have."""
     missing = re.search(r"has no attribute [`'\"](\w+)", str(error))
     parts = {part for name, _ in model.named_modules() for part in name.split(".")}

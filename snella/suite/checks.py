@@ -1,7 +1,7 @@
 """What a configuration may get wrong that is known before any job: checked when runs are planned.
 
 Hyper-parameters are compared with the typed fields that a method's file declares. The file is
-parsed and not imported, since an import costs torch; what its text does not tell is left to the job.
+parsed and not imported, since that costs torch; what its text does not tell is left to the job.
 """
 
 from __future__ import annotations

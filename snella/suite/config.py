@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, PrivateAttr
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 
 from snella.errors import UserError
 from snella.suite.overlays import clean, difference, expand, overlay
@@ -44,9 +44,15 @@ def _place(path: str) -> str:
     return Path(path).expanduser().as_posix()
 
 
+def _without_null(groups: Any) -> Any:
+    """Groups set to null are left out: a suite shipped here may have more than one wants."""
+    if not isinstance(groups, dict):
+        return groups
+    return {name: members for name, members in groups.items() if members is not None}
+
+
 def _groups(groups: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Groups of data sets, each of which stands once; null leaves a shipped group out."""
-    groups = {name: members for name, members in groups.items() if members is not None}
+    """Groups of data sets, each of which stands once in the suite."""
     for name, members in groups.items():
         if not members:
             raise ValueError(
@@ -59,7 +65,9 @@ def _groups(groups: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 Place = Annotated[str, AfterValidator(_place)]
-Groups = Annotated[dict[Column, list[Reference] | None], AfterValidator(_groups)]
+Groups = Annotated[
+    dict[Column, list[Reference]], BeforeValidator(_without_null), AfterValidator(_groups)
+]
 
 
 class BackboneEntry(Strict):
@@ -128,7 +136,7 @@ class SuiteEntry(Strict):
     @property
     def datasets(self) -> list[str]:
         """All data sets of the suite, by group."""
-        return [name for group in self.groups.values() for name in group or ()]
+        return [name for group in self.groups.values() for name in group]
 
 
 def _table(spec: dict[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def clean(content: Any, origins: Origins, path: tuple[str, ...] = ()) -> None:
 
 def _printable(text: str, origins: Origins, path: tuple[str, ...]) -> None:
     allowed = "" if path[-1] in ("label", "title") else "\n\t"
-    wrong = next((c for c in text if ord(c) < 32 and c not in allowed or c == "\x7f"), None)
+    wrong = next((c for c in text if (ord(c) < 32 and c not in allowed) or c == "\x7f"), None)
     if wrong is None and not any("\ud800" <= c <= "\udfff" for c in text):
         return
     place = origins.where(path) or "configuration"

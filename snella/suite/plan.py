@@ -52,7 +52,7 @@ def current_suite(config: Config) -> SuiteEntry:
     _look_up("backbone", suite.backbone, config.backbones, config.where((*at, "backbone")))
     _look_up("protocol", suite.protocol, config.protocols, config.where((*at, "protocol")))
     for group, members in suite.groups.items():
-        for dataset in members or ():
+        for dataset in members:
             place = config.where((*at, "groups", group, dataset))
             _look_up("data set", dataset, config.datasets, place)
     for method in suite_methods(config):
@@ -89,9 +89,7 @@ def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
         dataset=Dataset(
             name=dataset, task=data.task, prepared=prepared_folder(config, dataset).as_posix()
         ),
-        method=MethodChoice(
-            name=method, file=file, hyperparameters=hyperparameters
-        ),
+        method=MethodChoice(name=method, file=file, hyperparameters=hyperparameters),
         protocol_name=suite.protocol,
         protocol=protocol,
         settings=settings,

@@ -1,4 +1,4 @@
-"""Configuration files with the line of every key, so that a mistake is blamed on where it stands."""
+"""Configuration files with the line of every key, so that a mistake is blamed on its place."""
 
 from __future__ import annotations
 
