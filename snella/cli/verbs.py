@@ -75,7 +75,7 @@ def execute(options: argparse.Namespace) -> int:
         status = warm.call(arguments) if warm.available() else None
         if status is not None:
             return status
-    from snella.cli.cells import finished_line
+    from snella.jobs.cells import finished_line
     from snella.runs.execute import execute as execute_run
 
     record = execute_run(chosen, stage=options.stage)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from snella.errors import MISTAKE, UserError, explain, record_traceback
+from snella.jobs import cells
 from snella.jobs.prepare import origin_of
 from snella.runs.identity import code_key, training_key
 from snella.runs.run import Run
@@ -79,6 +80,11 @@ class WorkflowPlan:
                 f"not {wildcards.backbone}."
             )
         return run
+
+    @staticmethod
+    def begin(jobs: Iterable[Any]) -> None:
+        """Note which records a workflow is to make, for the line that each finished one prints."""
+        cells.begin(str(job.output[0]) for job in jobs if job.rule.name == "run")
 
     def settings(self, wildcards: Any) -> str:
         """The run's resolved settings, canonical JSON."""

@@ -15,8 +15,7 @@ PROGRESS = Path("logs/progress.json")
 
 def begin(records: Iterable[str]) -> None:
     """Note, when a workflow starts, which records it is to make."""
-    missing = [path for path in records if not Path(path).exists()]
-    write_json(PROGRESS, {"started": time.time(), "records": missing})
+    write_json(PROGRESS, {"started": time.time(), "records": list(records)})
 
 
 def finished_line(record: dict[str, Any]) -> str:
@@ -40,13 +39,20 @@ def _count() -> str:
     try:
         noted = json.loads(PROGRESS.read_text())
         records, started = noted["records"], float(noted["started"])
-        done = sum(Path(path).exists() for path in records)
+        done = sum(_written(Path(path)) >= started for path in records)
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     if not 0 < done <= len(records):
         return ""
     left = (time.time() - started) / done * (len(records) - done)
     return f" ({done} of {len(records)}, about {_duration(left)} left)"
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _duration(seconds: float) -> str:
