@@ -144,6 +144,8 @@ def _looking(verb: Callable[..., Any]) -> None:
 def _writing(verb: Callable[..., Any]) -> None:
     table = _with_config(verb(verbs.table, "snella table table1"))
     table.add_argument("table", nargs="?", default="table1", help="a table (default: table1)")
+    figure = _with_config(verb(verbs.figure, "snella figure figure8"))
+    figure.add_argument("figure", help="a figure of config/figures/")
     pdf = verb(verbs.pdf, "snella pdf results/table1.tex")
     pdf.add_argument("tex", type=Path, help="a table written by `snella table`")
     check = _with_config(verb(verbs.check, "snella check snella-8", "snella check ~/work/svf.py"))

@@ -165,6 +165,13 @@ def show(options: argparse.Namespace) -> None:
     tables.show(load(options), options.table)
 
 
+def figure(options: argparse.Namespace) -> None:
+    """Draw a figure of examples from the predictions there are."""
+    from snella.jobs import figures
+
+    sys.stdout.write(f"{figures.draw(load(options), options.figure)}\n")
+
+
 def pdf(options: argparse.Namespace) -> None:
     """Compile a table to PDF and PNG."""
     from snella.report.pdf import compile_pdf
