@@ -19,6 +19,8 @@ from snella.errors import UserError
 
 RANDOM, TIMM, PACKAGE = "random", "timm", "package:"
 SHARDS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+PIPELINE = "model_index.json"
+"""What makes a folder one of diffusers' pipelines."""
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 _SIZE = re.compile(r"_(\d{2,4})(?=[._]|$)")
 
@@ -98,9 +100,13 @@ def sniff(path: Path) -> None:
 
 
 def weights_files(path: Path) -> list[Path]:
-    """The file itself, or the weights files of a transformers folder."""
+    """The file itself, the weights of a transformers folder, or all of a pipeline's folder."""
     if not path.is_dir():
         return [path]
+    if (path / PIPELINE).is_file():
+        kinds = (".safetensors", ".bin", ".json", ".txt")
+        found = sorted(p for p in path.rglob("*") if p.suffix in kinds and p.is_file())
+        return [p for p in found if not p.relative_to(path).parts[0].startswith(".")]
     for index in SHARDS:
         if (path / index).is_file():
             names = json.loads((path / index).read_text())["weight_map"].values()
