@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from snella.errors import UserError
+from snella.files import digest_tree
 
 RANDOM, TIMM, PACKAGE = "random", "timm", "package:"
 SHARDS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -81,7 +82,8 @@ def sniff(path: Path) -> None:
     anything runs.
     """
     if path.is_dir():
-        weights_files(path)
+        if not any(path.iterdir()):
+            raise UserError(f"Backbone folder {path} is empty; download it again.")
         return
     with open(path, "rb") as file:
         start = file.read(256).lstrip()
@@ -120,11 +122,17 @@ def weights_files(path: Path) -> list[Path]:
 
 
 def file_digest(path: str | Path | None) -> str:
-    """SHA-256 of a weights file's bytes or of a folder's weights; empty for none and ``random``."""
+    """SHA-256 of a weights file's bytes or of a folder's weights; empty for none and ``random``.
+
+    Of a folder in another layout, such as a whole pipeline's, all files count.
+    """
     if path is None or str(path) == RANDOM:
         return ""
+    path = Path(path)
+    if path.is_dir() and not any((path / name).is_file() for name in (*SHARDS, *SINGLE)):
+        return digest_tree(path)
     sha = hashlib.sha256()
-    files = weights_files(Path(path))
+    files = weights_files(path)
     for file in files:
         with open(file, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256")
