@@ -200,11 +200,16 @@ def test_any_record(tmp_path, content):
         calmly("show", "table1", *arguments)
 
 
+SETTINGS = {
+    "suite": "x", "backbone": {"name": "x", "arch": "vit_tiny_patch16_224"},
+    "dataset": {"name": "d", "task": "classification", "prepared": "/nowhere"},
+    "method": {"name": "full", "file": "baselines/full.py"},
+    "protocol_name": "p", "protocol": {"epochs": 1, "warmup_epochs": 0},
+}  # fmt: skip
+
+
 @bounded
-@given(content=mutated({"suite": "x", "backbone": {"name": "x", "arch": "vit_tiny_patch16_224"},
-                        "dataset": {"name": "d", "task": "classification", "prepared": "/no"},
-                        "method": {"name": "full", "file": "baselines/full.py"},
-                        "protocol_name": "p", "protocol": {"epochs": 1, "warmup_epochs": 0}}))  # fmt: skip
+@given(content=mutated(SETTINGS))
 def test_any_settings(tmp_path, content):
     if isinstance(content, dict):
         content = {**content, "results": f"{tmp_path}/results"}
