@@ -4,6 +4,14 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "SnellaCallback",
+    "SnellaConfig",
+    "SnellaModel",
+    "__version__",
+    "convert_to_lora",
+    "load_adapter",
+]
 _TUNER = ("SnellaCallback", "SnellaConfig", "SnellaModel", "convert_to_lora", "load_adapter")
 
 
