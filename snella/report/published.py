@@ -325,7 +325,7 @@ def place(column: Column) -> Place | None:
 
     A mean has a place only if it covers exactly the tasks that the papers average.
     """
-    metric = column.quantity.name
+    metric = _yaml("names")["metrics"].get(column.quantity.name, column.quantity.name)
     groups = {g: frozenset(map(slug, ds)) for g, ds in column.members.items()}
     if column.kind == "value":
         return Place(COSTS[metric]) if metric in COSTS else None

@@ -281,6 +281,8 @@ def in_unit(printed: Printed, unit: Unit, *, cost: bool) -> float | None:
     if cost:
         base = COST_UNITS.get(printed["unit"])
         return None if base is None else number * base * unit.scale
+    if printed["unit"] == "fraction" and unit.symbol == "%":
+        return 100 * number
     return number if UNITS.get(printed["unit"], "?") == unit.symbol else None
 
 
