@@ -49,8 +49,14 @@ rule pretrain:
         "<results>/pretrain/vit_quick.safetensors",
 
 
+onstart:
+    PLAN.begin(workflow.dag.needrun_jobs())
+
+
 onerror:
     shell(
-        "echo 'Some runs failed; finished ones are kept and the same command retries the rest."
-        " To build the table with gaps: add --config allow_missing=true' >&2"
+        "echo 'Some jobs failed; what is finished is kept and the same command retries the rest."
+        " To see what failed and why: snella status."
+        " To build the table with gaps: snakemake --profile workflow/profiles/local"
+        " --config allow_missing=true -- results/table1.tex' >&2"
     )

@@ -110,9 +110,7 @@ def dice(model: nn.Module, split: tuple[Tensor, Tensor]) -> float:
     return 100 * torch.cat(values).mean().item()
 
 
-def trained(
-    way: str, rate: float, data: Data, seed: int, options: Options
-) -> tuple[float, float]:
+def trained(way: str, rate: float, data: Data, seed: int, options: Options) -> tuple[float, float]:
     """Train one way from the start; Dice on the validation and on the test split."""
     model = adapted(way, seed)
     if way != "untrained":

@@ -239,3 +239,18 @@ def svhn(root: Path) -> Path:
         labels = np.array([[i + 1] for i in range(10)], np.uint8)
         savemat(root / f"{role}_32x32.mat", {"X": images, "y": labels})
     return root
+
+
+def onnx(
+    file: Path, tensors: dict[str, np.ndarray], nodes: list[tuple[str, str, list[str]]]
+) -> None:
+    """An ONNX file with float initialisers and nodes (name, kind, inputs)."""
+    graph = b""
+    for name, kind, inputs in nodes:
+        parts = b"".join(_field(1, part.encode()) for part in inputs)
+        graph += _field(1, parts + _field(3, name.encode()) + _field(4, kind.encode()))
+    for name, array in tensors.items():
+        dims = b"".join(_varint(1 << 3) + _varint(n) for n in array.shape)
+        data = _field(9, np.ascontiguousarray(array, dtype="<f4").tobytes())
+        graph += _field(5, dims + _varint(2 << 3) + _varint(1) + _field(8, name.encode()) + data)
+    file.write_bytes(_varint(1 << 3) + _varint(7) + _field(7, graph))

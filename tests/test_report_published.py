@@ -249,7 +249,9 @@ def test_every_shipped_table_finds_its_printed_rows(name):
     assert len(set(found.values())) == len(found)
     printed_rows = {int(line["row"]) for line in lines}
     missing = printed_rows - set(found.values())
-    assert len(missing) <= {"sparse_tuning_table2": 1}.get(name, 0), missing
+    # S²FT's real images are no method: a constant row prints them
+    allowed = {"sparse_tuning_table2": 1, "s2ft_table3": 1}
+    assert len(missing) <= allowed.get(name, 0), missing
 
 
 def contradictions():

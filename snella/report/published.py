@@ -27,6 +27,8 @@ VTAB: Mapping[str, frozenset[str]] = {
     ),
 }
 FGVC = frozenset(("cub", "nabirds", "oxford_flowers", "stanford_dogs", "stanford_cars"))
+DREAMBOOTH: Mapping[str, int] = {"objects": 21, "live": 9}
+"""The subjects of DreamBooth's two groups; papers print the mean over all 30."""
 UNITS = {"percent": "%", "fraction": "", "cosine": "", "distance": "", "score": ""}
 COSTS = {
     "trainable": "params",
@@ -215,6 +217,11 @@ def our_table(source: str, number: int) -> str | None:
     return _yaml("names")["tables"].get(f"{source} {number}")
 
 
+def our_metric(printed: str) -> str:
+    """A metric as our records call it."""
+    return str(_yaml("names")["metrics"].get(printed, printed))
+
+
 def our_method(line: Printed, methods: Iterable[str] | None = None) -> str | None:
     """The row of ours that a printed number belongs to; None where none or several fit."""
     known = _yaml("names")["methods"]
@@ -316,7 +323,7 @@ class Place:
     def holds(self, line: Printed) -> bool:
         """Whether a printed number stands here."""
         mine = (self.dataset, self.group, self.aggregation, self.metric)
-        theirs = (line["dataset"], line["group"], line["aggregation"], line["metric"])
+        theirs = (line["dataset"], line["group"], line["aggregation"], our_metric(line["metric"]))
         return mine == theirs and self.suite in ("", line["suite"])
 
 
@@ -325,7 +332,7 @@ def place(column: Column) -> Place | None:
 
     A mean has a place only if it covers exactly the tasks that the papers average.
     """
-    metric = _yaml("names")["metrics"].get(column.quantity.name, column.quantity.name)
+    metric = column.quantity.name
     groups = {g: frozenset(map(slug, ds)) for g, ds in column.members.items()}
     if column.kind == "value":
         return Place(COSTS[metric]) if metric in COSTS else None
@@ -337,6 +344,8 @@ def place(column: Column) -> Place | None:
     if dict(groups) == dict(VTAB):
         return Place(metric, "vtab1k", group="mean", aggregation=column.kind)
     if column.kind == "mean_of_tasks":
+        if {g: len(tasks) for g, tasks in groups.items()} == DREAMBOOTH:
+            return Place(metric, "dreambooth", dataset="dreambooth30")
         if groups == {"fgvc": FGVC}:
             return Place(metric, "fgvc", group="mean", aggregation=column.kind)
         for group, tasks in VTAB.items():

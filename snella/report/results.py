@@ -17,6 +17,7 @@ from snella.errors import UserError
 from snella.report.columns import Column, Quantity
 from snella.report.frame import NOT_RUN
 from snella.report.noise import NOTHING, Noise, measure
+from snella.report.spec import CONSTANT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +71,8 @@ class Results:
         self.frame = frame
         self.runs = frame.drop_duplicates("run")
         _no_duplicates(self.runs)
-        self.made = self.runs[self.runs["status"] != NOT_RUN]
+        constant = self.runs["method"].astype(str).str.startswith(CONSTANT)
+        self.made = self.runs[(self.runs["status"] != NOT_RUN) & ~constant]
         self.notes: list[str] = []
         own = sorted(_tallied(self.made, "protocol.selection"))
         for suite in dict.fromkeys(self.made["suite"]):

@@ -12,7 +12,8 @@ from snella.errors import UserError
 from snella.validation import validate
 
 MeanKind = Literal["tasks", "groups"]
-Spread = Literal["seeds", "images", "subsets"]
+CONSTANT = "= "
+Spread = Literal["seeds", "images", "subsets", "datasets"]
 
 
 class _Strict(BaseModel):
@@ -30,6 +31,21 @@ class RowGroup(_Strict):
     methods: list[str] = Field(min_length=1)
     reference: bool = False
     own: bool = False
+
+
+class ConstantRow(_Strict):
+    """A row of no method: numbers about the data that every record carries beside its own.
+
+    ``metrics`` maps a metric of the table to the record's metric that is printed in its column.
+    """
+
+    label: str
+    metrics: dict[str, str] = Field(min_length=1)
+
+    @property
+    def name(self) -> str:
+        """What stands in a method's place; no method can be called so."""
+        return f"{CONSTANT}{self.label}"
 
 
 class ValueColumn(_Strict):
@@ -119,7 +135,8 @@ class TableSpec(_Strict):
     under the header ``others`` (null: left out). ``mixed="note"`` prints a table of records
     made under differing protocols, with a note, instead of refusing it. ``spread`` says what
     follows the ±: the standard deviation over seeds, the standard error over test images, or
-    the standard deviation over the records' groups. ``reference`` asks for the paired
+    the standard deviation over the records' groups or, in a mean, over its data sets.
+    ``constants`` are rows before all others that no method made. ``reference`` asks for the paired
     comparison with that row. ``task`` is the family whose suite the table shows.
     """
 
@@ -127,6 +144,7 @@ class TableSpec(_Strict):
     metric: str | None = None
     rows: list[RowGroup]
     columns: list[Columns] = Field(min_length=1)
+    constants: list[ConstantRow] = []
     published: PublishedTable | None = None
     others: str | None = "Further methods"
     mixed: Literal["refuse", "note"] = "refuse"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from snella.errors import UserError
 from snella.report.columns import Column, Metrics, Rows, Unit, expand_columns, expand_rows
+from snella.report.frame import COST, PARAMETERS
 from snella.report.noise import ALPHA, leading, p_value
 from snella.report.results import Outcome, Results, column_outcome, deviation, some
 from snella.report.spec import SuiteInfo, TableSpec
@@ -25,6 +26,7 @@ SELECTION_WORDS = {
     "val": "best epoch on the validation images",
     "best-test": "best epoch ON THE TEST SET (best-test), optimistic",
 }
+RUNS = 10_000_000  # more than a table's records, so that constants have numbers of their own
 CHANCE_Z = 1.645  # one-sided 5 %
 
 
@@ -65,8 +67,10 @@ class Table:
 
     @property
     def methods(self) -> list[tuple[str, str]]:
-        """(name, label) of all rows, top to bottom."""
-        return [pair for group in self.rows for pair in group.methods]
+        """(name, label) of all methods, top to bottom."""
+        constants = {row.name for row in self.spec.constants}
+        pairs = [pair for group in self.rows for pair in group.methods]
+        return [pair for pair in pairs if pair[0] not in constants]
 
     @property
     def suites(self) -> list[SuiteInfo]:
@@ -141,6 +145,8 @@ class Table:
         count = f"{seeds} seeds" if seeds > 1 else "one seed"
         if self.spec.spread == "images":
             return f"{count}, mean ± standard error over test images"
+        if self.spec.spread == "datasets":
+            return f"{count}, mean ± standard deviation over data sets"
         if self.spec.spread == "subsets":
             return f"{count}, mean ± standard deviation over the parts of the test set"
         if seeds > 1:
@@ -166,7 +172,8 @@ class Table:
             f"from the column's best (paired over test images{self._over_seeds()}, "
             f"Holm-corrected within the column, level {ALPHA:g})."
         )
-        reference = [label for rows in self.rows if rows.reference for _, label in rows.methods]
+        ranked_apart = {m for rows in self.rows if rows.reference for m, _ in rows.methods}
+        reference = [label for name, label in self.methods if name in ranked_apart]
         if reference:
             text += f" {some(reference)}: reference, not ranked."
         return text
@@ -206,6 +213,11 @@ def build_table(
     rows = expand_rows(spec, methods)
     shown = [m for group in rows for m, _ in group.methods]
     frame = frame[frame["method"].isin(shown)]
+    if spec.constants:
+        frame = with_constants(frame, spec)
+        constants = tuple((row.name, row.label) for row in spec.constants)
+        rows = [Rows(None, constants, reference=True), *rows]
+        shown = [*(name for name, _ in constants), *shown]
     columns = expand_columns(spec, suite, Metrics.of(frame), others, _subsets(frame))
     pairs = {(c.suite.name, d) for c in columns for d in c.datasets}
     keys = zip(frame["suite"], frame["dataset"], strict=True)
@@ -220,6 +232,7 @@ def build_table(
         unit = column.quantity.unit(o.mean for o in outcomes.values() if o.mean is not None)
         units[column.key] = unit
         made = {m: _cell(o, column, unit, results.seeds) for m, o in outcomes.items()}
+        made |= {c.name: Cell(None) for c in spec.constants if made[c.name].mean is None}
         if column.ranked:
             made = _judge(made, column, unit, results, spec.spread)
             ranked = {m: cell for m, cell in made.items() if m not in reference}
@@ -228,6 +241,22 @@ def build_table(
             compared |= {column.key} if marked is not None else set()
         cells.update({(method, column.key): cell for method, cell in made.items()})
     return Table(name, spec, suite, results, rows, columns, units, cells, frozenset(compared))
+
+
+def with_constants(frame: pd.DataFrame, spec: TableSpec) -> pd.DataFrame:
+    """The frame with the rows of no method: any record of a data set and seed gives its numbers."""
+    import pandas as pd
+
+    parts = [frame]
+    given = frame.drop_duplicates(["suite", "dataset", "seed", "selection", "subset", "metric"])
+    empty = dict.fromkeys((*PARAMETERS, *COST), float("nan"))
+    for number, row in enumerate(spec.constants, 1):
+        for metric, recorded in row.metrics.items():
+            part = given[given["metric"] == recorded]
+            names = {"metric": metric, "method": row.name, "label": row.label}
+            run = number * RUNS + part["run"]
+            parts.append(part.assign(**names, **empty, run=run, scores="", chance=float("nan")))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _of_suites(frame: pd.DataFrame, suites: list[str]) -> pd.DataFrame:
@@ -280,7 +309,8 @@ def _judge(
             error = math.sqrt(math.fsum((w * (e or 0.0)) ** 2 for w, e in errors))
             cell = replace(cell, error=error * unit.scale)
         if spread != "seeds":
-            value = cell.error if spread == "images" else _over_subsets(results, column, method)
+            over = {"subsets": _over_subsets, "datasets": _over_datasets}.get(spread)
+            value = over(results, column, method) if over else cell.error
             scaled = None if value is None else value * (1 if spread == "images" else unit.scale)
             cell = replace(cell, spread="" if scaled is None else f"{scaled:.{unit.digits}f}")
         made[method] = _chance(cell, column, unit, results)
@@ -297,6 +327,13 @@ def _over_subsets(results: Results, column: Column, method: str) -> float | None
     rows = rows[(rows["subset"] != "") & (rows["suite"] == column.suite.name)]
     means = rows.groupby("subset")["value"].mean()
     return deviation(list(means)) if len(means) > 1 else None
+
+
+def _over_datasets(results: Results, column: Column, method: str) -> float | None:
+    """Standard deviation over a mean's data sets, each the mean over seeds."""
+    means = [results.outcome(method, dataset, column).mean for dataset in column.datasets]
+    known = [value for value in means if value is not None]
+    return deviation(known) if len(known) > 1 else None
 
 
 def _chance(cell: Cell, column: Column, unit: Unit, results: Results) -> Cell:

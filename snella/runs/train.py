@@ -67,7 +67,7 @@ def backbone_digest(run: Run) -> str:
 
     Raises :class:`~snella.errors.UserError` if there is no such file.
     """
-    path = weights_path(run.backbone.model_dump())
+    path = weights_path(run.backbone.entry)
     if path is None:
         return RANDOM
     require(path)

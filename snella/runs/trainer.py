@@ -131,7 +131,8 @@ class Trainer:
         split, method = self.protocol.train_split, self.method
         shuffled = method.calibration_order == "shuffled"
         seed = derive_seed(self.seed, "calibration order", 0) if shuffled else None
-        batches = self.task.batches(split, seed)
+        plain = getattr(self.task, "plain_batches", self.task.batches)
+        batches: Iterator[Batch] = plain(split, seed)
         views = getattr(self.task, "views", None)
         if not method.calibration_views or views is None:
             return batches

@@ -87,6 +87,12 @@ class Backbone(Strict):
     file: str | None = None
     load: dict[str, Any] = {}
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """All of it in one mapping, as :func:`~snella.models.backbones.build_backbone` takes it."""
+        flat = self.model_dump()
+        return {**flat, **flat.pop("load")}
+
 
 @dataclass(frozen=True)
 class TaskInfo:

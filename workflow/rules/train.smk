@@ -23,8 +23,8 @@ rule run:
         code=PLAN.code,
         warm=PLAN.warm,
     shell:
-        "snella execute {params.warm} --settings {params.settings:q}"
-        " > {log:q} 2>&1 || {{ tail -n 1 {log:q} >&2; exit 1; }}"
+        "snella execute {params.warm} --settings {params.settings:q} > {log:q} 2>&1"
+        " && {{ [ -t 2 ] || tail -n 1 {log:q} >&2; }} || {{ tail -n 1 {log:q} >&2; exit 1; }}"
 
 
 rule train:

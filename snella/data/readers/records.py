@@ -8,13 +8,14 @@ bytes, floats or integers, of which the few wire rules used here are written out
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from snella.errors import UserError
+from snella.protobuf import fields, signed, varints
 
 Feature = list[bytes] | np.ndarray
 _POLYNOMIAL = 0x82F63B78
@@ -106,20 +107,20 @@ def _array_record(shard: Path) -> Any:
 def parse_example(data: bytes) -> dict[str, Feature]:
     """The features of a serialised `tf.train.Example`."""
     features: dict[str, Feature] = {}
-    for field, payload in _fields(data):
+    for field, payload in fields(data):
         if field != 1:
             continue
-        for inner, entry in _fields(payload):
+        for inner, entry in fields(payload):
             if inner != 1:
                 continue
-            pair = dict(_fields(entry))
+            pair = dict(fields(entry))
             features[bytes(pair[1]).decode()] = _feature(pair.get(2, b""))
     return features
 
 
 def _feature(data: bytes) -> Feature:
-    for kind, payload in _fields(data):
-        values = list(_fields(payload, keep_numbers=True))
+    for kind, payload in fields(data):
+        values = list(fields(payload, numbers=True))
         if kind == 1:
             return [bytes(value) for _, value in values]
         if kind == 2:
@@ -128,54 +129,6 @@ def _feature(data: bytes) -> Feature:
         if kind == 3:
             numbers: list[int] = []
             for _, value in values:
-                numbers += _varints(value) if isinstance(value, bytes) else [value]
-            return np.asarray([_signed(n) for n in numbers], dtype=np.int64)
+                numbers += varints(value) if isinstance(value, bytes) else [value]
+            return np.asarray([signed(n) for n in numbers], dtype=np.int64)
     return []
-
-
-def _fields(data: bytes, keep_numbers: bool = False) -> Iterator[tuple[int, Any]]:
-    """Field numbers and payloads of a message; plain numbers only on demand."""
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
-        number, wire = key >> 3, key & 7
-        if wire == 2:
-            length, position = _varint(data, position)
-            yield number, data[position : position + length]
-            position += length
-        elif wire == 0:
-            value, position = _varint(data, position)
-            if keep_numbers:
-                yield number, value
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
-            if keep_numbers:
-                yield number, data[position : position + length]
-            position += length
-        else:
-            raise UserError(f"A record is no tf.train.Example (wire type {wire}).")
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if position >= len(data):
-            raise UserError("A record is cut short; prepare the data set again.")
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if not byte & 0x80:
-            return value, position
-        shift += 7
-
-
-def _varints(data: bytes) -> list[int]:
-    values, position = [], 0
-    while position < len(data):
-        value, position = _varint(data, position)
-        values.append(value)
-    return values
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
