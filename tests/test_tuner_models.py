@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from snella import SnellaConfig, convert_to_lora, load_adapter
+from snella import SnellaConfig, convert_to_lora
 from snella.errors import UserError
 from snella.tuner import SnellaLayer
 
@@ -141,7 +141,7 @@ def test_alive(name: str, variant: str, tmp_path: Path) -> None:
         model.save_pretrained(str(tmp_path))
         fresh, _ = make()
         fresh.load_state_dict(initial)
-        assert forward(load_adapter(fresh, tmp_path).eval()).equal(expected)
+        assert forward(PeftModel.from_pretrained(fresh, str(tmp_path)).eval()).equal(expected)
         merged = model.merge_and_unload()
         torch.testing.assert_close(forward(merged), expected, rtol=1e-4, atol=1e-5)
     assert merged.state_dict().keys() == initial.keys()
@@ -206,7 +206,7 @@ def test_lora_export_loads_in_diffusers(tmp_path: Path) -> None:
         export.save(tmp_path)
         fresh, _ = diffusion_transformer()
         fresh.load_state_dict(initial)
-        lora = load_adapter(fresh, tmp_path)
+        lora = PeftModel.from_pretrained(fresh, str(tmp_path))
         torch.testing.assert_close(forward(lora.eval()), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from snella.backends.update import Update
 from snella.equations import sparsify
 from snella.equations.kernels import Kernel, initial_factor
-from snella.errors import UserError
 from snella.tuner.config import SnellaConfig
 from snella.tuner.functional import merged_weight
-
-# Training steps seen without a hook before they are taken to be forgotten; a loaded state or a
-# learning-rate finder may change the parameters a few times before training begins.
-PATIENCE = 3
 
 
 def identity(tensor: Tensor) -> tuple[int, int]:
@@ -43,6 +38,8 @@ class SnellaLayer(BaseTunerLayer):
         "_budgets",
     )
 
+    key: str  # path of the layer in the model
+
     def __init__(self, base_layer: nn.Linear, slices: int) -> None:
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -59,8 +56,6 @@ class SnellaLayer(BaseTunerLayer):
         self._budgets: dict[str, tuple[tuple[int, int], list[int]]] = {}
         self._folded: tuple[tuple[Any, ...], Tensor] | None = None
         self._generation = 0
-        self._trained: Update | None = None
-        self._unseen_steps = 0
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -73,7 +68,7 @@ class SnellaLayer(BaseTunerLayer):
         self, adapter_name: str, config: SnellaConfig, inference_mode: bool = False
     ) -> None:
         """Create a fresh adapter of this name."""
-        kernel = config.merge_kernel
+        kernel = config.kernel_of(self.key)
         self.settings[adapter_name] = config
         self.kernels[adapter_name] = kernel
         self.scaling[adapter_name] = 1.0
@@ -100,7 +95,6 @@ class SnellaLayer(BaseTunerLayer):
 
     def hook_called(self) -> None:
         """Note that training calls the hooks, and that the parameters may have changed."""
-        self._unseen_steps = 0
         self._generation += 1
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -144,19 +138,11 @@ class SnellaLayer(BaseTunerLayer):
             cached = self._budgets[adapter_name] = (identity(budget), budget.tolist())
         return cached[1]
 
-    def _check_hooks(self, adapter_name: str, update: Update) -> None:
-        """Raise if training goes on although nobody calls the hooks that allocation needs."""
-        if update is self._trained or not self.settings[adapter_name].allocation:
-            return
-        self._trained = update
-        self._unseen_steps += 1
-        if self._unseen_steps > PATIENCE:
-            raise UserError(
-                "SNELLA's budget allocation needs two calls that were never made: "
-                "model.on_epoch_start(epoch, epochs) before every epoch and model.on_step_end() "
-                "after every optimizer.step(), before zero_grad() (with transformers' Trainer: "
-                "callbacks=[SnellaCallback()]). To train without, set allocation=False."
-            )
+    def _check_hooks(self, adapter_name: str) -> None:
+        """Raise if training goes on without the hooks that allocation needs, or calls them wrong."""
+        allocator = self.allocators.get(adapter_name)
+        if allocator is not None and allocator.config.allocation and torch.is_grad_enabled():
+            allocator.watch.forward(self, adapter_name)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the update by ``scale`` (1 is as trained)."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snella.backends.update import effective_weight
-from snella.errors import UserError
 from snella.tuner.config import SnellaConfig
 from snella.tuner.functional import merged_linear, merged_weight
 from snella.tuner.layer import SnellaLayer, identity
@@ -44,7 +43,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
         for name in names:
             tensors, update = self._tensors(name), self._update(name)
             if self.training:
-                self._check_hooks(name, update)
+                self._check_hooks(name)
             if y is None and not self._drops(name):
                 y = merged_linear(x, weight, bias, *tensors, update)
                 continue
@@ -71,7 +70,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
         for name in names:
             update = self._update(name)
             if self.training:
-                self._check_hooks(name, update)
+                self._check_hooks(name)
             if self._drops(name) and not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -158,27 +157,3 @@ class SnellaLinear(nn.Module, SnellaLayer):
 
     def __repr__(self) -> str:
         return f"snella.{super().__repr__()}"
-
-
-def slices_of(key: str, config: SnellaConfig) -> int:
-    """Number of matrices that the layer at path ``key`` stacks."""
-    return config.fused_parts.get(key.rpartition(".")[2], 1)
-
-
-def create_layer(
-    target: nn.Module, adapter_name: str, config: SnellaConfig, key: str
-) -> SnellaLinear:
-    """Wrap one linear layer, or say which module cannot be adapted and why."""
-    if not isinstance(target, nn.Linear) or not target.weight.is_floating_point():
-        raise UserError(
-            f"SNELLA adapts torch.nn.Linear with floating-point weights; {key!r} is "
-            f"{type(target).__name__}. Name the linear layers in target_modules, or leave this one "
-            f"out with exclude_modules=[{key!r}]."
-        )
-    slices = slices_of(key, config)
-    if target.out_features % slices:
-        raise UserError(
-            f"{key!r} has {target.out_features} outputs, which fused_parts cannot cut into "
-            f"{slices} equal parts."
-        )
-    return SnellaLinear(target, adapter_name, config, slices, key)
