@@ -11,6 +11,7 @@ from snella.tuner.allocator import (
 )
 from snella.tuner.config import SnellaConfig
 from snella.tuner.export import LoraExport, convert_to_lora
+from snella.tuner.importing import LoraImport, convert_from_lora
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.linear import SnellaLinear
 from snella.tuner.model import SnellaModel
@@ -19,12 +20,14 @@ from snella.tuner.saving import save_adapter
 
 __all__ = [
     "LoraExport",
+    "LoraImport",
     "SnellaCallback",
     "SnellaConfig",
     "SnellaLayer",
     "SnellaLinear",
     "SnellaModel",
     "TrainingState",
+    "convert_from_lora",
     "convert_to_lora",
     "load_training_state",
     "on_epoch_start",

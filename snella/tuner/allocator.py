@@ -72,6 +72,7 @@ class Allocator:
         if epoch == 0 and self.epoch != 0:
             self.start = self._continued(layers, name)
         seen, self.resumed = self.step, False
+        self.watch.on_epoch_start()
         self.epoch, self.epochs, self.steps_per_epoch, self.step = epoch, epochs, steps, 0
         _seen(layers)
         self._follow(_factors(layers, name))
@@ -122,7 +123,7 @@ class Allocator:
         grads = [factor.grad for factor in factors]
         if all(grad is None for grad in grads):
             raise UserError(NO_GRADIENTS)
-        self.watch.step(layers, name)
+        self.watch.on_step_end(grads)
         self._follow(factors)
         if self.config.score == "sensitivity":
             self.importance.update(
@@ -211,7 +212,6 @@ class Allocator:
         start = float(state.get("start", -1.0))
         self.start = None if start < 0 else start
         self.resumed = self.epoch is not None and self.step > 0
-        self.watch.reset()
         factors = _factors(layers, name)
         rest = {key: value for key, value in state.items() if key not in ("counters", "start")}
         self.importance.load_state_dict(rest, factors)

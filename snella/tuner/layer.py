@@ -138,11 +138,11 @@ class SnellaLayer(BaseTunerLayer):
             cached = self._budgets[adapter_name] = (identity(budget), budget.tolist())
         return cached[1]
 
-    def _check_hooks(self, adapter_name: str) -> None:
-        """Raise if training goes on without the hooks that allocation needs, or calls them wrong."""
-        allocator = self.allocators.get(adapter_name)
-        if allocator is not None and allocator.config.allocation and torch.is_grad_enabled():
-            allocator.watch.forward(self, adapter_name)
+    def _watch(self, adapter_name: str) -> None:
+        """Note a forward pass in training, for an adapter whose allocation needs the hooks."""
+        factor, allocator = self.snella_A[adapter_name], self.allocators.get(adapter_name)
+        if allocator is not None and allocator.config.allocation and factor.requires_grad:
+            allocator.watch.on_forward(factor)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the update by ``scale`` (1 is as trained)."""

@@ -42,8 +42,8 @@ class SnellaLinear(nn.Module, SnellaLayer):
         y = None
         for name in names:
             tensors, update = self._tensors(name), self._update(name)
-            if self.training:
-                self._check_hooks(name)
+            if torch.is_grad_enabled():
+                self._watch(name)
             if y is None and not self._drops(name):
                 y = merged_linear(x, weight, bias, *tensors, update)
                 continue
@@ -69,8 +69,8 @@ class SnellaLinear(nn.Module, SnellaLayer):
         self._folded = None
         for name in names:
             update = self._update(name)
-            if self.training:
-                self._check_hooks(name)
+            if torch.is_grad_enabled():
+                self._watch(name)
             if self._drops(name) and not self._warned:
                 self._warned = True
                 warnings.warn(

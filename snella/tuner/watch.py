@@ -1,26 +1,26 @@
-"""Whether training calls the hooks, and in the right order; told from the parameters' values.
+"""Whether training calls the hooks, and in the right order: told by the order of events.
 
-Counters of tensor versions do not do: fused optimizers and ``.data`` writes leave them alone. So
-the first steps of a training are looked at, and after them nothing costs anything.
+Events are forward passes that record a graph (F), optimizer steps (S), which torch reports for all
+its optimizers (fused ones leave no other trace in what they change), and calls of on_step_end (H).
+Right is F S H. A compiled or captured model shows no F, a hand-written optimizer no S; where
+nothing is seen, nothing is concluded.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import weakref
+from typing import Any
 
-import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from snella.errors import UserError
 
-# Changes of the parameters seen without a hook before the hooks are taken to be forgotten; a loaded
-# state or a learning-rate finder may change them a few times before training begins.
+# Steps without a hook before the hooks are taken to be forgotten; a loaded state or a learning-rate
+# finder may step a few times before training begins.
 PATIENCE = 3
-# Calls of on_step_end after which the order is looked at, and wrong orders seen that are an error:
-# a step at learning rate 0 shows nothing, and a state may be loaded in between.
-LOOKS, EVIDENCE = 3, 2
-# Entries of A per layer that are compared.
-_ENTRIES = 64
+# Factors known, beyond which those of deleted models are looked for.
+_MANY = 10_000
 
 FORGOTTEN = (
     "SNELLA's budget allocation needs two calls that were never made: "
@@ -29,94 +29,79 @@ FORGOTTEN = (
     "callbacks=[SnellaCallback()]). To train without, set allocation=False."
 )
 TOO_EARLY = (
-    "SNELLA's on_step_end() is called before optimizer.step(): the parameters change between it and "
-    "the next forward pass. Call it after optimizer.step() and before zero_grad()."
+    "SNELLA's on_step_end() was called before optimizer.step(): call it after optimizer.step() and "
+    "before zero_grad()."
 )
 TOO_OFTEN = (
-    "SNELLA's on_step_end() was called, but the gradients were not cleared before the next backward "
-    "pass: call it once per optimizer step, after optimizer.step() and before zero_grad(); with "
-    "gradient accumulation not after every micro-batch (accelerate: if accelerator.sync_gradients)."
+    "SNELLA's on_step_end() was called without an optimizer step since its last call: call it once "
+    "per optimizer.step(); with gradient accumulation not after every micro-batch (accelerate: only "
+    "if accelerator.sync_gradients)."
 )
-TWICE = "SNELLA's on_step_end() was called twice after one forward pass: call it once per optimizer step."
+TWICE = "SNELLA's on_step_end() was called twice for one step: call it once per optimizer.step()."
 
-
-class Watched(Protocol):
-    """What is looked at: a layer with the adapter's factor A."""
-
-    key: str
-    snella_A: Any
+# By the id of a trained factor: itself (it may be gone, and the id be another's) and its adapter's.
+_watched: dict[int, tuple[weakref.ref[Tensor], Watch]] = {}
 
 
 class Watch:
-    """Looks at the training of one adapter; shared by its layers."""
+    """The events of one adapter's training; shared by its layers."""
 
     def __init__(self) -> None:
-        self.calls = 0  # of on_step_end
-        self.forwards = 0
-        self.early: set[int] = set()
-        self.changes: dict[str, int] = {}
-        self.samples: dict[str, Tensor] = {}
+        self.forwards_ever = self.steps_ever = False
+        self.forward = self.hooked = False  # an F since the last H; an H at all
+        self.steps = 0  # S since the last H
+        self.unseen = 0  # S since any hook
 
-    @property
-    def done(self) -> bool:
-        """Nothing is left to be looked at: a training forward costs one comparison."""
-        return self.calls > LOOKS
+    def on_forward(self, factor: Tensor) -> None:
+        """F of a layer with this trained factor."""
+        self.forward = self.forwards_ever = True
+        known = _watched.get(id(factor))
+        if known is None or known[1] is not self or known[0]() is not factor:
+            if len(_watched) > _MANY:
+                for key in [key for key, (alive, _) in _watched.items() if alive() is None]:
+                    del _watched[key]
+            _watched[id(factor)] = weakref.ref(factor), self
 
-    def reset(self) -> None:
-        """Forget the values; the parameters were written to on purpose."""
-        self.samples, self.changes = {}, {}
+    def on_step(self) -> None:
+        """S of an optimizer that holds a factor of the adapter; raises ``UserError``."""
+        self.steps_ever = True
+        self.steps += 1
+        self.unseen += 1
+        if self.unseen > PATIENCE:
+            raise UserError(FORGOTTEN)
+        if self.hooked and self.forwards_ever and not self.forward and self.steps == 1:
+            raise UserError(TOO_EARLY)
 
-    @torch.no_grad()
-    def forward(self, layer: Watched, name: str) -> None:
-        """Note a forward pass in training; raises ``UserError`` for missing or misplaced hooks."""
-        factor = layer.snella_A[name]
-        if self.done or factor.device.type == "meta":
-            return
-        self.forwards += 1
-        if self.calls == 0:
-            self._look_for_steps(layer.key, _sample(factor))
-        elif (after := self.samples.pop(layer.key, None)) is not None:
-            if not after.equal(_sample(factor).to(after.device)):
-                self.early.add(self.calls)
-            if len(self.early) >= EVIDENCE:
-                raise UserError(TOO_EARLY)
-            if factor.requires_grad:
-                _look_for_old_gradient(factor)
+    def on_epoch_start(self) -> None:
+        """The other hook: training calls hooks."""
+        self.unseen = 0
 
-    def _look_for_steps(self, key: str, sample: Tensor) -> None:
-        before = self.samples.get(key)
-        if before is not None and not before.equal(sample.to(before.device)):
-            self.changes[key] = self.changes.get(key, 0) + 1
-            if self.changes[key] > PATIENCE:
-                raise UserError(FORGOTTEN)
-        self.samples[key] = sample
-
-    @torch.no_grad()
-    def step(self, layers: list[Any], name: str) -> None:
-        """Note a call of on_step_end."""
-        if self.done:
-            return
-        if self.calls and self.forwards == 0:
-            raise UserError(TWICE)
-        if self.forwards == 0:  # compiled as a whole: there is nothing to go by
-            self.calls = LOOKS
-        self.calls += 1
-        self.forwards = 0
-        self.samples, self.changes = {}, {}
-        if not self.done:
-            self.samples = {layer.key: _sample(layer.snella_A[name]) for layer in layers}
+    def on_step_end(self, grads: list[Tensor | None]) -> None:
+        """H, with the step's gradients; raises ``UserError`` if the events before it are wrong."""
+        if self.hooked and self.forwards_ever and self.steps == 0:
+            # A scaler skips the steps whose gradients are not finite.
+            if self.forward and self.steps_ever and _finite(grads):
+                raise UserError(TOO_OFTEN)
+            if not self.forward and all(g is None or g.device.type == "cpu" for g in grads):
+                raise UserError(TWICE)  # elsewhere it may be a captured graph
+        self.hooked, self.forward, self.steps, self.unseen = True, False, 0, 0
 
 
-def _sample(factor: Tensor) -> Tensor:
-    return factor.detach().flatten()[:_ENTRIES].clone()
+def _finite(grads: list[Tensor | None]) -> bool:
+    return all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
 
 
-def _look_for_old_gradient(factor: Tensor) -> None:
-    """Raise in the coming backward pass if it would add to the gradient of the last step."""
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not _watched:
+        return
+    found = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            known = _watched.get(id(parameter))
+            if known is not None and known[0]() is parameter:
+                found[id(known[1])] = known[1]
+    for watch in found.values():
+        watch.on_step()
 
-    def look(gradient: Tensor) -> None:
-        handle.remove()
-        if factor.grad is not None and bool(factor.grad.any()):
-            raise UserError(TOO_OFTEN)
 
-    handle = factor.register_hook(look)
+register_optimizer_step_post_hook(_after_step)
