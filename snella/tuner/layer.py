@@ -15,21 +15,13 @@ from torch import Tensor, nn
 from snella.backends.update import Update
 from snella.equations import sparsify
 from snella.equations.kernels import Kernel, initial_factor
-from snella.errors import UserError
 from snella.tuner.config import SnellaConfig
+from snella.tuner.fold import Fold
 from snella.tuner.functional import merged_weight
-
-# Training steps seen without a hook before they are taken to be forgotten; a loaded state or a
-# learning-rate finder may change the parameters a few times before training begins.
-PATIENCE = 3
+from snella.tuner.watch import Watched, watch
 
 
-def identity(tensor: Tensor) -> tuple[int, int]:
-    """Changes whenever the tensor is written to or replaced (except through ``.data``)."""
-    return tensor._version, tensor.data_ptr()
-
-
-class SnellaLayer(BaseTunerLayer):
+class SnellaLayer(BaseTunerLayer, Watched):
     """State of the SNELLA adapters of one linear layer, by adapter name."""
 
     adapter_layer_names = ("snella_A", "snella_B", "snella_scalars")
@@ -39,8 +31,6 @@ class SnellaLayer(BaseTunerLayer):
         "kernels",
         "scaling",
         "allocators",
-        "_cache",
-        "_budgets",
     )
 
     def __init__(self, base_layer: nn.Linear, slices: int) -> None:
@@ -55,12 +45,8 @@ class SnellaLayer(BaseTunerLayer):
         self.kernels: dict[str, Kernel] = {}
         self.scaling: dict[str, float] = {}
         self.allocators: dict[str, Any] = {}
-        self._cache: dict[str, tuple[tuple[Any, ...], Update]] = {}
-        self._budgets: dict[str, tuple[tuple[int, int], list[int]]] = {}
-        self._folded: tuple[tuple[Any, ...], Tensor] | None = None
-        self._generation = 0
-        self._trained: Update | None = None
-        self._unseen_steps = 0
+        self._updates: dict[str, Update] = {}
+        self._folded = Fold()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -77,6 +63,7 @@ class SnellaLayer(BaseTunerLayer):
         self.settings[adapter_name] = config
         self.kernels[adapter_name] = kernel
         self.scaling[adapter_name] = 1.0
+        self._updates.pop(adapter_name, None)
         factor_a = initial_factor(kernel, self.slices, self.in_features)
         factor_b = initial_factor(kernel, self.slices, self.out_features // self.slices)
         self.snella_A[adapter_name] = nn.Parameter(factor_a)
@@ -99,64 +86,39 @@ class SnellaLayer(BaseTunerLayer):
         self.snella_budget[adapter_name].copy_(torch.tensor(budget))
 
     def hook_called(self) -> None:
-        """Note that training calls the hooks, and that the parameters may have changed."""
-        self._unseen_steps = 0
-        self._generation += 1
+        """Note that training calls the hooks."""
+        self.unseen_steps = 0
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The sparse update S, shape (out, in), differentiable; in the adapter's own precision."""
         return merged_weight(None, *self._tensors(adapter_name), self._update(adapter_name))
 
-    def _tensors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _tensors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A, B, scalars and budgets."""
         a, b = self.snella_A[adapter_name], self.snella_B[adapter_name]
-        if adapter_name in self.snella_scalars:
-            return a, b, self.snella_scalars[adapter_name]
-        return a, b, a.new_zeros(0)
+        scalars = self.snella_scalars
+        values = scalars[adapter_name] if adapter_name in scalars else a.new_zeros(0)
+        return a, b, values, self.snella_budget[adapter_name]
 
     def _update(self, adapter_name: str) -> Update:
-        """The adapter's current function; its thresholds are found anew only after a change."""
-        # The generation covers optimizers that write through .data, which versions do not show.
-        state = (
-            self._generation,
-            self.scaling[adapter_name],
-            *map(identity, (*self._tensors(adapter_name), self.snella_budget[adapter_name])),
-        )
-        cached = self._cache.get(adapter_name)
-        if cached is not None and cached[0] == state:
-            return cached[1]
-        config = self.settings[adapter_name]
-        update = Update(
-            self.kernels[adapter_name],
-            str(config.sparsify),
-            self._host_budget(adapter_name),
-            self.scaling[adapter_name],
-            config.keep_merged,
-            config.compile,
-        )
-        self._cache[adapter_name] = (state, update)
+        """The choices that make the adapter's function."""
+        update, scale = self._updates.get(adapter_name), self.scaling[adapter_name]
+        if update is None or update.scale != scale:
+            config = self.settings[adapter_name]
+            update = self._updates[adapter_name] = Update(
+                self.kernels[adapter_name],
+                str(config.sparsify),
+                float(scale),
+                config.keep_merged,
+                config.compile,
+            )
         return update
 
-    def _host_budget(self, adapter_name: str) -> list[int]:
-        """Entries to keep per slice; read from the device only after they have changed."""
-        budget = self.snella_budget[adapter_name]
-        cached = self._budgets.get(adapter_name)
-        if cached is None or cached[0] != identity(budget):
-            cached = self._budgets[adapter_name] = (identity(budget), budget.tolist())
-        return cached[1]
-
-    def _check_hooks(self, adapter_name: str, update: Update) -> None:
-        """Raise if training goes on although nobody calls the hooks that allocation needs."""
-        if update is self._trained or not self.settings[adapter_name].allocation:
-            return
-        self._trained = update
-        self._unseen_steps += 1
-        if self._unseen_steps > PATIENCE:
-            raise UserError(
-                "SNELLA's budget allocation needs two calls that were never made: "
-                "model.on_epoch_start(epoch, epochs) before every epoch and model.on_step_end() "
-                "after every optimizer.step(), before zero_grad() (with transformers' Trainer: "
-                "callbacks=[SnellaCallback()]). To train without, set allocation=False."
-            )
+    def _watch(self, adapter_name: str) -> None:
+        """Notice steps on a trained adapter whose allocation nobody calls."""
+        a = self.snella_A[adapter_name]
+        if a.requires_grad and self.settings[adapter_name].allocation:
+            watch(a, self)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the update by ``scale`` (1 is as trained)."""

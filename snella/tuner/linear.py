@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
 
-from snella.backends.update import effective_weight
+from snella.backends.dispatch import effective_weight
 from snella.errors import UserError
+from snella.tuner import offloading
 from snella.tuner.config import SnellaConfig
 from snella.tuner.functional import merged_linear, merged_weight
-from snella.tuner.layer import SnellaLayer, identity
+from snella.tuner.layer import SnellaLayer
 
 
 class SnellaLinear(nn.Module, SnellaLayer):
@@ -36,23 +39,46 @@ class SnellaLinear(nn.Module, SnellaLayer):
         names = self._live_adapters()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        if self._folds(names):
-            return F.linear(x, self._fold(names), bias)
-        self._folded = None
-        y = None
+        with offloading.loaded(self):
+            return self._forward(names, x, *args, **kwargs)
+
+    def _forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer
+        absent = base.weight.is_meta  # offloaded: it comes only when the base layer is called
+        if not absent and self._folds(names):
+            weight = self._fold(names)
+            if is_plain(base):
+                return F.linear(x, weight, base.bias)
+            return functional_call(base, {"weight": weight}, (x, *args), kwargs)
+        self._begin(names)
+        inside = None if absent else next((n for n in names if not self._drops(n)), None)
+        if inside is None:
+            y = base(x, *args, **kwargs)
+        elif is_plain(base):
+            tensors, update = self._tensors(inside), self._update(inside)
+            y = merged_linear(x, base.weight, base.bias, *tensors, update)
+        else:
+            weight = self._merged(base.weight, inside)
+            y = functional_call(base, {"weight": weight}, (x, *args), kwargs)
         for name in names:
-            tensors, update = self._tensors(name), self._update(name)
-            if self.training:
-                self._check_hooks(name, update)
-            if y is None and not self._drops(name):
-                y = merged_linear(x, weight, bias, *tensors, update)
-                continue
-            y = self.base_layer(x) if y is None else y
-            product = merged_linear(self._dropout(x, name), None, None, *tensors, update)
-            y = y + self._drop_path(product, name).to(y.dtype)
-        assert y is not None
+            if name != inside:
+                tensors, update = self._tensors(name), self._update(name)
+                product = merged_linear(self._dropout(x, name), None, None, *tensors, update)
+                y = y + self._drop_path(product, name).to(y.dtype)
         return y
+
+    def _begin(self, names: list[str]) -> None:
+        """Before a forward that does not fold."""
+        if torch.compiler.is_compiling():
+            return
+        self._folded.clear()
+        if self.training:
+            for name in names:
+                self._watch(name)
+
+    def _merged(self, weight: Tensor, name: str) -> Tensor:
+        """W + S, differentiable; the caller's product keeps it for backward."""
+        return merged_weight(weight, *self._tensors(name), self._update(name))
 
     @property
     def weight(self) -> Tensor:
@@ -67,11 +93,8 @@ class SnellaLinear(nn.Module, SnellaLayer):
             return weight
         if self._folds(names):
             return self._fold(names)
-        self._folded = None
+        self._begin(names)
         for name in names:
-            update = self._update(name)
-            if self.training:
-                self._check_hooks(name, update)
             if self._drops(name) and not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -79,7 +102,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
                     "dropout on the SNELLA update has no effect there.",
                     stacklevel=2,
                 )
-            weight = merged_weight(weight, *self._tensors(name), update)
+            weight = self._merged(weight, name)
         return weight
 
     def _live_adapters(self) -> list[str]:
@@ -90,7 +113,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
 
     def _folds(self, names: list[str]) -> bool:
         """Whether one plain matrix does: no gradient for the update, and no dropout on it."""
-        if any(self._drops(name) for name in names):
+        if torch.compiler.is_compiling() or any(self._drops(name) for name in names):
             return False
         if torch.is_grad_enabled():
             return not any(t.requires_grad for name in names for t in self._tensors(name))
@@ -121,26 +144,18 @@ class SnellaLinear(nn.Module, SnellaLayer):
 
     def _fold(self, names: list[str]) -> Tensor:
         """W + S as a plain matrix, kept while nothing changes: evaluation costs what W does."""
-        weight = self.base_layer.weight
-        updates = [self._update(name) for name in names]
-        state = (identity(weight), *updates)
-        if self._folded is None or self._folded[0] != state:
-            with torch.inference_mode(False), torch.no_grad():
-                folded = weight
-                for name, update in zip(names, updates, strict=True):
-                    folded = effective_weight(update, folded, *self._tensors(name))
-                self._folded = (state, folded.to(weight.dtype))
-        return self._folded[1]
+        parts = [(self._update(name), self._tensors(name)) for name in names]
+        return self._folded.of(self.base_layer.weight, parts)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the active (or named) adapters into the frozen weight."""
-        self._folded = None
+        self._folded.clear()
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.snella_A:
                 continue
             weight = self.get_base_weight()
-            merged = effective_weight(self._update(name), weight, *self._tensors(name))
+            merged, _ = effective_weight(self._update(name), weight, *self._tensors(name))
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"{self.key}: adapter {name!r} is not finite; it was not merged.")
             weight.copy_(merged)
@@ -158,6 +173,18 @@ class SnellaLinear(nn.Module, SnellaLayer):
 
     def __repr__(self) -> str:
         return f"snella.{super().__repr__()}"
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling a linear layer does no more than ``F.linear`` with its weight and bias."""
+    if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:
+        return False
+    if any(getattr(layer, name) for name in _HOOKS):
+        return False
+    return not any(getattr(torch_module, f"_global{name}") for name in _HOOKS)
 
 
 def slices_of(key: str, config: SnellaConfig) -> int:
