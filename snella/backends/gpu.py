@@ -57,8 +57,12 @@ class Broken(Exception):
     """Triton does not work on this machine; the message says what it said."""
 
 
+SELECTION_TYPE = torch.int32
+
+
 def usable(update: UpdateLike, a: Tensor) -> bool:
     """Whether these kernels serve for an adapter with these parameters."""
+    return False  # until its interface has followed
     if not a.is_cuda and not (interpreted and a.device.type == "cpu"):
         return False
     if _broken or not update.kernel.is_piecewise or a.dtype == torch.float64:
@@ -360,6 +364,10 @@ def _as_tensors(selections: list[Selection], device: torch.device) -> tuple[Tens
     subtracted = row([selection.subtracted for selection in selections], torch.float32)
     cuts = row([selection.cut for selection in selections], torch.int32)
     return torch.stack([thresholds, subtracted]), cuts
+
+
+def budgets_of(found: Any) -> Tensor:
+    return found.selection[3]
 
 
 def effective_weight(

@@ -74,7 +74,6 @@ class Allocator:
         seen, self.resumed = self.step, False
         self.watch.on_epoch_start()
         self.epoch, self.epochs, self.steps_per_epoch, self.step = epoch, epochs, steps, 0
-        _seen(layers)
         self._follow(_factors(layers, name))
         if self.config.sensitivity_at == "before-step":
             self.before = [factor.detach().clone() for factor in _factors(layers, name)]
@@ -108,7 +107,6 @@ class Allocator:
         """Take in the step's gradients; with ``interval="step"`` also reallocate."""
         if self.epoch is None:
             raise UserError("Call on_epoch_start(epoch, epochs) before the first training step.")
-        _seen(layers)
         if any(name in layer.merged_adapters for layer in layers):
             raise UserError(MERGED.format(name))
         if self.config.allocation:
@@ -228,11 +226,6 @@ def _weight_magnitude(layer: SnellaLayer, name: str) -> Tensor:
     """Mean magnitude of the kept entries of every slice."""
     delta = layer.get_delta_weight(name).view(layer.slices, -1).abs()
     return delta.sum(1) / (delta > 0).sum(1).clamp_min(1)
-
-
-def _seen(layers: list[SnellaLayer]) -> None:
-    for layer in layers:
-        layer.hook_called()
 
 
 def snella_layers(model: nn.Module, adapter_name: str) -> list[SnellaLayer]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from snella.errors import UserError
@@ -78,7 +79,8 @@ class SnellaModel(BaseTuner):
                 )
             target.update_layer(adapter_name, peft_config, peft_config.inference_mode)
             return
-        layer = create_layer(target, adapter_name, peft_config, current_key)
+        quantization = get_quantization_kwargs(self.model)
+        layer = create_layer(target, adapter_name, peft_config, current_key, **quantization)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

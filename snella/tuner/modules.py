@@ -8,7 +8,6 @@ backward.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -16,33 +15,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from snella.tuner import offloading
 from snella.tuner.config import SnellaConfig
 from snella.tuner.linear import SnellaLinear
+from snella.tuner.shapes import CONVOLUTIONS, is_attention
 from snella.tuner.targets import matches_layers
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class SnellaModule(SnellaLinear):
     """A layer that is called with its adapted weight."""
 
-    parameter = "weight"  # name of the adapted parameter in the base layer
-
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: SnellaConfig, slices: int, key: str
-    ) -> None:
-        super().__init__(base_layer, adapter_name, config, slices, key)  # type: ignore[arg-type]
-
-    def _native(self, matrix: Tensor) -> Tensor:
-        """The matrix (out, in) in the shape of the parameter."""
-        return matrix
-
     def _forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         inside = [name for name in names if not self._drops(name)]
-        y = self._call({self.parameter: self._effective(inside)}, x, *args, **kwargs)
+        y: Tensor = self._call({self.parameter: self._effective(inside)}, x, *args, **kwargs)
         for name in names:
             if name not in inside:
-                weights = {self.parameter: self._native(self._merged(None, name))}
+                weights = {self.parameter: self._native(self.get_delta_weight(name))}
                 bias = getattr(self.base_layer, "bias", None)
                 if bias is not None:
                     weights["bias"] = torch.zeros_like(bias)
@@ -52,23 +40,6 @@ class SnellaModule(SnellaLinear):
 
     def _call(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.base_layer, weights, args, kwargs)
-
-    def _effective(self, names: list[str]) -> Tensor:
-        """W + S of these adapters, in the parameter's shape; differentiable where that is asked."""
-        weight = self._base_matrix()
-        if names and self._folds(names):
-            return self._native(self._fold(names))
-        self._begin(names)
-        for name in names:
-            weight = self._merged(weight, name)
-        return self._native(weight)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight that the layer applies, in its own shape."""
-        names = self._live_adapters()
-        self._warn_of_dropout(names)
-        return self._effective(names) if names else getattr(self.base_layer, self.parameter)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
@@ -84,7 +55,7 @@ class SnellaConvolution(SnellaModule):
         return self.base_layer.weight.flatten(1)
 
     def _drop_path(self, product: Tensor, name: str) -> Tensor:
-        return self._drop_samples(product, name)
+        return _drop_samples(product, float(self.settings[name].drop_path or 0))
 
 
 class SnellaConv1D(SnellaModule):
@@ -113,7 +84,7 @@ class SnellaEmbedding(SnellaModule):
         return 0.0  # the input is an index
 
     def _drop_path(self, product: Tensor, name: str) -> Tensor:
-        return self._drop_samples(product, name)
+        return _drop_samples(product, float(self.settings[name].drop_path or 0))
 
 
 class SnellaAttention(SnellaModule):
@@ -138,21 +109,29 @@ class SnellaAttention(SnellaModule):
         projection = self.base_layer.out_proj
         if isinstance(projection, SnellaLinear):
             projection.update_layer(adapter_name, config, inference_mode)
-        elif hasattr(self, "key"):
+        elif len(self.snella_A) > 1:  # the first adapter's is made when this layer is complete
             self._adapt_projection(adapter_name, config)
 
     def _adapt_projection(self, adapter_name: str, config: SnellaConfig) -> None:
         base, key = self.base_layer, f"{self.key}.out_proj"
-        if type(base.out_proj).__mro__[-3:] and isinstance(base.out_proj, nn.Linear):
-            if matches_layers(config, key):
-                base.out_proj = SnellaLinear(base.out_proj, adapter_name, config, 1, key)
+        if isinstance(base.out_proj, nn.Linear) and matches_layers(config, key):
+            base.out_proj = SnellaLinear(base.out_proj, adapter_name, config, 1, key)
 
     def _base_matrix(self) -> Tensor:
         return self.base_layer.in_proj_weight
 
-    def _forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = self._live_adapters()
+        if not names:
+            return self.base_layer(*args, **kwargs)
         self._warn_of_dropout(names)
-        return self._call({self.parameter: self._effective(names)}, x, *args, **kwargs)
+        with offloading.loaded(self):
+            return self._call({self.parameter: self._effective(names)}, *args, **kwargs)
+
+    def _hidden(self) -> bool:
+        return False
 
     @property
     def in_proj_weight(self) -> Tensor:
@@ -186,33 +165,20 @@ class SnellaAttention(SnellaModule):
         return self.base_layer
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether query, key and value are one parameter (3 · width, width) of this module."""
-    weight = getattr(module, "in_proj_weight", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] % 3 == 0
-
-
 def layer_class(target: nn.Module) -> type[SnellaLinear] | None:
     """The adapter layer for this module; None where there is none."""
     if isinstance(target, nn.Linear):
         return SnellaLinear
     if isinstance(target, Conv1D):
         return SnellaConv1D
-    if isinstance(target, _CONVOLUTIONS):
+    if isinstance(target, CONVOLUTIONS):
         return SnellaConvolution
     if isinstance(target, nn.Embedding):
         return SnellaEmbedding
     return SnellaAttention if is_attention(target) else None
 
 
-def shape_of(module: nn.Module) -> tuple[int, int]:
-    """Output and input features of the matrix of a module's weight."""
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim, module.num_embeddings
-    if isinstance(module, Conv1D):
-        return module.weight.shape[1], module.weight.shape[0]
-    if isinstance(module, _CONVOLUTIONS):
-        return module.out_channels, module.weight[0].numel()
-    if is_attention(module):
-        return tuple(module.in_proj_weight.shape)
-    return module.out_features, module.in_features
+def _drop_samples(product: Tensor, rate: float) -> Tensor:
+    """Stochastic depth of whole samples, the first axis of ``product``."""
+    keep = torch.rand(product.shape[0], *[1] * (product.dim() - 1), device=product.device) >= rate
+    return product * keep.to(product.dtype).div_(1 - rate)

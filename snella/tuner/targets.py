@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from snella.errors import UserError
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
+from snella.tuner.shapes import is_attention
 
 # Matrices of attention and MLP inside a numbered block, as timm, transformers, diffusers,
 # segment-anything and open_clip name them.
@@ -99,8 +100,7 @@ def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_attention(module: nn.Module) -> bool:
     """Whether query, key and value of this module are one parameter that can be adapted."""
-    inner = module.get_base_layer() if isinstance(module, SnellaLayer) else module
-    return isinstance(inner, nn.MultiheadAttention)
+    return is_attention(module.get_base_layer() if isinstance(module, SnellaLayer) else module)
 
 
 def _is_matrix(module: nn.Module) -> bool:
