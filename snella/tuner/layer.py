@@ -19,6 +19,10 @@ from snella.tuner.config import SnellaConfig
 from snella.tuner.fold import Fold
 from snella.tuner.functional import merged_weight
 
+# Of adapters that start at the identity: A and B in ±√(3P/r), coefficients of the pieces five times
+# their usual size. The gate sets the size of the update, and must feel it from the first step on.
+_LOUDER = 5.0
+
 
 class SnellaLayer(BaseTunerLayer):
     """State of the SNELLA adapters of one linear layer, by adapter name."""
@@ -66,13 +70,17 @@ class SnellaLayer(BaseTunerLayer):
         self.kernels[adapter_name] = kernel
         self.scaling[adapter_name] = 1.0
         self._updates.pop(adapter_name, None)
-        factor_a = initial_factor(kernel, self.slices, self.in_features)
-        factor_b = initial_factor(kernel, self.slices, self.out_features // self.slices)
+        bound = (3 / kernel.coordinates) ** 0.5 if config.init_weights else None
+        factor_a = initial_factor(kernel, self.slices, self.in_features, bound)
+        factor_b = initial_factor(kernel, self.slices, self.out_features // self.slices, bound)
         self.snella_A[adapter_name] = nn.Parameter(factor_a)
         self.snella_B[adapter_name] = nn.Parameter(factor_b)
-        if kernel.scalars:
+        scalars = dict(kernel.scalars)
+        if config.init_weights:
+            scalars |= {k: _LOUDER * v for k, v in scalars.items() if k.startswith("coefficient")}
+        if scalars:
             # One vector, so that optimizers that decay matrices only leave the scalars alone.
-            values = torch.tensor(list(kernel.scalars.values()) * self.slices)
+            values = torch.tensor(list(scalars.values()) * self.slices)
             self.snella_scalars[adapter_name] = nn.Parameter(values)
         if config.init_weights:
             self.snella_gate[adapter_name] = nn.Parameter(torch.zeros(self.slices))

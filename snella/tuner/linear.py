@@ -121,9 +121,11 @@ class SnellaLinear(nn.Module, SnellaLayer):
         Differentiable, but the caller's product keeps the merged matrix for backward, and dropout
         on the update does not act.
         """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         names = self._live_adapters()
         if not names or self._hidden():
-            return self.base_layer.weight
+            return self._native(self._base_matrix())
         self._warn_of_dropout(names)
         return self._effective(names)
 

@@ -7,8 +7,13 @@ import types
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    MIN_TARGET_MODULES_FOR_OPTIMIZATION,
+)
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -17,6 +22,7 @@ from snella.tuner import allocator, saving
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.layers import create_layer, slices_of
+from snella.tuner.shapes import is_attention
 from snella.tuner.targets import check_layer_index, default_targets
 
 
@@ -35,11 +41,12 @@ class SnellaModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Adapt ``model``; the configuration is copied first, since what is chosen is written to it.
+        """Adapt ``model``; a configuration that PEFT completes is copied first.
 
         So one ``SnellaConfig`` can adapt several models.
         """
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        if _will_be_written_to(self.peft_config[adapter_name].target_modules):
+            self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         allocator.attach(model, adapter_name)
         if hasattr(type(model), "save_lora_adapter"):
@@ -85,6 +92,14 @@ class SnellaModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if is_attention(new_module):  # unloaded: PEFT would look for its weight
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def on_epoch_start(self, epoch: int, epochs: int, steps_per_epoch: int | None = None) -> None:
         """Lower the budget for this epoch (0 … ``epochs`` − 1) and share it out among layers."""
         allocator.on_epoch_start(self.model, epoch, epochs, steps_per_epoch)
@@ -112,6 +127,25 @@ class SnellaModel(BaseTuner):
         )
         return state
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """For this model; an adapter saved without gates (init_weights=False) has them at 1."""
+        state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        gates = {
+            f"{name}.snella_gate.{adapter_name}": layer.snella_gate[adapter_name]
+            for name, layer in model.named_modules()
+            if isinstance(layer, SnellaLayer) and adapter_name in layer.snella_gate
+        }
+        if gates and not any(".snella_gate." in name for name in state):
+            state |= {
+                name: torch.ones(gate.shape, dtype=gate.dtype) for name, gate in gates.items()
+            }
+        return state
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """PEFT passes ``adapter_names`` of mixed batches here."""
@@ -129,3 +163,10 @@ class SnellaModel(BaseTuner):
             "pair of factors. Activate several adapters (model.base_model.set_adapter([...])) and "
             "weigh them with layer.set_scale(name, weight), or use convert_to_lora first."
         )
+
+
+def _will_be_written_to(targets: Any) -> bool:
+    """Whether PEFT replaces ``target_modules`` by what it found, or a long list by a shorter one."""
+    if isinstance(targets, str):
+        return targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    return targets is None or len(targets) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION

@@ -10,8 +10,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def is_attention(module: nn.Module) -> bool:
     """Whether query, key and value are one parameter, (3 · width, width), of this module."""
-    weight = getattr(module, "in_proj_weight", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] % 3 == 0
+    weight = module._parameters.get("in_proj_weight")
+    return weight is not None and weight.ndim == 2 and weight.shape[0] % 3 == 0
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
