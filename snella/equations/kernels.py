@@ -106,15 +106,12 @@ class Kernel:
         return dict(zip(self.scalars, columns, strict=True))
 
 
-def initial_factor(
-    kernel: Kernel, slices: int, features: int, bound: float | None = None
-) -> Tensor:
-    """Draw A or B, (slices, P, features, r/P), from U(−s, s); bound: s, by default 1/√(features · r/P).
+def initial_factor(kernel: Kernel, slices: int, features: int) -> Tensor:
+    """Draw A or B, (slices, P, features, r/P), from U(−s, s) with s = 1/√(features · r/P).
 
-    The default is what ``kaiming_uniform_(a=√5)`` yields on the released code's three-dimensional
-    tensors.
+    This is what ``kaiming_uniform_(a=√5)`` yields on the released code's three-dimensional tensors.
     """
-    bound = 1.0 / math.sqrt(features * kernel.coordinates) if bound is None else bound
+    bound = 1.0 / math.sqrt(features * kernel.coordinates)
     shape = (slices, kernel.pieces, features, kernel.coordinates)
     return torch.empty(shape).uniform_(-bound, bound)
 

@@ -18,11 +18,7 @@ from snella.equations.kernels import Kernel, initial_factor
 from snella.tuner.config import SnellaConfig
 from snella.tuner.fold import Fold
 from snella.tuner.functional import merged_weight
-
-# Of adapters that start at the identity: A and B in ±√(3P/r), coefficients of the pieces five times
-# their usual size. The gate sets the size of the update, and must feel it from the first step on.
-_LOUDER = 5.0
-
+from snella.tuner.identity import enlarge
 
 class SnellaLayer(BaseTunerLayer):
     """State of the SNELLA adapters of one linear layer, by adapter name."""
@@ -37,6 +33,7 @@ class SnellaLayer(BaseTunerLayer):
     )
 
     key: str  # path of the layer in the model
+    parameter: str  # name of the adapted parameter in the base layer
 
     def __init__(self, base_layer: nn.Module, slices: int, shape: tuple[int, int]) -> None:
         self.base_layer = base_layer
@@ -70,20 +67,18 @@ class SnellaLayer(BaseTunerLayer):
         self.kernels[adapter_name] = kernel
         self.scaling[adapter_name] = 1.0
         self._updates.pop(adapter_name, None)
-        bound = (3 / kernel.coordinates) ** 0.5 if config.init_weights else None
-        factor_a = initial_factor(kernel, self.slices, self.in_features, bound)
-        factor_b = initial_factor(kernel, self.slices, self.out_features // self.slices, bound)
+        factor_a = initial_factor(kernel, self.slices, self.in_features)
+        factor_b = initial_factor(kernel, self.slices, self.out_features // self.slices)
+        # One vector, so that optimizers that decay matrices only leave the scalars alone.
+        scalars = torch.tensor(list(kernel.scalars.values()) * self.slices)
+        if config.init_weights:
+            weight = getattr(self.base_layer, self.parameter)
+            enlarge(kernel, str(config.sparsify), factor_a, factor_b, scalars, weight)
+            self.snella_gate[adapter_name] = nn.Parameter(torch.zeros(self.slices))
         self.snella_A[adapter_name] = nn.Parameter(factor_a)
         self.snella_B[adapter_name] = nn.Parameter(factor_b)
-        scalars = dict(kernel.scalars)
-        if config.init_weights:
-            scalars |= {k: _LOUDER * v for k, v in scalars.items() if k.startswith("coefficient")}
-        if scalars:
-            # One vector, so that optimizers that decay matrices only leave the scalars alone.
-            values = torch.tensor(list(scalars.values()) * self.slices)
-            self.snella_scalars[adapter_name] = nn.Parameter(values)
-        if config.init_weights:
-            self.snella_gate[adapter_name] = nn.Parameter(torch.zeros(self.slices))
+        if kernel.scalars:
+            self.snella_scalars[adapter_name] = nn.Parameter(scalars)
         budget = sparsify.budget_from_sparsity(
             config.sparsity_at_start, self.slice_size, str(config.budget_rule)
         )

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from snella.backends.dispatch import effective_weight
 from snella.errors import UserError
 from snella.tuner import offloading
+from snella.tuner.calling import call_with
 from snella.tuner.config import SnellaConfig
 from snella.tuner.functional import merged_linear, merged_weight
 from snella.tuner.layer import SnellaLayer
@@ -52,7 +52,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
             weight = self._fold(names)
             if is_plain(base):
                 return F.linear(x, weight, base.bias)
-            return functional_call(base, {"weight": weight}, (x, *args), kwargs)
+            return call_with(base, {"weight": weight}, (x, *args), kwargs)
         self._begin(names)
         inside = None if absent else next((n for n in names if self._joins(n)), None)
         if inside is None:
@@ -62,7 +62,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
             y = merged_linear(x, base.weight, base.bias, *tensors, update)
         else:
             weight = self._merged(base.weight, inside)
-            y = functional_call(base, {"weight": weight}, (x, *args), kwargs)
+            y = call_with(base, {"weight": weight}, (x, *args), kwargs)
         for name in names:
             if name != inside:
                 y = y + self._product(x, name).to(y.dtype)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from snella.tuner import offloading
+from snella.tuner.calling import call_with
 from snella.tuner.config import SnellaConfig
 from snella.tuner.linear import SnellaLinear
 from snella.tuner.shapes import CONVOLUTIONS, is_attention
@@ -39,7 +39,7 @@ class SnellaModule(SnellaLinear):
         return y
 
     def _call(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.base_layer, weights, args, kwargs)
+        return call_with(self.base_layer, weights, args, kwargs)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
