@@ -36,7 +36,7 @@ class SnellaModel(BaseTuner):
 
     prefix = "snella_"
     tuner_layer_cls = SnellaLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  declared so by PEFT
+    target_module_mapping: dict[str, list[str]] = {}
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
