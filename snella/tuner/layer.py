@@ -20,6 +20,7 @@ from snella.tuner.fold import Fold
 from snella.tuner.functional import merged_weight
 from snella.tuner.identity import enlarge
 
+
 class SnellaLayer(BaseTunerLayer):
     """State of the SNELLA adapters of one linear layer, by adapter name."""
 
