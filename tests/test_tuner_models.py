@@ -176,7 +176,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Forward]], int]] = {
     "ConvNeXt by convolution": (timm_model("convnext_tiny", **CONVNEXT, conv_mlp=True), 8),
     "BERT": (of_transformers("Bert", "text", **BERT), 12),
     "CLIP": (of_transformers("CLIPVision", "images", **CLIP), 12),
-    "DINOv2 with SwiGLU": (of_transformers("Dinov2", "images", **DINOV2), 12),
+    "DINOv2 with SwiGLU": (of_transformers("Dinov2", "images", **DINOV2), 14),
     "Llama": (of_transformers("Llama", "text", **LLAMA), 14),
     "GPT-2": (of_transformers("GPT2", "text", **GPT2), 8),
     "T5": (of_transformers("T5", "text", **T5, feed_forward_proj="gated-gelu"), 25),

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from snella.backends.update import Update
 from snella.equations import sparsify
 from snella.equations.kernels import Kernel, initial_factor
+from snella.tuner.budget import Budgets
 from snella.tuner.config import SnellaConfig
 from snella.tuner.fold import Fold
 from snella.tuner.functional import merged_weight
@@ -44,7 +44,7 @@ class SnellaLayer(BaseTunerLayer):
         self.snella_B = nn.ParameterDict()
         self.snella_scalars = nn.ParameterDict()
         self.snella_gate = nn.ParameterDict()
-        self.snella_budget = BufferDict(persistent=True)
+        self.snella_budget = Budgets()
         self.settings: dict[str, SnellaConfig] = {}
         self.kernels: dict[str, Kernel] = {}
         self.scaling: dict[str, float] = {}
