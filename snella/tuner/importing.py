@@ -54,12 +54,18 @@ def convert_from_lora(
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     updates = {
-        name: layer.get_delta_weight(adapter_name).detach()
+        name: layer.get_delta_weight(adapter_name).detach().flatten(1)
         for name, layer in base.named_modules()
         if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A
     }
     if not updates:
         raise UserError(f"The model has no LoRA adapter called {adapter_name!r} on linear layers.")
+    others = [n for n, m in base.named_modules() if isinstance(m, LoraLayer) and n not in updates]
+    if others:
+        raise UserError(
+            f"LoRA on {others[0]!r} cannot be converted: it is no linear or convolutional layer, or of "
+            "another adapter. Delete that adapter first (delete_adapter)."
+        )
     ranks = [m.r[adapter_name] for m in base.modules() if isinstance(m, LoraLayer)]
     config = copy.copy(config) if config else SnellaConfig(rank=min(64, 8 * max(ranks)))
     if config.kernel not in ("mix-k", "piecewise-linear", "linear") or config.pieces == 1:
@@ -93,7 +99,7 @@ def _fit(layer: SnellaLayer, delta: Tensor, steps: int) -> None:
     kernel, config = layer.kernels["default"], layer.settings["default"]
     a, b = layer.snella_A["default"], layer.snella_B["default"]
     scalars = layer.snella_scalars["default"] if kernel.scalars else a.new_zeros(0)
-    target = delta.to(a.dtype).view(layer.slices, -1, delta.shape[1])
+    target = delta.to(a.dtype).reshape(layer.slices, -1, delta.shape[1])
     budgets = layer.snella_budget["default"].tolist()
     with torch.no_grad():
         _bilinear(kernel, a, b, scalars.view(layer.slices, -1), _before(target, config.sparsify))
