@@ -1,90 +1,135 @@
 """Records: one JSON file per run that says what was run, how it ended, and what it measured.
 
-A finished run (``ok``, or ``diverged``, which would diverge again) writes ``record.json``.
-A run that broke (``failed``, ``oom``, ``timeout``) writes the same content to ``failure.json``
-instead, so that the workflow tries it again while the table can still say why the cell is empty.
+The record is the hinge between runs and reports. A finished run (``ok``, or ``diverged``, which
+would diverge again) writes ``record.json``, and a copy of it, ``finished.json``, that nothing but
+the next finished run of the cell replaces. A run that broke (``failed``, ``oom``, ``timeout``)
+writes ``failure.json`` beside them, so that the workflow tries it again while the table can still
+say why the cell is empty. A digest over the content shows accidents, such as an edit by hand; it
+is no signature.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from snella.errors import UserError
+from snella.files import digest_json, write_json
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)
 FINAL = ("ok", "diverged")
 STATUSES = (*FINAL, "failed", "oom", "timeout")
+RECORD, FINISHED, FAILURE = "record.json", "finished.json", "failure.json"
 PACKAGES = ("torch", "timm", "peft", "numpy", "pillow", "safetensors", "snella")
+PACKAGE = Path(__file__).resolve().parent
+Record = dict[str, Any]
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> Path:
-    """Write a record; a final one replaces what an earlier failure left behind."""
-    final = record["status"] in FINAL
-    path = folder / ("record.json" if final else "failure.json")
-    write_json(path, record)
-    (folder / ("failure.json" if final else "record.json")).unlink(missing_ok=True)
-    return path
+def write_record(folder: Path, record: Record) -> Path:
+    """Write a record with its digest; a failure leaves what was finished before as it is."""
+    signed = sign(record)
+    if record["status"] not in FINAL:
+        write_json(folder / FAILURE, signed)
+        return folder / FAILURE
+    write_json(folder / FINISHED, signed)
+    write_json(folder / RECORD, signed)
+    (folder / FAILURE).unlink(missing_ok=True)
+    return folder / RECORD
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a run's folder, a failure's if there is no final one, or None.
+def sign(record: Record) -> Record:
+    """The record with the digest of its content."""
+    content = {key: value for key, value in record.items() if key != "digest"}
+    return {**content, "digest": digest_json(content)}
 
-    Raises :class:`~snella.errors.UserError` for an unreadable file or another schema.
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a run's folder, a failure's if there is no finished one, or None.
+
+    Raises :class:`~snella.errors.UserError` for a file that is unreadable, of an unknown schema,
+    or not as it was written.
     """
-    for name in ("record.json", "failure.json"):
-        path = folder / name
-        if path.exists():
-            return _read(path)
+    for name in (RECORD, FINISHED, FAILURE):
+        if (folder / name).exists():
+            return read_file(folder / name)
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_failure(folder: Path) -> Record | None:
+    """How the last try of a run broke, if it did after its last finished result."""
+    path = folder / FAILURE
+    return read_file(path) if path.exists() else None
+
+
+def read_file(path: Path) -> Record:
+    """One record, in the present schema; errors as in :func:`read_record`."""
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is not a readable record ({error}); delete it and rerun."
+            f"{path} is not a readable record ({type(error).__name__}); delete it and rerun."
         ) from error
     found = record.get("schema") if isinstance(record, dict) else None
-    if found != SCHEMA:
+    if found not in READABLE:
         raise UserError(
-            f"{path} has record schema {found}, this version reads schema {SCHEMA}; "
+            f"{path} has record schema {found}, this version reads schemas 1 and 2; "
             "delete the file and rerun the run."
         )
-    return record
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place if the block succeeds.
-
-    Raises :class:`~snella.errors.UserError` when the disk is full or not writable.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        if found == 1:
+            return _from_schema_1(record)
+        _check(record)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error) if type(error) is ValueError else f"it lacks or breaks {error}"
+        raise UserError(f"{path}: {reason}; delete the file and rerun the run.") from error
+    return dict(record)
+
+
+def _check(record: Record) -> None:
+    """Raise ``ValueError`` for a record that is not as it was written, or out of range."""
+    if record["status"] not in STATUSES:
+        raise ValueError(f"status {record['status']!r} is unknown")
+    for name in ("suite", "backbone", "dataset", "method", "protocol", "seed"):
+        record["run"][name]
+    if sign(record)["digest"] != record.get("digest"):
+        raise ValueError("its content does not match its digest, so it was changed by hand")
+    for info in record.get("metric_info", []):
+        for rule, values in record.get("metrics", {}).items():
+            value = values[info["name"]]
+            if not (math.isfinite(value) and info["lower"] <= value <= info["upper"]):
+                raise ValueError(f"{rule} {info['name']} {value} is out of its range")
+
+
+def _from_schema_1(record: Record) -> Record:
+    """A record of the first version, which knew classification only, in today's form."""
+    if record["status"] not in STATUSES:
+        raise ValueError(f"status {record['status']!r} is unknown")
+    record["run"]["dataset"], record["run"]["method"], record["run"]["seed"]
+    for values in record.get("metrics", {}).values():
+        if not 0 <= values["top1"] <= 1:
+            raise ValueError(f"top1 {values['top1']} is out of its range")
+    info = {"name": "top1", "title": "Top-1 accuracy", "unit": "%", "higher_is_better": True}
+    return {
+        **record,
+        "schema": SCHEMA,
+        "task": "classification",
+        "metric": "top1",
+        "metric_info": [{**info, "lower": 0.0, "upper": 1.0}],
+        "identity": {"run": record.get("identity", ""), **record.get("digests", {})},
+        "groups": {},
+        "scores": None,
+        "warnings": [],
+    }
 
 
 def provenance() -> dict[str, Any]:
@@ -94,7 +139,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "hardware": _hardware(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "started": now(),
     }
 
@@ -105,11 +150,16 @@ def now() -> str:
 
 
 def _git() -> dict[str, Any]:
+    """The commit of the package's own repository, not of the working directory's."""
+
     def ask(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        command = ["git", "-C", str(PACKAGE), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
+        if ask("ls-files", "--error-unmatch", "records.py") is None:  # installed elsewhere
+            return {"commit": None, "dirty": None}
         commit, status = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "-uno")
     except OSError:
         commit, status = None, None

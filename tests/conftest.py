@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def tiny_data(tmp_path: Path) -> Path:
     """A prepared data set of 40/16/24 images, 4 classes told apart by their mean colour."""
-    from snella.data.prepared import write_prepared
+    from snella.tasks.classification.prepare import write_labelled
 
     rng = np.random.default_rng(0)
 
@@ -25,30 +25,30 @@ def tiny_data(tmp_path: Path) -> Path:
         images = rng.integers(0, 100, (n, 16, 16, 3)) + 40 * labels[:, None, None, None]
         return images.astype(np.uint8), labels
 
-    splits = {"train800": split(40), "val200": split(16), "test": split(24)}
+    splits = {"train": split(40), "val": split(16), "test": split(24)}
     folder = tmp_path / "data" / "prepared" / "tiny"
-    write_prepared(folder, splits, info={"name": "tiny", "source": "test", "num_classes": 4})
+    write_labelled(folder, splits, {"name": "tiny", "source": "test", "num_classes": 4})
     return folder
 
 
 @pytest.fixture
-def settings(tiny_data: Path):
-    """Resolved settings of one run on ``tiny_data``, as a function of what differs."""
+def make_run(tiny_data: Path, tmp_path: Path):
+    """One run on ``tiny_data``, as a function of what differs."""
 
-    def make(method: str = "full", hyperparameters: dict | None = None, **protocol) -> dict:
+    def make(method: str = "full", hyperparameters: dict | None = None, **protocol):
         from snella.runs.protocol import Protocol
+        from snella.runs.run import Run
 
         chosen = {
             "image_size": 16, "resize": "none", "normalisation": "inception", "epochs": 3,
-            "train_split": "train800", "warmup_epochs": 1, "batch_size": 16, "lr": 1e-3,
+            "train_split": "train", "warmup_epochs": 1, "batch_size": 16, "lr": 1e-3,
             "evaluate_every": 1, **protocol,
         }  # fmt: skip
+        common = {k: v for k, v in chosen.items() if k in Protocol.model_fields}
         kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-        return {
+        return Run.model_validate({
             "suite": "test",
-            "backbone": {
-                "name": "tiny", "arch": "vit_tiny_patch16_224", "kwargs": kwargs, "file": None,
-            },
+            "backbone": {"name": "tiny", "arch": "vit_tiny_patch16_224", "kwargs": kwargs},
             "dataset": {
                 "name": "tiny", "task": "classification", "prepared": tiny_data.as_posix(),
             },
@@ -57,9 +57,10 @@ def settings(tiny_data: Path):
                 "file": (ROOT / "baselines" / f"{method}.py").as_posix(),
                 "hyperparameters": hyperparameters or {},
             },
-            "protocol": {"name": "test", **Protocol(**chosen).model_dump()},
-            "base_seed": 0,
-            "seed": 0,
-        }  # fmt: skip
+            "protocol_name": "test",
+            "protocol": common,
+            "settings": {k: v for k, v in chosen.items() if k not in common},
+            "results": (tmp_path / "results").as_posix(),
+        })  # fmt: skip
 
     return make

@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from snella.check import Subject, examine
-from snella.check.toy import BASE_SIZE
 from snella.cli import main
 from snella.errors import UserError
 from snella.methods import template
 from snella.methods.base import build_method
+from snella.models.tiny import BASE_SIZE
 from snella.suite import config as configuration
 from snella.suite import plan
 

@@ -14,11 +14,11 @@ from snella.check.findings import Failure, Finding
 from snella.check.fresh import restore_elsewhere
 from snella.check.originality import fingerprint, original
 from snella.check.suite import _claims
-from snella.check.toy import FAMILIES, missing_extra, output, tiny_backbone
 from snella.cli import main
 from snella.errors import UserError
 from snella.method import Unsupported
 from snella.methods.base import build_method
+from snella.models.tiny import FAMILIES, missing_extra, output, tiny_backbone
 from snella.suite import config as configuration
 from snella.suite import plan
 

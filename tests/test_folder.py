@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from snella.data.folder import read_folder
-from snella.data.prepared import Prepared, test_labels, write_prepared
+from snella.data.prepared import Prepared
 from snella.errors import UserError
+from snella.tasks.classification.prepare import write_labelled
 
 COUNTS = {"train800": 6, "val200": 4, "test": 5}
 
@@ -57,7 +58,7 @@ def root(tmp_path):
 
 def test_small_images_come_back_as_arrays(root):
     splits, info = read_folder(root, "birds")
-    images, labels = splits["val200"]
+    images, labels = splits["val"]
     assert images.shape == (4, 8, 8, 3)
     assert labels.tolist() == [0, 1, 2, 0]
     assert np.array_equal(images[3], np.array(Image.open(root / "images/val200/000003.png")))
@@ -68,14 +69,14 @@ def test_small_images_come_back_as_arrays(root):
 def test_from_folder_to_prepared(tmp_path, copies):
     root = make_folder(tmp_path / "raw", suffix=".jpg", size=70, copies=copies)
     splits, info = read_folder(root, "birds")
-    write_prepared(tmp_path / "birds", splits, info=info)
+    write_labelled(tmp_path / "birds", splits, info)
     data = Prepared.open(tmp_path / "birds")
-    assert data.manifest["storage"] == "encoded"
+    assert data.manifest["columns"]["image"] == "encoded"
     assert data.jpeg
     expected = np.array(Image.open(root / "images/train800/000002.jpg"))
     assert np.array_equal(data.image("trainval", 2), expected)
-    assert test_labels(tmp_path / "birds").tolist() == [0, 1, 2, 0, 1]
-    assert data.manifest["files"]["test_images.bin"] == sum(
+    assert Prepared.open(tmp_path / "birds").targets("test", "label").tolist() == [0, 1, 2, 0, 1]
+    assert data.manifest["files"]["test_image.bin"] == sum(
         p.stat().st_size for p in (root / "images/test").iterdir()
     )
 

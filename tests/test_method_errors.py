@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from snella.check.toy import tiny_backbone
 from snella.cli import main
 from snella.errors import UserError
 from snella.method import load_method
 from snella.methods.base import build_method, prepare_model
+from snella.models.tiny import tiny_backbone
+from snella.runs import identity
 
 IMPORTS = """\
 from pydantic import Field
@@ -111,19 +112,21 @@ BAD = {
 
 
 @pytest.fixture
-def run(settings, tmp_path, capsys):
+def run(make_run, capsys):
     """Do the run of a method file as a job of the workflow does; its status and its output."""
 
     def execute(file: Path, hyperparameters: dict | None = None) -> tuple[int, str]:
-        chosen = settings(epochs=1, warmup_epochs=0)
-        chosen["method"] = {
-            "name": file.stem, "file": str(file), "hyperparameters": hyperparameters or {},
-        }  # fmt: skip
-        folder = tmp_path / "run"
-        call = ["execute", "--settings", json.dumps(chosen), "--folder", str(folder)]
-        return main(call), capsys.readouterr().err
+        chosen = make_run("mine", hyperparameters, epochs=1, warmup_epochs=0)
+        method = chosen.method.model_copy(update={"file": str(file)})
+        chosen = chosen.model_copy(update={"method": method})
+        identity._stage.cache_clear()  # as a new process would begin
+        return main(["execute", "--settings", chosen.to_json()]), capsys.readouterr().err
 
     return execute
+
+
+def _failure(tmp_path: Path) -> Path:
+    return tmp_path / "results/runs/test/tiny/tiny/mine/seed0/failure.json"
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -135,12 +138,12 @@ def test_one_line_names_file_field_and_remedy(tmp_path: Path, run, case: str) ->
     assert status == 2
     assert message.startswith("snella: ") and message.count("\n") == 1
     assert [word for word in words if word not in message] == [], message
-    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    failure = json.loads(_failure(tmp_path).read_text())
     assert failure["status"] == "failed" and failure["reason"] in message
 
-    file.write_text(IMPORTS + FULL)  # mended: the same run succeeds, nothing is left behind
+    file.write_text(IMPORTS + FULL)  # corrected: the same run succeeds, nothing is left behind
     assert run(file) == (0, "")
-    assert not (tmp_path / "run" / "failure.json").exists()
+    assert not _failure(tmp_path).exists()
 
 
 def test_a_missing_method_file_is_one_line(capsys) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from snella.errors import UserError
+from snella.runs.run import Run
+from snella.seeds import derive_seed
 from snella.suite import config as configuration
 from snella.suite import plan
 
@@ -29,7 +30,7 @@ def test_every_shipped_suite_expands():
         config = load(suite=suite)
         runs = plan.plan(config)
         assert runs and len({run.folder for run in runs}) == len(runs)
-        assert all(json.loads(run.json) == run.settings for run in runs)
+        assert all(Run.from_json(run.to_json()) == run for run in runs)
 
 
 def test_every_shipped_table_finds_its_runs():
@@ -41,14 +42,14 @@ def test_every_shipped_table_finds_its_runs():
 def test_order_is_methods_then_data_sets_then_seeds():
     config = load(suite="smoke", suites={"smoke": {"seeds": [0, 1]}})
     runs = plan.plan(config, methods=["full", "linear"], datasets=["digits", "count"])
-    assert [(r.method, r.dataset, r.seed) for r in runs[:5]] == [
+    assert [(r.method.name, r.dataset.name, r.seed) for r in runs[:5]] == [
         ("full", "digits", 0), ("full", "digits", 1), ("full", "count", 0), ("full", "count", 1),
         ("linear", "digits", 0),
     ]  # fmt: skip
 
 
 def test_layers_of_settings():
-    """Preset < suite's overrides < method's own < suite's word on that method."""
+    """Preset < method's own < suite's overrides < suite's word on that method."""
     config = load(
         suites={
             "quick": {
@@ -56,12 +57,12 @@ def test_layers_of_settings():
                 "method_overrides": {"linear": {"protocol": {"epochs": 3}}},
             }
         },
-        methods={"bias": {"protocol": {"lr": 0.25}}},
+        methods={"bias": {"protocol": {"lr": 0.25, "weight_decay": 0.125}}},
     )
-    bias = plan.resolve(config, "bias", "digits", 0).settings["protocol"]
-    linear = plan.resolve(config, "linear", "digits", 0).settings["protocol"]
-    assert (bias["lr"], bias["epochs"]) == (0.25, 7)
-    assert linear["epochs"] == 3
+    bias = plan.resolve(config, "bias", "digits", 0).protocol
+    linear = plan.resolve(config, "linear", "digits", 0).protocol
+    assert (bias.lr, bias.epochs, bias.weight_decay) == (0.5, 7, 0.125)
+    assert linear.epochs == 3
 
 
 def test_released_hyper_parameters_come_per_data_set():
@@ -69,27 +70,16 @@ def test_released_hyper_parameters_come_per_data_set():
         protocols={"quick": {"hyperparameters": "released"}},
         released={"full": {"digits": {"protocol": {"lr": 0.125}}}},
     )
-    assert plan.resolve(config, "full", "digits", 0).settings["protocol"]["lr"] == 0.125
-    with pytest.raises(UserError, match="full on count"):
-        plan.resolve(config, "full", "count", 0)
+    assert plan.resolve(config, "full", "digits", 0).protocol.lr == 0.125
+    without = plan.resolve(config, "full", "count", 0)
+    assert without.protocol.lr == plan.resolve(load(), "full", "count", 0).protocol.lr
+    assert "full on count" in without.notes[0]
 
 
 def test_seeds_pair_methods():
-    assert plan.derive_seed(0, "digits", 0) == plan.derive_seed(0, "digits", 0)
-    different = {plan.derive_seed(b, d, k) for b in (0, 1) for d in ("x", "y") for k in (0, 1)}
+    assert derive_seed(0, "digits", 0) == derive_seed(0, "digits", 0)
+    different = {derive_seed(b, d, k) for b in (0, 1) for d in ("x", "y") for k in (0, 1)}
     assert len(different) == 8
-
-
-def test_identity_moves_with_everything_that_moves_a_number():
-    base = plan.identity("{}", b"code", "data", "weights")
-    others = [
-        plan.identity('{"lr": 1}', b"code", "data", "weights"),
-        plan.identity("{}", b"code2", "data", "weights"),
-        plan.identity("{}", b"code", "data2", "weights"),
-        plan.identity("{}", b"code", "data", "weights2"),
-        plan.identity("{}", b"code", "dataweights", ""),
-    ]
-    assert len({base, *others}) == 6
 
 
 def test_a_method_that_no_table_lists_joins_every_table():
@@ -111,9 +101,7 @@ def test_a_method_that_no_table_lists_joins_every_table():
         ({"suites": {"quick": {"seeds": []}}}, ["suites.quick.seeds"]),
         ({"protocols": {"quick": {"epoch": 3}}}, ["'epoch'", "'epochs'", "protocol 'quick'"]),
         ({"protocols": {"quick": {"weight_decay": -1}}}, ["weight_decay", "greater than"]),
-        ({"protocols": {"quick": {"optimizer": "adamv"}}}, ["optimizer", "adamw"]),
         ({"protocols": {"quick": {"epochs": "many"}}}, ["epochs", "'many'"]),
-        ({"datasets": {"digits": {"kind": "zip"}}}, ["datasets.digits.kind", "'zip'"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_place_and_remedy(overrides, words):

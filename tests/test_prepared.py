@@ -14,18 +14,13 @@ import pytest
 from PIL import Image
 
 import snella
+from snella import files
 from snella.data import prepared, storage
-from snella.data.prepared import (
-    SPLITS,
-    Prepared,
-    SealedTestLabels,
-    digest,
-    test_labels,
-    write_prepared,
-)
+from snella.data.prepared import ROLES, Prepared, SealedTargets, write_prepared
 from snella.errors import UserError
+from snella.tasks.classification.prepare import write_labelled
 
-COUNTS = {"train800": 8, "val200": 4, "test": 6}
+COUNTS = {"train": 8, "val": 4, "test": 6}
 INFO = {"name": "tiny", "source": "formula", "licence": "CC0", "num_classes": 4}
 
 
@@ -49,9 +44,17 @@ def encoded_splits(encoding="PNG", seed=0):
     }
 
 
+def write(folder, splits, info=INFO):
+    return write_labelled(folder, splits, info)
+
+
+def digest(folder):
+    return Prepared.open(folder).digest
+
+
 @pytest.fixture
 def tiny(tmp_path):
-    write_prepared(tmp_path / "tiny", array_splits(), info=INFO)
+    write(tmp_path / "tiny", array_splits())
     return tmp_path / "tiny"
 
 
@@ -59,19 +62,19 @@ def test_arrays_come_back_as_they_went_in(tiny):
     data, splits = Prepared.open(tiny), array_splits()
     assert (data.name, data.num_classes, data.folder) == ("tiny", 4, tiny)
     assert len(data) == 18
-    assert [data.size(split) for split in SPLITS] == [8, 4, 12, 6]
+    assert [data.size(split) for split in ROLES] == [8, 4, 12, 6]
     for split in COUNTS:
         images = data.images(split)
         assert len(images) == COUNTS[split]
         assert np.array_equal(np.stack(list(images)), splits[split][0])
     assert data.image("test", 3).dtype == np.uint8
-    assert data.labels("val200").dtype == np.int64
-    assert np.array_equal(data.labels("train800"), splits["train800"][1])
+    assert data.labels("val").dtype == np.int64
+    assert np.array_equal(data.labels("train"), splits["train"][1])
 
 
 def test_trainval_is_the_two_splits_and_not_stored(tiny):
     data, splits = Prepared.open(tiny), array_splits()
-    joined = np.concatenate([splits["train800"][0], splits["val200"][0]])
+    joined = np.concatenate([splits["train"][0], splits["val"][0]])
     assert np.array_equal(np.stack(list(data.images("trainval"))), joined)
     assert np.array_equal(data.images("trainval")[-1], joined[-1])
     assert np.array_equal(data.labels("trainval"), np.r_[np.arange(8) % 3, np.arange(4) % 3])
@@ -80,9 +83,9 @@ def test_trainval_is_the_two_splits_and_not_stored(tiny):
 
 def test_encoded_files_keep_their_bytes_and_sizes(tmp_path):
     splits = encoded_splits()
-    manifest = write_prepared(tmp_path / "enc", splits, info={"source": "x"})
+    manifest = write(tmp_path / "enc", splits, {"source": "x"})
     data = Prepared.open(tmp_path / "enc")
-    assert manifest["storage"] == "encoded"
+    assert manifest["columns"] == {"image": "encoded", "label": "array"}
     assert not data.jpeg
     images = data.images("test")
     assert [image.shape for image in images] == [(3 + i % 2, 7, 3) for i in range(6)]
@@ -91,7 +94,7 @@ def test_encoded_files_keep_their_bytes_and_sizes(tmp_path):
 
 
 def test_lazy_images_behave_like_sequences(tmp_path):
-    write_prepared(tmp_path / "enc", encoded_splits(), info={})
+    write(tmp_path / "enc", encoded_splits(), {})
     images = Prepared.open(tmp_path / "enc").images("trainval")
     assert np.array_equal(images[-1], images[11])
     assert len(images[2:5]) == 3
@@ -113,19 +116,21 @@ def test_stored_images_cannot_be_changed(tiny):
 
 
 def test_test_labels_are_sealed(tiny):
-    with pytest.raises(SealedTestLabels, match="scorer"):
+    with pytest.raises(SealedTargets, match="scorer"):
         Prepared.open(tiny).labels("test")
-    assert np.array_equal(test_labels(tiny), np.arange(6) % 3)
+    with pytest.raises(SealedTargets, match="scorer"):
+        Prepared.open(tiny).encoded("test", "label")
+    assert np.array_equal(Prepared.open(tiny).targets("test", "label"), np.arange(6) % 3)
+    assert sorted(p.name for p in (tiny / "sealed").iterdir()) == ["test_label.npy"]
 
 
-def test_only_the_scorer_opens_the_test_labels():
+def test_only_scorers_open_sealed_targets():
     root = Path(snella.__file__).parent
-    allowed = {"data/prepared.py"}
     for path in [*root.rglob("*.py"), *(root.parent / "baselines").glob("*.py")]:
-        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-        if name not in allowed and name != "runs/evaluate.py":
-            text = path.read_text(encoding="utf-8")
-            assert "test_labels" not in text, f"{name} reaches for the test labels"
+        if path.name == "score.py" or path.parts[-2:] == ("data", "prepared.py"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert ".targets(" not in text and "SEALED" not in text, f"{path} reaches for the targets"
 
 
 def test_manifest_says_what_there_is(tiny):
@@ -136,7 +141,9 @@ def test_manifest_says_what_there_is(tiny):
     assert manifest["jpeg"] is False
     assert manifest["test_images_also_in_trainval"] == 0
     assert sorted(manifest["files"]) == sorted(
-        p.name for p in tiny.iterdir() if p.name != "manifest.json"
+        p.relative_to(tiny).as_posix()
+        for p in tiny.rglob("*")
+        if p.is_file() and p.name != "manifest.json"
     )
 
 
@@ -144,32 +151,32 @@ def test_manifest_says_what_there_is(tiny):
 def test_one_jpeg_among_the_files_is_recorded(tmp_path, encoding, expected):
     splits = encoded_splits()
     splits["test"][0][-1] = encoded_splits(encoding)["test"][0][-1]
-    assert write_prepared(tmp_path / "x", splits, info={})["jpeg"] is expected
+    assert write(tmp_path / "x", splits, {})["jpeg"] is expected
 
 
 def test_test_images_that_training_sees_are_counted(tmp_path):
     splits = array_splits()
-    splits["test"][0][:2] = splits["val200"][0][1]
-    manifest = write_prepared(tmp_path / "x", splits, info={})
+    splits["test"][0][:2] = splits["val"][0][1]
+    manifest = write(tmp_path / "x", splits, {})
     assert manifest["test_images_also_in_trainval"] == 2
 
 
 def test_preparing_twice_gives_the_same_digest(tiny, tmp_path):
     first = digest(tiny)
-    assert write_prepared(tiny, array_splits(), info=INFO)["digest"] == first
-    assert write_prepared(tmp_path / "other", array_splits(1), info=INFO)["digest"] != first
+    assert write(tiny, array_splits())["digest"] == first
+    assert write(tmp_path / "other", array_splits(1))["digest"] != first
     splits = array_splits()
     splits["test"][1][0] = 2
-    assert write_prepared(tmp_path / "label", splits, info=INFO)["digest"] != first
+    assert write(tmp_path / "label", splits)["digest"] != first
 
 
 def test_a_changed_byte_is_found(tiny):
     Prepared.open(tiny).verify()
-    path = tiny / "train800_images.npy"
+    path = tiny / "train_image.npy"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match="do not match the digest"):
+    with pytest.raises(UserError, match=r"train_image\.npy has changed"):
         Prepared.open(tiny).verify()
 
 
@@ -189,7 +196,7 @@ def test_missing_data_set(tmp_path):
 def test_older_schema(tiny):
     manifest = json.loads((tiny / "manifest.json").read_text())
     (tiny / "manifest.json").write_text(json.dumps(manifest | {"schema": 0}))
-    with pytest.raises(UserError, match=r"schema 0.*reads schema 1: run `snella prepare tiny`"):
+    with pytest.raises(UserError, match=r"schema 0.*reads schema 2: run `snella prepare tiny`"):
         Prepared.open(tiny)
 
 
@@ -201,18 +208,18 @@ def test_damaged_manifest(tiny, text):
 
 
 def test_truncated_and_missing_files(tiny):
-    path = tiny / "val200_images.npy"
+    path = tiny / "val_image.npy"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"val200_images\.npy is 547 bytes long instead of 548"):
+    with pytest.raises(UserError, match=r"val_image\.npy is 547 bytes long instead of 548"):
         Prepared.open(tiny)
     path.unlink()
-    with pytest.raises(UserError, match=r"val200_images\.npy is missing: run `snella prepare"):
-        test_labels(tiny)
+    with pytest.raises(UserError, match=r"val_image\.npy is missing: run `snella prepare"):
+        Prepared.open(tiny)
 
 
 def test_unknown_split(tiny):
-    with pytest.raises(UserError, match="Did you mean 'train800'"):
-        Prepared.open(tiny).images("train80")
+    with pytest.raises(UserError, match="Did you mean 'train'"):
+        Prepared.open(tiny).images("trian")
 
 
 def full_disk(*_):
@@ -221,18 +228,18 @@ def full_disk(*_):
 
 def test_full_disk_leaves_nothing_new_and_keeps_the_old(tiny, monkeypatch):
     first = digest(tiny)
-    monkeypatch.setattr(storage.os, "fsync", full_disk)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(UserError, match=r"No space left in .*'tiny' needs about 2,034 bytes"):
-        write_prepared(tiny, array_splits(1), info=INFO)
+        write(tiny, array_splits(1))
     assert [p.name for p in tiny.parent.iterdir()] == ["tiny"]
     assert digest(tiny) == first
 
 
 def test_too_small_a_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr(prepared.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="No space left"):
-        write_prepared(tmp_path / "tiny", array_splits(), info=INFO)
+        write(tmp_path / "tiny", array_splits())
     assert not list(tmp_path.iterdir())
 
 
@@ -242,27 +249,57 @@ def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepared, "digest_files", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_prepared(tmp_path / "tiny", array_splits(), info=INFO)
+        write(tmp_path / "tiny", array_splits())
     assert not list(tmp_path.iterdir())
 
 
 def test_other_peoples_folders_are_not_replaced(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match=r"holds notes\.txt, which is not prepared data"):
-        write_prepared(tmp_path, array_splits(), info=INFO)
+        write(tmp_path, array_splits())
     assert (tmp_path / "notes.txt").exists()
 
 
 def test_contract_of_the_caller(tmp_path):
-    splits = array_splits()
+    def columns(**changes):
+        splits = {k: {"image": v[0], "label": v[1]} for k, v in array_splits().items()}
+        return {**splits, **changes}
+
+    test = columns()["test"]
     for broken, message in (
-        ({**splits, "trainval": splits["test"]}, "splits must be"),
-        ({**splits, "test": encoded_splits()["test"]}, "all splits are arrays or all"),
-        ({**splits, "test": (splits["test"][0], splits["val200"][1])}, "labels of shape"),
-        ({**splits, "test": (splits["test"][0][:0], np.arange(0))}, "0 images"),
-        ({**splits, "test": (splits["test"][0].astype(float), splits["test"][1])}, "uint8"),
-        ({**splits, "test": (splits["test"][0], splits["test"][1] + 3)}, "outside 0 to 3"),
+        (columns(trainval=test), "splits must be"),
+        ({"test": test}, "splits must be"),
+        (columns(test={**test, "image": encoded_splits()["test"][0]}), "an array in one split"),
+        (columns(test={**test, "label": np.arange(4)}), "columns of lengths"),
+        (columns(test={k: v[:0] for k, v in test.items()}), "columns of lengths"),
+        (columns(test={**test, "image": test["image"].astype(float)}), "uint8"),
+        (columns(test={"image": test["image"]}), "test has columns"),
     ):
         with pytest.raises(ValueError, match=message):
             write_prepared(tmp_path / "x", broken, info=INFO)
+    splits = array_splits()
+    splits["test"] = (splits["test"][0], splits["test"][1] + 3)
+    with pytest.raises(ValueError, match="outside 0 to 3"):
+        write(tmp_path / "x", splits)
     assert not list(tmp_path.iterdir())
+
+
+def test_named_columns_of_any_kind(tmp_path):
+    def part(n):
+        return {
+            "image": np.zeros((n, 4, 4, 3), np.uint8),
+            "mask": [b"\x89PNG mask %d" % i for i in range(n)],
+            "size": np.arange(2 * n).reshape(n, 2),
+        }
+
+    folder = tmp_path / "polyps"
+    write_prepared(folder, {"train": part(5), "test": part(3)}, sealed=("mask",), info={})
+    data = Prepared.open(folder)
+    assert data.encoded("train", "mask")[4] == b"\x89PNG mask 4"
+    assert data.column("test", "size").tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert [data.has(role) for role in ROLES] == [True, False, True, True]
+    assert data.size("trainval") == 5
+    with pytest.raises(UserError, match="no val split"):
+        data.images("val")
+    with pytest.raises(SealedTargets):
+        data.encoded("test", "mask")

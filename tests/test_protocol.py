@@ -37,7 +37,7 @@ def test_cosine_reaches_the_stated_rate_after_the_warm_up_and_the_floor_at_the_e
     assert factors == sorted(factors, reverse=True)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "released", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "released", "linear", "constant"])
 def test_a_rate_below_the_floor_is_never_raised(schedule):
     p = Protocol(lr=1e-7, epochs=20, warmup_epochs=2, schedule=schedule)
     rates = [p.lr_factor(e, 0.0) for e in range(20)]
@@ -45,16 +45,27 @@ def test_a_rate_below_the_floor_is_never_raised(schedule):
 
 
 def test_val_selection_needs_held_out_val_images():
-    with pytest.raises(ValidationError, match="train800"):
+    with pytest.raises(ValidationError, match="'train'"):
         Protocol(selection="val", train_split="trainval")
-    Protocol(selection="val", train_split="train800")
+    Protocol(selection="val", train_split="train")
 
 
 def test_the_last_epoch_is_always_evaluated():
     p = Protocol(epochs=7, warmup_epochs=0, evaluate_every=3)
-    assert [e for e in range(7) if p.evaluates(e)] == [2, 5, 6]
+    assert [e for e in range(7) if p.looks(e, 7)] == [2, 5, 6]
 
 
 def test_warm_up_must_end():
     with pytest.raises(ValidationError, match="warmup_epochs"):
         Protocol(epochs=5, warmup_epochs=5)
+
+
+def test_steps_decide_the_number_of_epochs():
+    assert Protocol(steps=500).total_epochs(3) == 167
+    assert Protocol(epochs=7, warmup_epochs=1).total_epochs(3) == 7
+
+
+@pytest.mark.parametrize("field", ["lr", "weight_decay", "min_lr"])
+def test_infinite_rates_are_refused(field):
+    with pytest.raises(ValidationError, match=field):
+        Protocol(**{field: math.inf})

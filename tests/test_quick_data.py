@@ -62,7 +62,7 @@ def test_no_image_is_in_two_splits(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_come_in_no_order(name: str) -> None:
-    labels = task(name)["train800"][1]
+    labels = task(name)["train"][1]
     assert abs(np.corrcoef(labels[:-1], labels[1:])[0, 1]) < 0.12
 
 

@@ -4,25 +4,75 @@ from __future__ import annotations
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 
 from snella import records
 from snella.errors import UserError
 
+RUN = {"suite": "s", "backbone": "b", "dataset": "d", "method": "m", "protocol": "p", "seed": 0}
+INFO = {"name": "mse", "lower": 0.0, "upper": 4.0}
 
-def record(status: str) -> dict:
-    return {"schema": records.SCHEMA, "status": status, "reason": None}
+
+def record(status: str, value: float = 1.5) -> dict:
+    metrics = {"metric_info": [INFO], "metrics": {"last": {"epoch": 1, "mse": value}}}
+    ended = metrics if status == "ok" else {}
+    return {"schema": records.SCHEMA, "status": status, "reason": None, "run": RUN, **ended}
 
 
-def test_final_and_broken_records_replace_each_other(tmp_path):
+def test_a_failure_never_destroys_a_finished_result(tmp_path):
     records.write_record(tmp_path, record("failed"))
     assert records.read_record(tmp_path)["status"] == "failed"
     records.write_record(tmp_path, record("ok"))
     assert records.read_record(tmp_path)["status"] == "ok"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["record.json"]
+    assert not (tmp_path / "failure.json").exists()
     records.write_record(tmp_path, record("oom"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["failure.json"]
+    assert records.read_record(tmp_path)["status"] == "ok"
+    assert records.read_failure(tmp_path)["status"] == "oom"
+    (tmp_path / "record.json").unlink()  # as the workflow does before it tries again
+    assert records.read_record(tmp_path)["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "old,new,words",
+    [
+        ('"mse": 1.5', '"mse": 1.4', "changed by hand"),
+        ('"mse": 1.5', '"mse": NaN', "changed by hand"),
+        ('"status": "ok"', '"status": "fine"', "status 'fine' is unknown"),
+        ('"method": "m",', "", "lacks or breaks 'method'"),
+    ],
+)
+def test_a_record_edited_by_hand_is_refused(tmp_path, old, new, words):
+    path = records.write_record(tmp_path, record("ok"))
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=rf"record\.json: .*{words}.*delete"):
+        records.read_record(tmp_path)
+
+
+@pytest.mark.parametrize("value", [4.5, -0.1, float("nan"), float("inf")])
+def test_a_value_outside_the_metrics_range_is_refused(tmp_path, value):
+    records.write_record(tmp_path, record("ok", value))
+    with pytest.raises(UserError, match="out of its range"):
+        records.read_record(tmp_path)
+
+
+def test_records_of_the_first_version_are_read(tmp_path):
+    old = {
+        "schema": 1, "status": "ok", "reason": None, "run": RUN, "metric": "top1",
+        "metrics": {"last": {"epoch": 5, "top1": 0.5}}, "identity": "abc", "digests": {"data": "d"},
+    }  # fmt: skip
+    (tmp_path / "record.json").write_text(json.dumps(old))
+    read = records.read_record(tmp_path)
+    assert (read["schema"], read["task"]) == (2, "classification")
+    assert read["metrics"] == old["metrics"] and read["identity"]["run"] == "abc"
+    assert read["metric_info"][0]["name"] == "top1"
+    old["metrics"]["last"]["top1"] = 1.7
+    (tmp_path / "record.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="out of its range"):
+        records.read_record(tmp_path)
 
 
 def test_no_record_is_none(tmp_path):
@@ -46,10 +96,10 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     records.write_json(path, {"old": True})
 
-    def full(self, text):
+    def full(self, text, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(records.Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(UserError, match=r"record\.json: No space left"):
         records.write_json(path, {"new": True})
     assert json.loads(path.read_bytes()) == {"old": True}

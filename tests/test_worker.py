@@ -23,7 +23,8 @@ def server(tmp_path, monkeypatch):
         f"import tempfile; tempfile.gettempdir = lambda: {str(tmp_path)!r}\n"
         "from snella.jobs import worker\n"
         "worker.IDLE_SECONDS, worker.PRELOAD = 1, ()\n"
-        "worker.serve()"
+        "from snella.cli import main\n"
+        "worker.serve(main)"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 30
@@ -43,29 +44,26 @@ def test_a_job_runs_and_its_output_and_status_come_back(server, capfd):
     assert "Did you mean 'full'" in capfd.readouterr().err
 
 
-def test_jobs_do_not_share_a_process(server, tmp_path, settings):
+def test_jobs_do_not_share_a_process(server, tmp_path, make_run):
     """A job that fails or changes global state leaves the next one untouched."""
-    chosen = settings()
-    broken = json.loads(json.dumps(chosen))
-    broken["method"]["file"] = str(tmp_path / "broken.py")
+    chosen = make_run()
+    method = chosen.method.model_copy(update={"file": str(tmp_path / "broken.py")})
+    broken = chosen.model_copy(update={"method": method, "seed": 1})
     (tmp_path / "broken.py").write_text("import os\nos._exit(7)\n")
-    arguments = ["execute", "--settings", json.dumps(broken), "--folder", str(tmp_path / "a")]
-    assert worker.call(arguments) == 7
-    arguments = ["execute", "--settings", json.dumps(chosen), "--folder", str(tmp_path / "b")]
-    assert worker.call(arguments) == 0
-    assert (tmp_path / "b" / "record.json").exists()
+    assert worker.call(["execute", "--settings", broken.to_json()]) == 7
+    assert worker.call(["execute", "--settings", chosen.to_json()]) == 0
+    assert chosen.record.exists()
 
 
-def test_a_job_ends_when_its_client_is_killed(server, tmp_path, settings):
-    chosen = settings(epochs=100_000)
+def test_a_job_ends_when_its_client_is_killed(server, tmp_path, make_run):
+    chosen = make_run(epochs=100_000)
     code = (
         f"import sys, tempfile; tempfile.gettempdir = lambda: {str(tmp_path)!r}\n"
         "from snella.jobs import worker; worker.call(sys.argv[1:])"
     )
-    folder = tmp_path / "x"
+    folder = chosen.folder
     client = subprocess.Popen(
-        [sys.executable, "-c", code, "execute", "--settings", json.dumps(chosen),
-         "--folder", str(folder)]
+        [sys.executable, "-c", code, "execute", "--settings", chosen.to_json()]
     )  # fmt: skip
     wait_for(folder / "checkpoint.pt")
     client.kill()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from snella.records import write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,12 +38,12 @@ def test_a_table_with_gaps_says_why_and_is_rebuilt_when_a_run_arrives(tmp_path):
     folder = tmp_path / "results/runs/smoke/vit-quick/digits/linear/seed0"
     folder.mkdir(parents=True)
     failure = {
-        "schema": 1, "status": "oom", "reason": "no memory left", "metric": "top1",
+        "schema": 2, "status": "oom", "reason": "no memory left", "metric": "top1",
         "run": {"suite": "smoke", "backbone": "vit-quick", "dataset": "digits",
                 "method": "linear", "protocol": "quick", "seed": 0},
         "protocol": {"selection": "last"},
     }  # fmt: skip
-    (folder / "failure.json").write_text(json.dumps(failure))
+    write_record(folder, failure)
     assert snakemake(tmp_path, table, suite="smoke", allow_missing="true").returncode == 0
     assert "out of memory" in Path(table).read_text()
 
@@ -50,7 +51,7 @@ def test_a_table_with_gaps_says_why_and_is_rebuilt_when_a_run_arrives(tmp_path):
 def test_every_run_of_the_table_is_one_job(tmp_path):
     done = snakemake(tmp_path, f"{tmp_path}/results/table1.tex", "--dry-run", suite="smoke")
     shown = done.stdout + done.stderr
-    counts = {line.split()[-1] for line in shown.splitlines() if line.startswith("train ")}
+    counts = {line.split()[-1] for line in shown.splitlines() if line.startswith("run ")}
     assert counts == {"16"}, shown
 
 

@@ -16,11 +16,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from snella.check.findings import Failure, Finding, Note, finding, some
-from snella.check.subject import EPOCHS, STEPS, Subject, answer
-from snella.check.toy import BASE_SIZE, base_backbone, toy_loss
+from snella.check.subject import EPOCHS, STEPS, Subject
 from snella.errors import CannotMerge, one_line
 from snella.methods.base import method_file, prepare_model
 from snella.models.parameters import count_parameters, trainable
+from snella.models.tiny import BASE_SIZE, base_backbone
 
 TOLERANCE = 1e-5
 TRAINS = "trains"
@@ -95,7 +95,7 @@ def all_marked_learn(subject: Subject) -> str:
 def _ignored_by_backbone(subject: Subject) -> set[str]:
     """Weights that do not change the plain backbone's output, such as SD3's last context query."""
     plain = subject.plain()
-    toy_loss(plain, subject.batch).backward()
+    subject.toy.loss(plain, subject.batch).backward()
     return {n for n, p in plain.named_parameters() if p.grad is None or not bool(p.grad.any())}
 
 
@@ -127,7 +127,7 @@ def restore(subject: Subject, state: dict[str, Tensor]) -> tuple[Tensor, list[st
     """Adapt afresh with another seed and load ``state``; the answer, and what trains."""
     model = subject.adapted(seed=99)
     subject.method.load_state(model, state)
-    return answer(model, subject.batch), list(trainable(model))
+    return subject.answer_of(model), list(trainable(model))
 
 
 def compare_restored(subject: Subject, found: Tensor, names: list[str]) -> str:
@@ -148,7 +148,7 @@ def autocast(subject: Subject) -> str:
     """Forward and backward pass run under bfloat16 autocast and stay finite."""
     model = subject.model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = toy_loss(model, subject.batch)
+        loss = subject.toy.loss(model, subject.batch)
     loss.backward()
     grads = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
     bad = [name for name, grad in grads.items() if not bool(grad.isfinite().all())]
@@ -167,7 +167,7 @@ def merged(subject: Subject) -> str:
         if not str(reason):
             raise Failure("CannotMerge must say why") from None
         raise Note(str(reason), "cannot") from None
-    difference = (answer(model, subject.batch) - expected).abs().max().item()
+    difference = (subject.answer_of(model) - expected).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise Failure(f"merging moves the output by {difference:.0e}, over {TOLERANCE:.0e}")
     plain = subject.plain()

@@ -16,7 +16,7 @@ from rich.table import Table
 from snella.check.contract import CHECKS, TRAINS
 from snella.check.findings import ALL, Finding
 from snella.check.suite import check_method
-from snella.check.toy import BASE_SIZE
+from snella.models.tiny import BASE_SIZE
 
 _MARK = {"passed": "[green]✓[/]", "noted": "[yellow]•[/]", "failed": "[red]✗[/]"}
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snella.check.toy import output, tiny_backbone, toy_batch, toy_loss
-from snella.methods.base import Batch, Method, prepare_model
+from snella.check.toy import make_toy
+from snella.methods.base import Method, prepare_model
+from snella.methods.step import train_step
 from snella.models.parameters import count_parameters, seed_everything, trainable
+from snella.tasks.base import Toy
 
 EPOCHS, STEPS, LR, WEIGHT_DECAY = 3, 4, 5e-3, 1e-4
 
@@ -33,21 +35,24 @@ class Fit:
 
 
 class Subject:
-    """A method on the tiny backbone of the family ``kind``; trained at first use of ``fit``."""
+    """A method on the tiny model of the family ``kind``; trained at first use of ``fit``."""
 
     def __init__(self, method: Method, kind: str, lr: float = LR, **overrides: Any) -> None:
         self.method, self.kind, self.lr, self.overrides = method, kind, lr, overrides
-        self.batch = toy_batch(kind)
-        self.model = self.adapted(seed=1)
+        self.toy = make_toy(kind, **overrides)
+        self.batch = self.toy.batch
+        self.model = self._adapt(self.toy.model, seed=1)
         self.counts = count_parameters(self.model)
 
     def plain(self) -> nn.Module:
         """The backbone as it was before."""
-        return tiny_backbone(self.kind, **self.overrides)
+        return make_toy(self.kind, **self.overrides).model
 
     def adapted(self, seed: int) -> nn.Module:
         """A fresh backbone, adapted; what the method draws depends on ``seed``."""
-        model = self.plain()
+        return self._adapt(self.plain(), seed)
+
+    def _adapt(self, model: nn.Module, seed: int) -> nn.Module:
         seed_everything(seed)
         prepare_model(self.method, model)
         return model
@@ -59,13 +64,18 @@ class Subject:
     @cached_property
     def fit(self) -> Fit:
         """Train :attr:`model`."""
-        return _fit(self.method, self.model, self.batch, self.lr)
+        return _fit(self.method, self.model, self.toy, self.lr)
+
+    @torch.no_grad()
+    def answer_of(self, model: nn.Module) -> Tensor:
+        """The output of ``model`` for the toy batch in eval mode, which it is left in."""
+        return self.toy.forward(model.eval(), self.batch)
 
     @cached_property
     def answer(self) -> Tensor:
         """The trained model's output for the toy batch, in eval mode."""
         assert self.fit
-        return answer(self.model, self.batch)
+        return self.answer_of(self.model)
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
@@ -76,52 +86,44 @@ class Subject:
 
 
 @torch.no_grad()
-def answer(model: nn.Module, batch: Batch) -> Tensor:
-    """The output of ``model`` in eval mode, which it is left in."""
-    return output(model.eval(), batch)
+def _loss(model: nn.Module, toy: Toy) -> float:
+    return toy.loss(model.eval(), toy.batch).item()
 
 
-@torch.no_grad()
-def _loss(model: nn.Module, batch: Batch) -> float:
-    return toy_loss(model.eval(), batch).item()
-
-
-def _fit(method: Method, model: nn.Module, batch: Batch, lr: float) -> Fit:
+def _fit(method: Method, model: nn.Module, toy: Toy, lr: float) -> Fit:
     """Calibrate and train ``model`` on one batch, with all hooks, as the trainer does."""
     seed_everything(2)
-    method.calibrate(model, [batch, batch], toy_loss)
-    before = _loss(model, batch)
+    method.calibrate(model, [toy.batch, toy.batch], toy.loss)
+    before = _loss(model, toy)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     groups = method.parameter_groups(model, lr, WEIGHT_DECAY)
     optimised = {id(p) for group in groups for p in group["params"]}
     left_out = [name for name, p in trainable(model).items() if id(p) not in optimised]
-    live = _optimise(method, model, batch, torch.optim.AdamW(groups, lr=lr))
+    live = _optimise(method, model, toy, torch.optim.AdamW(groups, lr=lr))
     moved = [
         name
         for name, parameter in model.named_parameters()
         if name in frozen and not torch.equal(parameter, frozen[name])
     ]
     marked = tuple(trainable(model))
-    return Fit(before, _loss(model, batch), marked, live, tuple(moved), tuple(left_out))
+    return Fit(before, _loss(model, toy), marked, live, tuple(moved), tuple(left_out))
 
 
 def _optimise(
-    method: Method, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer
+    method: Method, model: nn.Module, toy: Toy, optimizer: torch.optim.Optimizer
 ) -> frozenset[str]:
     """Take all steps; return which tensors had a gradient that is not zero."""
     live: set[str] = set()
+
+    def note() -> None:
+        for name, parameter in trainable(model).items():
+            if parameter.grad is not None and bool(parameter.grad.any()):
+                live.add(name)
+
     for epoch in range(EPOCHS):
         seed_everything(3 + epoch)
         model.train()
         method.on_epoch_start(model, epoch, EPOCHS)
         for _ in range(STEPS):
-            loss = toy_loss(model, batch)
-            extra = method.auxiliary_loss(model, batch, toy_loss)
-            optimizer.zero_grad(set_to_none=True)
-            (loss if extra is None else loss + extra).backward()
-            for name, parameter in trainable(model).items():
-                if parameter.grad is not None and bool(parameter.grad.any()):
-                    live.add(name)
-            optimizer.step()
-            method.on_step_end(model)
+            train_step(model, optimizer, [toy.batch], toy.loss, method=method, after_backward=note)
     return frozenset(live)

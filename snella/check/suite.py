@@ -14,9 +14,9 @@ from snella.check.findings import ALL, Failure, Finding, finding
 from snella.check.fresh import restore_elsewhere
 from snella.check.originality import original
 from snella.check.subject import Subject
-from snella.check.toy import FAMILIES, TIMM_FAMILIES, missing_extra, tiny_backbone
 from snella.errors import Unsupported, unknown
 from snella.methods.base import Method, build_method, prepare_model
+from snella.models.tiny import FAMILIES, TIMM_FAMILIES, missing_extra, tiny_backbone
 
 
 def check_method(

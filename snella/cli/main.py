@@ -11,13 +11,31 @@ from typing import Any
 
 import yaml
 
+from snella import __version__
 from snella.errors import UserError
 from snella.suite import config as configuration
+
+OVERVIEW = """\
+snella: parameter-efficient fine-tuning of vision models, measured so that numbers can be trusted.
+
+  snella run --method snella-8 --dataset digits    train one method on one data set
+  snella plan                                      the runs of a table, which are done, time left
+  snella show table1                               a table in the terminal
+  snella methods, snella datasets                  the rows and the columns there are
+  snella new-baseline NAME, snella check NAME      write a method of your own, and certify it
+
+Tables are made by the workflow:   snakemake --profile workflow/profiles/local -- results/table1.tex
+All verbs: snella --help; one verb: snella VERB --help. Documentation: docs/ of the repository.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; print a user's mistake as one line."""
-    options = build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given:
+        sys.stdout.write(OVERVIEW)
+        return 0
+    options = build_parser().parse_args(given)
     try:
         return options.verb(options) or 0
     except UserError as error:
@@ -32,43 +50,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
-    parser = argparse.ArgumentParser(prog="snella", description=__doc__)
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    parser = argparse.ArgumentParser(
+        prog="snella", description=OVERVIEW, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"snella {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", title="verbs")
 
-    def verb(name: str, call: Callable[[argparse.Namespace], int | None]) -> Any:
+    def verb(name: str, call: Callable[[argparse.Namespace], int | None], example: str) -> Any:
         summary = (call.__doc__ or "").strip()
-        sub = verbs.add_parser(name, help=summary.splitlines()[0], description=summary)
+        sub = verbs.add_parser(
+            name,
+            help=summary.splitlines()[0],
+            description=summary,
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         sub.set_defaults(verb=call)
         return sub
 
-    def with_config(sub: Any) -> Any:
-        sub.add_argument("--configfile", type=Path, default=configuration.DEFAULT)
-        sub.add_argument("--config", nargs="*", default=[], metavar="KEY=VALUE")
-        return sub
+    run = _with_config(verb("run", _run, "snella run --method snella-8 --dataset digits"))
+    run.add_argument("--method", required=True, help="a row of config/methods.yaml")
+    run.add_argument("--dataset", required=True, help="a column of config/datasets.yaml")
+    run.add_argument("--seed", type=int, default=0, help="the repetition (default: 0)")
+    run.add_argument("--again", action="store_true", help="train anew even if the run is finished")
 
-    run = with_config(verb("run", _run))
-    run.add_argument("--method", required=True)
-    run.add_argument("--dataset", required=True)
-    run.add_argument("--seed", type=int, default=0)
-
-    execute = verb("execute", _execute)
-    execute.add_argument("--settings", required=True, help="resolved settings, JSON")
-    execute.add_argument("--folder", type=Path, required=True)
+    execute = verb("execute", _execute, 'snella execute --settings "$(cat config.json)"')
+    execute.add_argument("--settings", required=True, help="the run's resolved settings, JSON")
+    execute.add_argument("--stage", choices=("all", "train"), default="all", help="where to stop")
     execute.add_argument("--warm", action="store_true", help="use a warm worker")
 
-    check = with_config(verb("check", _check))
+    check = _with_config(verb("check", _check, "snella check baselines/mymethod.py"))
     check.add_argument("method", help="a row, a file in baselines/, or a path to any .py file")
-    new = with_config(verb("new-baseline", _new_baseline))
+    new = _with_config(verb("new-baseline", _new_baseline, "snella new-baseline mymethod"))
     new.add_argument("name", help="letters, digits and underscores, or a path ending in .py")
 
-    with_config(verb("methods", _methods))
-    with_config(verb("datasets", _datasets))
-    prepare = with_config(verb("prepare", _prepare))
-    prepare.add_argument("dataset")
+    _with_config(verb("methods", _methods, "snella methods"))
+    _with_config(verb("datasets", _datasets, "snella datasets"))
+    prepare = _with_config(verb("prepare", _prepare, "snella prepare digits"))
+    prepare.add_argument("dataset", help="a column of config/datasets.yaml")
     for name, call in (("plan", _plan), ("table", _table), ("show", _show)):
-        with_config(verb(name, call)).add_argument("table", nargs="?", default="table1")
-    verb("pdf", _pdf).add_argument("tex", type=Path)
+        table = _with_config(verb(name, call, f"snella {name} table1"))
+        table.add_argument("table", nargs="?", default="table1", help="a table (default: table1)")
+    verb("worker", _worker, "snella worker")
+    pdf = verb("pdf", _pdf, "snella pdf results/table1.tex")
+    pdf.add_argument("tex", type=Path, help="a table written by `snella table`")
     return parser
+
+
+def _with_config(sub: Any) -> Any:
+    default = configuration.DEFAULT
+    sub.add_argument(
+        "--configfile", type=Path, default=default, help=f"your own settings (default: {default})"
+    )
+    sub.add_argument(
+        "--config", nargs="*", default=[], metavar="KEY=VALUE",
+        help="settings that come on top, such as suite=smoke or methods.full.label=Ours",
+    )  # fmt: skip
+    sub.add_argument("--overlay", help="further settings as JSON; the workflow uses it")
+    return sub
 
 
 def _load(options: argparse.Namespace) -> configuration.Config:
@@ -81,7 +120,15 @@ def _load(options: argparse.Namespace) -> configuration.Config:
         *parents, last = key.split(".")
         for parent in parents:
             target = target.setdefault(parent, {})
-        target[last] = yaml.safe_load(value)
+            if not isinstance(target, dict):
+                raise UserError(f"--config {item}: {parent} is given a value and a part of it.")
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--config {item}: the value is not YAML ({reason}).") from error
+    if options.overlay:
+        overrides = configuration.overlay(json.loads(options.overlay), overrides)
     return configuration.load(options.configfile, overrides)
 
 
@@ -89,15 +136,14 @@ def _run(options: argparse.Namespace) -> int:
     """Train one method on one data set, showing progress, and write its record."""
     from snella.cli.progress import ProgressDisplay
     from snella.jobs.prepare import prepare_dataset
-    from snella.runs.execute import execute, set_threads
+    from snella.runs.execute import execute
     from snella.suite import plan
 
     config = _load(options)
     run = plan.resolve(config, options.method, options.dataset, options.seed)
     prepare_dataset(config, options.dataset, missing_only=True)
-    set_threads()
-    with ProgressDisplay(f"{run.method} on {run.dataset}, seed {run.seed}") as display:
-        record = execute(run.settings, run.folder, display.report)
+    with ProgressDisplay(f"{run.method.name} on {run.dataset.name}, seed {run.seed}") as display:
+        record = execute(run, display.report, again=options.again)
         display.finish(record, run.folder)
     return 0 if record["status"] == "ok" else 1
 
@@ -107,20 +153,24 @@ def _execute(options: argparse.Namespace) -> int:
     if options.warm:
         from snella.jobs import worker
 
-        status = worker.call(_without_warm(options)) if worker.available() else None
+        arguments = ["execute", "--settings", options.settings, "--stage", options.stage]
+        status = worker.call(arguments) if worker.available() else None
         if status is not None:
             return status
-    from snella.runs.execute import execute, set_threads
+    from snella.runs.execute import execute
+    from snella.runs.run import Run
 
-    set_threads()
-    record = execute(json.loads(options.settings), options.folder)
+    record = execute(Run.from_json(options.settings), stage=options.stage)
     name = f"{record['run']['method']} on {record['run']['dataset']}"
     sys.stdout.write(f"{name}: {record['status']} {record['reason'] or ''}\n")
     return 0 if record["status"] in ("ok", "diverged") else 1
 
 
-def _without_warm(options: argparse.Namespace) -> list[str]:
-    return ["execute", "--settings", options.settings, "--folder", str(options.folder)]
+def _worker(options: argparse.Namespace) -> None:
+    """Run many short jobs without paying torch's import for each; the workflow starts it."""
+    from snella.jobs import worker
+
+    worker.serve(main)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -136,7 +186,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _new_baseline(options: argparse.Namespace) -> None:
     """Write a method file that already passes `snella check`, to be edited."""
-    from snella.methods.scaffold import write_baseline
+    from snella.jobs.scaffold import write_baseline
 
     for line in write_baseline(_load(options), options.name):
         sys.stdout.write(f"{line}\n")

@@ -86,7 +86,7 @@ def print_plan(config: Config, table_name: str) -> None:
         record = records[run.key]
         status = record["status"] if record else "to do"
         seconds = f"{record['cost']['train_seconds']:.0f}" if record and "cost" in record else ""
-        table.add_row(run.method, run.dataset, str(run.seed), status, seconds)
+        table.add_row(run.method.name, run.dataset.name, str(run.seed), status, seconds)
     console = Console()
     console.print(table)
     known = [r["cost"]["train_seconds"] for r in records.values() if r and "cost" in r]

@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 
 from snella.data.images import EncodedFiles, decode
-from snella.data.prepared import STORED, Images
+from snella.data.prepared import Column
 from snella.data.storage import hash_image
 from snella.errors import UserError
 
 UNION = "train800val200"
+STORED = {"train800": "train", "val200": "val", "test": "test"}
+"""The lists that are stored, and the split each becomes."""
 LISTS = ("train800", "val200", UNION, "test")
 LINE = re.compile(r"(?P<path>\S.*?)\s+(?P<label>-?[0-9]+)")
 SMALL = 64 * 64  # pixels up to which images of one size are stored decoded
@@ -51,7 +53,7 @@ class Seen:
 
 def read_folder(
     root: Path, name: str, num_classes: int | None = None
-) -> tuple[dict[str, tuple[Images, np.ndarray]], dict[str, Any]]:
+) -> tuple[dict[str, tuple[Column, np.ndarray]], dict[str, Any]]:
     """Read and check a data set in the community's layout.
 
     Every image is decoded completely once. Images of one size of at most 64x64 pixels come back
@@ -89,11 +91,11 @@ def read_folder(
     stored = [seen[line.path].shape for split in STORED for line in lists[split]]
     height, width = stored[0]
     small = len(set(stored)) == 1 and height * width <= SMALL
-    splits: dict[str, tuple[Images, np.ndarray]] = {}
-    for split in STORED:
+    splits: dict[str, tuple[Column, np.ndarray]] = {}
+    for split, role in STORED.items():
         paths = [root / line.path for line in lists[split]]
         images = _decoded(paths, stored[0]) if small else EncodedFiles(paths)
-        splits[split] = (images, np.asarray([line.label for line in lists[split]], dtype=np.int64))
+        splits[role] = (images, np.asarray([line.label for line in lists[split]], dtype=np.int64))
     return splits, info
 
 

@@ -136,3 +136,18 @@ class JoinedImages(_Lazy):
                 return part[index]
             index -= len(part)
         raise IndexError(index)
+
+
+class EncodedBytes(_Lazy):
+    """The original bytes behind lazily decoded images, one item per file."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        super().__init__(sum(len(part) for part in parts))
+        self.parts = list(parts)
+
+    def _item(self, index: int) -> bytes:
+        for part in self.parts:
+            if index < len(part):
+                return bytes(part.encoded(index))
+            index -= len(part)
+        raise IndexError(index)

@@ -1,18 +1,14 @@
 """Prepared data sets: what every run reads, written once, checked, and sealed.
 
-`data/prepared/<dataset>/` holds images, labels and `manifest.json`. Images of one small size are
-an array `<split>_images.npy`; all others keep their original encoded bytes in one file
-`<split>_images.bin` with an index `<split>_offsets.npy`. Test labels lie in a file of their own
-that only the scorer opens.
+``data/prepared/<dataset>/`` holds named columns per split and ``manifest.json``. Images of one
+small size are an array ``<split>_<column>.npy``; others keep their original encoded bytes in one
+file ``<split>_<column>.bin`` with an index ``<split>_<column>_offsets.npy``. What scoring alone may
+see of the test split lies under ``sealed/``.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +16,36 @@ from typing import Any
 
 import numpy as np
 
-from snella.data.images import JPEG_MAGIC, ArrayImages, EncodedImages, JoinedImages
-from snella.data.storage import digest_files, durable, hash_image, swap, write_array
+from snella.data.images import (
+    JPEG_MAGIC,
+    ArrayImages,
+    EncodedBytes,
+    EncodedImages,
+    JoinedImages,
+)
+from snella.data.storage import hash_image, write_array
 from snella.errors import UserError, unknown
+from snella.files import atomic_folder, digest_file, digest_files, durable
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
-STORED = ("train800", "val200", "test")
-SPLITS = ("train800", "val200", "trainval", "test")
+SEALED = "sealed"
+STORED = ("train", "val", "test")
+ROLES = ("train", "val", "trainval", "test")
+SMALL_BYTES = 1 << 29
+"""Up to this size every opening reads all bytes and compares them with the manifest."""
 
-# Decoded pixels uint8 (N, H, W, 3), or the encoded bytes of one file per image.
-Images = np.ndarray | Sequence[bytes]
+Column = np.ndarray | Sequence[bytes]
+"""An array with one row per example, or the bytes of one file per example."""
+Splits = Mapping[str, Mapping[str, Column]]
 
 
-class SealedTestLabels(Exception):
-    """Something other than the scorer asked for the labels of the test split."""
+class SealedTargets(Exception):
+    """Something other than a scorer asked for a sealed column of the test split."""
 
 
 def write_prepared(
-    folder: Path, splits: Mapping[str, tuple[Images, np.ndarray]], *, info: Mapping[str, Any]
+    folder: Path, splits: Splits, *, sealed: Sequence[str] = ("label",), info: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write a prepared data set and return its manifest.
 
@@ -46,44 +53,39 @@ def write_prepared(
     whenever the same data are prepared.
 
     Args:
-        folder: where to; its name is the data set's unless `info` has a name.
-        splits: for each of train800, val200 and test the images and their labels (N,). Either
-            all splits hold arrays uint8 (N, H, W, 3) or all hold encoded files.
-        info: goes into the manifest as it is (source, licence, class_names, group, ...).
-            Absent, `num_classes` is one more than the highest label, and `jpeg` (whether the
-            pixels went through JPEG) is true if any of the encoded files is one.
+        folder: where to; its name is the data set's unless ``info`` has a name.
+        splits: for each of train, test and, where there is one, val, the columns by name.
+            Images are uint8 (N, H, W, 3) or encoded files.
+        sealed: columns of the test split that scorers alone may open.
+        info: goes into the manifest as it is (source, licence, class_names, warnings, ...).
+            Absent, ``jpeg`` (whether the pixels went through JPEG) is true if any of the encoded
+            files is one.
 
     Raises:
         UserError: no space left, or the folder holds other files than prepared data.
-        ValueError: splits or labels that break this contract.
+        ValueError: splits that break this contract.
     """
-    manifest = _describe(folder, splits, info)
-    needed = sum(_nbytes(images) + 8 * len(labels) for images, labels in splits.values())
-    token = secrets.token_hex(4)
-    partial = folder.with_name(f".{folder.name}.{token}.partial")
+    manifest = _describe(folder, splits, sealed, info)
+    needed = sum(_nbytes(column) for columns in splits.values() for column in columns.values())
     _require_replaceable(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(folder.parent).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        partial.mkdir()
-        hashes = {split: _write_split(partial, split, *splits[split]) for split in STORED}
-        training = {*hashes["train800"], *hashes["val200"]}
-        manifest["test_images_also_in_trainval"] = sum(h in training for h in hashes["test"])
-        manifest["files"] = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
-        manifest["digest"] = digest_files(partial, manifest["files"])
+    purpose = f"preparing {manifest['name']!r}"
+    with atomic_folder(folder, bytes_needed=needed, purpose=purpose) as partial:
+        hashes: dict[str, list[bytes]] = {}
+        for split, columns in splits.items():
+            for name, column in columns.items():
+                place = partial / SEALED if split == "test" and name in sealed else partial
+                place.mkdir(exist_ok=True)
+                found = _write_column(place, f"{split}_{name}", column)
+                if name == "image":
+                    hashes[split] = found
+        if "image" in manifest["columns"]:
+            manifest |= _repetitions(hashes)
+        files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+        manifest["files"] = {name: (partial / name).stat().st_size for name in files}
+        manifest["sha256"] = {name: digest_file(partial / name) for name in files}
+        manifest["digest"] = digest_files(partial, files)
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (partial / MANIFEST).write_text(text, encoding="utf-8")
-        swap(partial, folder, folder.with_name(f".{folder.name}.{token}.old"))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"No space left in {folder.parent}: preparing {manifest['name']!r} needs about "
-            f"{needed:,} bytes. Free some or choose another folder; nothing was written."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 
@@ -107,7 +109,7 @@ class Prepared:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"No prepared data set in {folder}: {again}.") from None
-        except ValueError:
+        except (ValueError, OSError):
             raise UserError(f"{folder / MANIFEST} is damaged: {again}.") from None
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
@@ -126,159 +128,221 @@ class Prepared:
     @property
     def name(self) -> str:
         """The data set's name."""
-        return self.manifest["name"]
+        return str(self.manifest["name"])
 
     @property
     def num_classes(self) -> int:
         """Number of classes, including those without an image in some split."""
-        return self.manifest["num_classes"]
+        return int(self.manifest["num_classes"])
 
     @property
     def jpeg(self) -> bool:
         """Whether the pixels went through JPEG before they were prepared."""
-        return self.manifest["jpeg"]
+        return bool(self.manifest["jpeg"])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all columns, as recorded when they were written."""
+        return str(self.manifest["digest"])
 
     def __len__(self) -> int:
-        """Number of images in all splits together."""
-        return sum(self.size(split) for split in STORED)
+        """Number of examples in all splits together."""
+        return sum(self.manifest["counts"].values())
+
+    def has(self, split: str) -> bool:
+        """Whether a split, or both parts of trainval, exist; train alone is a trainval too."""
+        return bool(self._parts(split))
 
     def size(self, split: str) -> int:
-        """Number of images in a split."""
-        return sum(self.manifest["counts"][part] for part in _parts(split))
+        """Number of examples in a split."""
+        return sum(self.manifest["counts"][part] for part in self._require(split))
 
     def image(self, split: str, index: int) -> np.ndarray:
         """One image as stored, RGB uint8 (H, W, 3)."""
         return self.images(split)[index]
 
-    def images(self, split: str) -> Sequence[np.ndarray]:
-        """All images of a split, lazily: item `i` is RGB uint8 (H, W, 3)."""
-        parts = [self._stored_images(part) for part in _parts(split)]
+    def images(self, split: str, column: str = "image") -> Sequence[np.ndarray]:
+        """All images of a split, lazily: item ``i`` is RGB uint8 (H, W, 3)."""
+        parts = [self._stored_images(part, column) for part in self._require(split)]
         return parts[0] if len(parts) == 1 else JoinedImages(parts)
 
-    def labels(self, split: str) -> np.ndarray:
-        """Labels of a training or validation split, int64 (N,).
+    def column(self, split: str, name: str) -> np.ndarray:
+        """An array column of a split, (N, ...).
 
         Raises:
-            SealedTestLabels: for "test", whose labels belong to the scorer alone.
+            SealedTargets: for a sealed column of "test", which belongs to scorers alone.
         """
-        if split == "test":
-            raise SealedTestLabels(f"The test labels of {self.name!r} are for the scorer only.")
-        return np.concatenate([_load_labels(self.folder, part) for part in _parts(split)])
+        if split == "test" and name in self.manifest["sealed"]:
+            raise SealedTargets(f"The test {name}s of {self.name!r} are for the scorer only.")
+        return np.concatenate([self._load(part, name) for part in self._require(split)])
+
+    def encoded(self, split: str, name: str) -> Sequence[bytes]:
+        """The original bytes of a column of files, one item per example, lazily.
+
+        Raises:
+            SealedTargets: for a sealed column of "test".
+        """
+        if split == "test" and name in self.manifest["sealed"]:
+            raise SealedTargets(f"The test {name}s of {self.name!r} are for the scorer only.")
+        parts = [self._stored_images(part, name) for part in self._require(split)]
+        return EncodedBytes(parts)
+
+    def labels(self, split: str) -> np.ndarray:
+        """The column "label" of a training or validation split, int64 (N,)."""
+        return self.column(split, "label")
+
+    def targets(self, split: str, name: str) -> Any:
+        """A column for scorers, sealed or not: an array (N, ...), or lazily decoded images."""
+        parts = self._require(split)
+        if self.manifest["columns"][name] == "encoded":
+            images = [self._stored_images(part, name) for part in parts]
+            return images[0] if len(images) == 1 else JoinedImages(images)
+        return np.concatenate([self._load(part, name) for part in parts])
 
     def verify(self) -> None:
-        """Read every file and compare with the digest in the manifest.
+        """Compare every byte with the manifest, or a large set once per change of its files.
 
         Raises:
             UserError: some byte has changed since the data set was prepared.
         """
-        if digest_files(self.folder, self.manifest["files"]) != digest(self.folder):
+        stamp = {name: _stamp(self.folder / name) for name in self.manifest["files"]}
+        mark = self.folder.with_name(f".{self.folder.name}.verified")
+        large = sum(self.manifest["files"].values()) > SMALL_BYTES
+        expected = json.dumps([self.digest, stamp], sort_keys=True)
+        if large and mark.is_file() and mark.read_text() == expected:
+            return
+        for name, known in self.manifest["sha256"].items():
+            if digest_file(self.folder / name) != known:
+                raise UserError(
+                    f"{self.folder / name} has changed since it was prepared: "
+                    f"run `snella prepare {self.folder.name}`."
+                )
+        if large:
+            mark.write_text(expected)
+
+    def _parts(self, split: str) -> tuple[str, ...]:
+        if split not in ROLES:
+            raise unknown("split", split, ROLES)
+        parts = ("train", "val") if split == "trainval" else (split,)
+        return tuple(part for part in parts if part in self.manifest["counts"])
+
+    def _require(self, split: str) -> tuple[str, ...]:
+        parts = self._parts(split)
+        if not parts:
             raise UserError(
-                f"The files in {self.folder} do not match the digest in {MANIFEST}: "
-                f"run `snella prepare {self.folder.name}`."
+                f"Data set {self.name!r} has no {split} split; choose a protocol that does not "
+                "need it, or prepare data that have one."
             )
+        return parts
 
-    def _stored_images(self, split: str) -> Sequence[np.ndarray]:
+    def _place(self, split: str, name: str) -> Path:
+        hidden = split == "test" and name in self.manifest["sealed"]
+        return self.folder / SEALED if hidden else self.folder
+
+    def _load(self, split: str, name: str) -> np.ndarray:
+        path = self._place(split, name) / f"{split}_{name}.npy"
+        return np.load(path, allow_pickle=False)
+
+    def _stored_images(self, split: str, name: str) -> ArrayImages | EncodedImages:
         count = self.manifest["counts"][split]
-        if self.manifest["storage"] == "array":
-            return ArrayImages(self.folder / f"{split}_images.npy", count)
-        blob, offsets = f"{split}_images.bin", f"{split}_offsets.npy"
-        return EncodedImages(self.folder / blob, self.folder / offsets, count)
+        place = self._place(split, name)
+        if self.manifest["columns"][name] == "array":
+            return ArrayImages(place / f"{split}_{name}.npy", count)
+        return EncodedImages(
+            place / f"{split}_{name}.bin", place / f"{split}_{name}_offsets.npy", count
+        )
 
 
-def test_labels(folder: Path) -> np.ndarray:
-    """Labels of the test split, int64 (N,): for the scorer (`snella.runs.evaluate`) alone."""
-    return _load_labels(Prepared.open(folder).folder, "test")
-
-
-test_labels.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it by its name
-
-
-def digest(folder: Path) -> str:
-    """SHA-256 over all arrays of a prepared data set, as recorded when it was written."""
-    return Prepared.open(folder).manifest["digest"]
-
-
-def _parts(split: str) -> tuple[str, ...]:
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
-    return ("train800", "val200") if split == "trainval" else (split,)
-
-
-def _load_labels(folder: Path, split: str) -> np.ndarray:
-    return np.load(folder / f"{split}_labels.npy", allow_pickle=False)
+def _stamp(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _describe(
-    folder: Path, splits: Mapping[str, tuple[Images, np.ndarray]], info: Mapping[str, Any]
+    folder: Path, splits: Splits, sealed: Sequence[str], info: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Check the splits and say in the manifest what they hold."""
-    if set(splits) != set(STORED):
-        raise ValueError(f"splits must be {STORED}, got {tuple(splits)}")
-    kinds = {isinstance(images, np.ndarray) for images, _ in splits.values()}
-    if len(kinds) != 1:
-        raise ValueError("either all splits are arrays or all are encoded files")
-    for split, (images, labels) in splits.items():
-        if len(images) == 0 or labels.shape != (len(images),):
-            raise ValueError(f"{split}: {len(images)} images, labels of shape {labels.shape}")
-        if isinstance(images, np.ndarray) and (images.dtype, images.shape[3:]) != (np.uint8, (3,)):
-            raise ValueError(f"{split}: images must be uint8 (N, H, W, 3), got {images.shape}")
-    is_array = kinds.pop()
-    num_classes = int(
-        info.get("num_classes") or 1 + max(int(labels.max()) for _, labels in splits.values())
-    )
-    for split, (_, labels) in splits.items():
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(f"{split}: a label is outside 0 to {num_classes - 1}")
-    jpeg = info["jpeg"] if "jpeg" in info else not is_array and _any_jpeg(splits.values())
+    if not {"train", "test"} <= set(splits) <= set(STORED):
+        raise ValueError(f"splits must be train, test and possibly val, got {tuple(splits)}")
+    names = [name for name in splits["train"]]
+    kinds: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for split, columns in splits.items():
+        if set(columns) != set(names):
+            raise ValueError(f"{split} has columns {sorted(columns)}, train has {sorted(names)}")
+        lengths = {name: len(column) for name, column in columns.items()}
+        if len(set(lengths.values())) != 1 or not min(lengths.values()):
+            raise ValueError(f"{split}: columns of lengths {lengths}")
+        counts[split] = next(iter(lengths.values()))
+        for name, column in columns.items():
+            kind = "array" if isinstance(column, np.ndarray) else "encoded"
+            if kinds.setdefault(name, kind) != kind:
+                raise ValueError(f"column {name} is an array in one split and files in another")
+            _check_image(split, name, column)
+    files = [c for columns in splits.values() for c in columns.values() if not _is_array(c)]
     return {
         "schema": SCHEMA,
         "name": folder.name,
         **info,
-        "num_classes": num_classes,
-        "storage": "array" if is_array else "encoded",
-        "jpeg": jpeg,
-        "counts": {split: len(splits[split][1]) for split in STORED},
-        "class_counts": {
-            split: np.bincount(splits[split][1], minlength=num_classes).tolist() for split in STORED
-        },
+        "jpeg": info["jpeg"] if "jpeg" in info else _any_jpeg(files),
+        "counts": counts,
+        "columns": kinds,
+        "sealed": [name for name in sealed if name in kinds],
     }
 
 
-def _any_jpeg(splits: Iterable[tuple[Images, np.ndarray]]) -> bool:
-    return any(bytes(data[:3]) == JPEG_MAGIC for images, _ in splits for data in images)
+def _check_image(split: str, name: str, column: Column) -> None:
+    if name != "image" or not isinstance(column, np.ndarray):
+        return
+    if (column.dtype, column.shape[3:]) != (np.uint8, (3,)):
+        raise ValueError(f"{split}: images must be uint8 (N, H, W, 3), got {column.shape}")
 
 
-def _nbytes(images: Images) -> int:
-    known = getattr(images, "nbytes", None)
-    return known if known is not None else sum(len(data) for data in images)
+def _is_array(column: Column) -> bool:
+    return isinstance(column, np.ndarray)
 
 
-def _write_split(folder: Path, split: str, images: Images, labels: np.ndarray) -> list[bytes]:
-    """Write one split; return a hash per image, to find images that occur in two splits."""
-    write_array(folder / f"{split}_labels.npy", labels.astype(np.int64))
-    if isinstance(images, np.ndarray):
-        write_array(folder / f"{split}_images.npy", images)
-        return [hash_image(image.tobytes()) for image in images]
+def _any_jpeg(columns: Iterable[Column]) -> bool:
+    return any(bytes(data[:3]) == JPEG_MAGIC for column in columns for data in column)
+
+
+def _nbytes(column: Column) -> int:
+    known = getattr(column, "nbytes", None)
+    return int(known) if known is not None else sum(len(data) for data in column)
+
+
+def _repetitions(hashes: Mapping[str, list[bytes]]) -> dict[str, int]:
+    """How many test images training sees too."""
+    training = {h for split, found in hashes.items() if split != "test" for h in found}
+    return {"test_images_also_in_trainval": sum(h in training for h in hashes["test"])}
+
+
+def _write_column(folder: Path, stem: str, column: Column) -> list[bytes]:
+    """Write one column; return a hash per example, to find images that occur in two splits."""
+    if isinstance(column, np.ndarray):
+        write_array(folder / f"{stem}.npy", column)
+        return [hash_image(row.tobytes()) for row in column] if column.ndim > 2 else []
     hashes, offsets = [], [0]
-    with durable(folder / f"{split}_images.bin") as file:
-        for data in images:
+    with durable(folder / f"{stem}.bin") as file:
+        for data in column:
             file.write(data)
             offsets.append(offsets[-1] + len(data))
             hashes.append(hash_image(data))
-    write_array(folder / f"{split}_offsets.npy", np.asarray(offsets, dtype=np.int64))
+    write_array(folder / f"{stem}_offsets.npy", np.asarray(offsets, dtype=np.int64))
     return hashes
 
 
 def _require_replaceable(folder: Path) -> None:
     """Refuse to replace a folder that holds anything but prepared data."""
-    ours = {MANIFEST} | {
-        f"{split}_{kind}" for split in STORED
-        for kind in ("images.npy", "images.bin", "offsets.npy", "labels.npy")
-    }  # fmt: skip
     if not folder.exists():
         return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another folder or move it away.")
     for path in sorted(folder.iterdir()):
-        if path.name not in ours and not path.name.startswith(".snakemake"):
+        ours = path.name in (MANIFEST, SEALED) or path.name.startswith(
+            tuple(f"{split}_" for split in (*STORED, "train800", "val200"))
+        )
+        if not ours and not path.name.startswith(".snakemake"):
             raise UserError(
                 f"{folder} holds {path.name}, which is not prepared data: "
                 "choose another folder or move it away."

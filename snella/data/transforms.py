@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,56 +20,31 @@ from torch.utils.data import Dataset
 
 from snella.data.epoch import epoch_order, lazy_images
 from snella.data.images import ArrayImages, JoinedImages
-from snella.errors import UserError, unknown
+from snella.data.pixels import PixelSettings
+from snella.errors import UserError
 
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-RESIZES = ("square", "shorter-side", "none")
-INTERPOLATIONS = ("bilinear", "bicubic")
-AUGMENTATIONS = ("none", "flip", "random-resized-crop", "timm")
-PIXELS = ("as-is", "community-jpeg")
-
 MATERIALISE_BYTES = 1 << 29
 
 
-class PixelSettings(Protocol):
-    """The part of a protocol that this module reads."""
-
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def resize(self) -> str: ...
-    @property
-    def resize_size(self) -> int | None: ...
-    @property
-    def interpolation(self) -> str: ...
-    @property
-    def normalisation(self) -> str: ...
-    @property
-    def augmentation(self) -> str: ...
-    @property
-    def pixels(self) -> str: ...
-
-
-def eval_transform(protocol: PixelSettings, *, jpeg: bool = False) -> Transform:
+def eval_transform(settings: PixelSettings, *, jpeg: bool = False) -> Transform:
     """The deterministic transform for evaluation: resize, then a centre crop.
 
     Args:
-        protocol: `resize` "square" ignores the aspect ratio, "shorter-side" keeps it, both go to
+        settings: `resize` "square" ignores the aspect ratio, "shorter-side" keeps it, both go to
             `resize_size` (absent: `image_size`); "none" takes images of `image_size` as they are.
             `pixels` "community-jpeg" encodes lossless images as JPEG first.
         jpeg: the stored pixels went through JPEG already (`Prepared.jpeg`) and must not again.
 
-    Raises:
-        UserError: an unknown setting, or a crop larger than the resized image.
     """
-    return _transform(protocol, "none", jpeg)
+    return _transform(settings, "none", jpeg)
 
 
-def train_transform(protocol: PixelSettings, *, jpeg: bool = False) -> Transform:
+def train_transform(settings: PixelSettings, *, jpeg: bool = False) -> Transform:
     """The transform for training, uint8 (H, W, 3) to uint8 (3, S, S).
 
     `augmentation` is one of
@@ -79,29 +54,17 @@ def train_transform(protocol: PixelSettings, *, jpeg: bool = False) -> Transform
     - "timm": that and colour jitter 0.4, timm's default (SPT, SNELL, SNELLA on FGVC).
     Random resized crops are bicubic in all of these, whatever `interpolation` says for evaluation.
     """
-    return _transform(protocol, protocol.augmentation, jpeg)
+    return _transform(settings, settings.augmentation, jpeg)
 
 
-def _transform(protocol: PixelSettings, augmentation: str, jpeg: bool) -> Transform:
-    for kind, name, known in (
-        ("resize", protocol.resize, RESIZES),
-        ("interpolation", protocol.interpolation, INTERPOLATIONS),
-        ("augmentation", augmentation, AUGMENTATIONS),
-        ("pixels", protocol.pixels, PIXELS),
-    ):
-        if name not in known:
-            raise unknown(kind, name, known)
-    resize_size = protocol.resize_size or protocol.image_size
-    if resize_size < protocol.image_size:
-        raise UserError(
-            f"Protocol: resize_size {resize_size} is smaller than image_size {protocol.image_size}."
-        )
-    reencode = protocol.pixels == "community-jpeg" and not jpeg
+def _transform(settings: PixelSettings, augmentation: str, jpeg: bool) -> Transform:
+    resize_size = settings.resize_size or settings.image_size
+    reencode = settings.pixels == "community-jpeg" and not jpeg
     return Transform(
-        protocol.image_size,
-        protocol.resize,
+        settings.image_size,
+        settings.resize,
         resize_size,
-        protocol.interpolation,
+        settings.interpolation,
         augmentation,
         reencode,
     )
@@ -181,11 +144,9 @@ def community_jpeg(image: np.ndarray) -> np.ndarray:
     return np.array(Image.open(buffer))
 
 
-def normalise(batch: Tensor, protocol: PixelSettings) -> Tensor:
+def normalise(batch: Tensor, settings: PixelSettings) -> Tensor:
     """Normalise a batch uint8 (B, 3, H, W) to float32 `(x / 255 - mean) / std`, on its device."""
-    if protocol.normalisation not in NORMALISATIONS:
-        raise unknown("normalisation", protocol.normalisation, NORMALISATIONS)
-    mean, std = _constants(protocol.normalisation, batch.device)
+    mean, std = _constants(settings.normalisation, batch.device)
     return batch.to(torch.float32).div(255).sub_(mean).div_(std)
 
 

@@ -2,58 +2,78 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
-from snella.errors import UserError, unknown
-from snella.suite.config import Config, DatasetEntry
+from snella.errors import unknown
+from snella.files import digest_json, write_json
+from snella.runs.identity import prepare_key
+from snella.suite.config import Config
 from snella.suite.plan import prepared_folder
+from snella.tasks import find_task
+from snella.tasks.base import DatasetSpec
 
 
 def prepare_dataset(config: Config, name: str, *, missing_only: bool = False) -> Path:
     """Read or render the data set ``name``, check it, and write its prepared folder.
 
+    With ``missing_only`` nothing is done while the entry, the files behind it and the code that
+    reads them are those that the folder was prepared from.
     Raises :class:`~snella.errors.UserError` if it is unknown, not configured or damaged.
     """
     if name not in config.datasets:
         raise unknown("data set", name, config.datasets)
     folder = prepared_folder(config, name)
-    if missing_only and (folder / "manifest.json").exists():
+    spec = config.datasets[name]
+    origin = origin_of(config, name)
+    mark = folder.with_name(f".{name}.origin.json")
+    if missing_only and (folder / "manifest.json").exists() and _read(mark) == origin:
         return folder
-    entry = config.datasets[name]
-    if entry.kind == "quick":
-        _prepare_quick(name, folder)
-    else:
-        _prepare_folder(name, entry, folder)
+    find_task(spec.task, config.tasks).prepare(name, spec, folder)
+    write_json(mark, origin)
     return folder
 
 
-def _prepare_quick(name: str, folder: Path) -> None:
-    from snella.data.prepared import write_prepared
-    from snella.quick import tasks as quick
-
-    if name not in quick.QUICK:
-        raise unknown("quick data set", name, quick.QUICK)
-    task = quick.QUICK[name]
-    info = {
-        "name": name,
-        "source": task.source,
-        "description": task.description,
-        "licence": task.licence,
-        "num_classes": task.num_classes,
-        "class_names": list(task.class_names),
-        "demo": True,
+def origin_of(config: Config, name: str) -> dict[str, Any]:
+    """What a prepared folder is made from: its entry, its files and the code."""
+    spec = config.datasets[name]
+    info = find_task(spec.task, config.tasks)
+    return {
+        "entry": spec.model_dump(mode="json", exclude={"label"}),
+        "files": source_stamp(spec, info.sources(spec)),
+        "code": prepare_key(info),
     }
-    write_prepared(folder, quick.make(name), info=info)
 
 
-def _prepare_folder(name: str, entry: DatasetEntry, folder: Path) -> None:
-    from snella.data.folder import read_folder
-    from snella.data.prepared import write_prepared
+def source_stamp(spec: DatasetSpec, named: list[Path]) -> str:
+    """A digest over names, sizes and times of a data set's files: an image replaced is noticed."""
+    seen = [(p.as_posix(), *_stat(p)) for p in named]
+    if spec.path is not None and Path(spec.path).is_dir():
+        seen += sorted(_walk(Path(spec.path)))
+    return digest_json(seen)
 
-    if entry.path is None:
-        raise UserError(
-            f"Data set {name!r} has no folder; set `datasets.{name}.path` in the configuration "
-            "to a folder in the VTAB-1k layout (docs/data.md)."
-        )
-    splits, info = read_folder(Path(entry.path), name, entry.num_classes)
-    write_prepared(folder, splits, info=info)
+
+def _walk(folder: Path) -> list[tuple[str, int, int]]:
+    found: list[tuple[str, int, int]] = []
+    for root, _, files in os.walk(folder):
+        for name in files:
+            path = Path(root) / name
+            found.append((path.relative_to(folder).as_posix(), *_stat(path)))
+    return found
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return (-1, -1)
+    return found.st_size, found.st_mtime_ns
+
+
+def _read(mark: Path) -> Any:
+    try:
+        return json.loads(mark.read_text())
+    except (OSError, ValueError):
+        return None

@@ -29,6 +29,7 @@ def show(config: Config, name: str) -> None:
 
 
 def _material(config: Config, name: str) -> tuple[Any, SuiteInfo, Mapping[str, str], list[Any]]:
+    config = plan.for_table(config, name)
     groups = plan.table_methods(config, name)
     labels = {
         method: config.methods[method].label or method
@@ -36,7 +37,7 @@ def _material(config: Config, name: str) -> tuple[Any, SuiteInfo, Mapping[str, s
         for method in methods
     }
     records = [
-        read_record(run.folder) or Missing(run.method, run.dataset, run.seed)
+        read_record(run.folder) or Missing(run.method.name, run.dataset.name, run.seed)
         for run in plan.table_runs(config, name)
     ]
     return parse_spec(name, config.tables[name]), _suite_info(config), labels, records

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +29,8 @@ IDLE_SECONDS = 20
 START_SECONDS = 90
 PRELOAD = ("torch", "timm", "peft", "snella.runs.execute")
 MESSAGE_BYTES = 2**20
+Command = Callable[[list[str]], int]
+"""Runs the arguments of ``snella`` and returns the exit status."""
 
 
 def available() -> bool:
@@ -83,7 +86,7 @@ def _start() -> socket.socket | None:
     """Start the server unless somebody else just did, and wait until it listens."""
     null = subprocess.DEVNULL
     server = subprocess.Popen(
-        [sys.executable, "-m", "snella.jobs.worker"],
+        [sys.executable, "-m", "snella.cli", "worker"],
         stdin=null,
         stdout=null,
         stderr=null,
@@ -100,8 +103,8 @@ def _start() -> socket.socket | None:
     return None
 
 
-def serve() -> None:
-    """Listen until idle; one forked child per connection."""
+def serve(command: Command) -> None:
+    """Listen until idle; ``command`` runs in one forked child per connection."""
     address = _address()
     with open(address.with_suffix(".lock"), "w") as lock:
         try:
@@ -115,12 +118,12 @@ def serve() -> None:
             listener.bind(str(address))
             listener.listen(64)
             try:
-                _loop(listener)
+                _loop(listener, command)
             finally:
                 address.unlink(missing_ok=True)
 
 
-def _loop(listener: socket.socket) -> None:
+def _loop(listener: socket.socket, command: Command) -> None:
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     children: dict[int, socket.socket] = {}
@@ -129,7 +132,7 @@ def _loop(listener: socket.socket) -> None:
         for key, _ in selector.select(timeout=0.1):
             if key.fileobj is listener:
                 connection, _ = listener.accept()
-                child = _fork(connection, listener)
+                child = _fork(connection, listener, command)
                 children[child] = connection
                 selector.register(connection, selectors.EVENT_READ, child)
             elif _has_gone(children[key.data]):  # end the client's job, gently
@@ -159,14 +162,14 @@ def _has_gone(connection: socket.socket) -> bool:
         return True
 
 
-def _fork(connection: socket.socket, listener: socket.socket) -> int:
+def _fork(connection: socket.socket, listener: socket.socket, command: Command) -> int:
     child = os.fork()
     if child:
         return child
     status = 1
     try:
         listener.close()
-        _become_job(connection)
+        _become_job(connection, command)
     except SystemExit as exit_:
         status = exit_.code if isinstance(exit_.code, int) else 1
     except BaseException:
@@ -177,7 +180,7 @@ def _fork(connection: socket.socket, listener: socket.socket) -> int:
         os._exit(status)
 
 
-def _become_job(connection: socket.socket) -> NoReturn:
+def _become_job(connection: socket.socket, command: Command) -> NoReturn:
     """Take over the client's directory, environment and output, and run its command."""
     header, streams, _, _ = socket.recv_fds(connection, 8, 2)
     size = int.from_bytes(header, "big")
@@ -192,11 +195,4 @@ def _become_job(connection: socket.socket) -> NoReturn:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.argv = ["snella", *request["arguments"]]
-
-    from snella.cli import main
-
-    raise SystemExit(main(request["arguments"]))
-
-
-if __name__ == "__main__":
-    serve()
+    raise SystemExit(command(request["arguments"]))

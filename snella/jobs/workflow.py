@@ -9,91 +9,116 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from snella.errors import UserError
+from snella.jobs.prepare import origin_of
+from snella.runs.identity import evaluation_key, training_key
+from snella.runs.run import Run
 from snella.suite import config as configuration
 from snella.suite import plan
 from snella.suite.config import Config
+
+Answer = TypeVar("Answer")
+
+
+def _user(call: Callable[[], Answer]) -> Answer:
+    """Turn a user's mistake into the error that Snakemake prints as one line."""
+    from snakemake.exceptions import WorkflowError
+
+    try:
+        return call()
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
 
 
 class WorkflowPlan:
     """The plan of a configuration, indexed by the paths that Snakemake knows."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, overlay: dict[str, Any]) -> None:
         self.config = config
+        self.overlay = json.dumps(overlay, sort_keys=True)
         self.runs = {run.record.as_posix(): run for run in plan.plan(config)}
         self.warm = "--warm" if config.warm_workers else ""
+        self._origin = cache(lambda name: json.dumps(origin_of(config, name), sort_keys=True))
 
     @classmethod
     def from_snakemake(cls, config: dict[str, Any]) -> WorkflowPlan:
         """Build from Snakemake's merged configuration; a user's mistake ends it with status 2."""
         try:
-            return cls(configuration.merge(dict(config), configuration.DEFAULT, {}))
+            return cls(configuration.merge(dict(config), configuration.DEFAULT, {}), dict(config))
         except UserError as error:
             sys.stderr.write(f"snella: {error}\n")
             raise SystemExit(2) from None
 
-    def run(self, wildcards: Any) -> plan.Run:
-        """The run of a train job."""
+    def run(self, wildcards: Any) -> Run:
+        """The run of a train job, of any configured suite."""
         folder = Path(self.config.results) / "runs" / wildcards.suite / wildcards.backbone
         folder = folder / wildcards.dataset / wildcards.method / f"seed{wildcards.seed}"
         key = (folder / "record.json").as_posix()
         if key not in self.runs:
-            self.runs[key] = self._outside(wildcards)
+            self.runs[key] = _user(lambda: self._of_suite(wildcards))
         return self.runs[key]
 
-    def _outside(self, wildcards: Any) -> plan.Run:
-        from snakemake.exceptions import WorkflowError
-
-        suite = self.config.suite
-        if (wildcards.suite, wildcards.backbone) != (
-            suite,
-            plan.current_suite(self.config).backbone,
-        ):
-            raise WorkflowError(
-                f"Suite {suite!r} is configured; for {wildcards.suite}/{wildcards.backbone} use "
-                f"--config suite={wildcards.suite}."
+    def _of_suite(self, wildcards: Any) -> Run:
+        config = plan.with_suite(self.config, wildcards.suite)
+        run = plan.resolve(config, wildcards.method, wildcards.dataset, int(wildcards.seed))
+        if run.backbone.name != wildcards.backbone:
+            raise UserError(
+                f"Suite {wildcards.suite!r} has backbone {run.backbone.name}, "
+                f"not {wildcards.backbone}."
             )
-        try:
-            return plan.resolve(
-                self.config, wildcards.method, wildcards.dataset, int(wildcards.seed)
-            )
-        except UserError as error:
-            raise WorkflowError(str(error)) from None
+        return run
 
     def settings(self, wildcards: Any) -> str:
-        """The run's resolved settings, canonical JSON: what makes it stale when changed."""
-        return self.run(wildcards).json
+        """The run's resolved settings, canonical JSON."""
+        return self.run(wildcards).to_json()
 
-    def folder(self, wildcards: Any) -> str:
-        """The run's folder."""
-        return self.run(wildcards).folder.as_posix()
+    def code(self, wildcards: Any) -> str:
+        """The code and libraries that train and score the run: what makes it stale when changed."""
+        run = self.run(wildcards)
+        keys = _user(lambda: [training_key(run), evaluation_key(run)])
+        return json.dumps(keys, sort_keys=True)
 
-    def method_file(self, wildcards: Any) -> str:
-        """The method's source file."""
-        return self.run(wildcards).settings["method"]["file"]
+    def training_code(self, wildcards: Any) -> str:
+        """The code and libraries that train the run."""
+        key = _user(lambda: training_key(self.run(wildcards)))
+        return json.dumps(key, sort_keys=True)
+
+    def training(self, wildcards: Any) -> list[str]:
+        """The finished training, where scoring is a job of its own."""
+        run = self.run(wildcards)
+        return [f"{run.folder.as_posix()}/training.json"] if run.task.expensive_scoring else []
 
     def backbone_file(self, wildcards: Any) -> list[str]:
         """The backbone's weights, if they are a file."""
-        file = self.run(wildcards).settings["backbone"]["file"]
-        return [file] if file else []
+        file = self.run(wildcards).backbone.file
+        return [file] if file and Path(file).is_file() else []
 
-    def data_folder(self, wildcards: Any, output: Any) -> str:
-        """The data folder that a prepared manifest lies in."""
-        return Path(output[0]).parents[2].as_posix()
+    def method_file(self, wildcards: Any) -> str:
+        """The method's source file, for reports; what counts of it is in :meth:`code`."""
+        return self.run(wildcards).method.file
 
-    def dataset_entry(self, wildcards: Any) -> str:
-        """A data set's entry, canonical JSON."""
-        return json.dumps(self.config.datasets[wildcards.dataset].model_dump(), sort_keys=True)
+    def threads(self, wildcards: Any) -> int:
+        """CPU threads of a run, from its protocol."""
+        return self.run(wildcards).protocol.threads
 
-    def source_lists(self, wildcards: Any) -> list[str]:
-        """The split lists of a folder data set, so that a changed list is noticed."""
-        entry = self.config.datasets.get(wildcards.dataset)
-        if entry is None or entry.kind != "folder" or entry.path is None:
-            return []
-        return [path.as_posix() for path in sorted(Path(entry.path).glob("*.txt"))]
+    def dataset_overlay(self, wildcards: Any) -> str:
+        """A configuration with one data set's entry: all that preparing it needs."""
+        entry = self.config.datasets[wildcards.dataset].model_dump(mode="json")
+        content = {
+            "data": self.config.data,
+            "tasks": self.config.tasks,
+            "datasets": {wildcards.dataset: entry},
+        }
+        return json.dumps(content, sort_keys=True)
+
+    def dataset_origin(self, wildcards: Any) -> str:
+        """What a prepared folder is made from; an image replaced under its list changes it."""
+        return str(_user(lambda: self._origin(wildcards.dataset)))
 
     def table_records(self, wildcards: Any) -> list[str]:
         """The records a table needs; none are demanded with ``allow_missing``."""
@@ -103,24 +128,31 @@ class WorkflowPlan:
 
     def table_content(self, wildcards: Any) -> str:
         """What a table shows besides its records, and with ``allow_missing`` which there are."""
+        config = _user(lambda: plan.for_table(self.config, wildcards.table))
         content: dict[str, Any] = {
-            "spec": self.config.tables[wildcards.table],
-            "suite": plan.current_suite(self.config).model_dump(),
-            "labels": {name: row.label for name, row in self.config.methods.items()},
+            "spec": config.tables[wildcards.table],
+            "suite": plan.current_suite(config).model_dump(mode="json"),
+            "name": config.suite,
+            "labels": {name: row.label for name, row in config.methods.items()},
+            "code": _report_code(),
         }
-        if self.config.allow_missing:
+        if config.allow_missing:
             content["records"] = [
                 f"{path}@{os.stat(path).st_mtime_ns}"
                 for run in self._table_runs(wildcards)
-                for path in (run.record, run.folder / "failure.json")
+                for path in (run.record, run.folder / "finished.json", run.folder / "failure.json")
                 if path.exists()
             ]
         return json.dumps(content, sort_keys=True)
 
-    def _table_runs(self, wildcards: Any) -> list[plan.Run]:
-        from snakemake.exceptions import WorkflowError
+    def _table_runs(self, wildcards: Any) -> list[Run]:
+        return _user(lambda: plan.table_runs(self.config, wildcards.table))
 
-        try:
-            return plan.table_runs(self.config, wildcards.table)
-        except UserError as error:
-            raise WorkflowError(str(error)) from None
+
+@cache
+def _report_code() -> str:
+    """The digest of all that writes tables, published numbers included."""
+    from snella.files import digest_tree
+    from snella.runs.identity import PACKAGE
+
+    return digest_tree(PACKAGE / "report")

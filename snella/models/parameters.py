@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snella.models.families import head
+from snella.models.families import blocks, head
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -54,3 +55,22 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Recompute each block's activations in backward instead of keeping them, in place."""
+    for block in blocks(model):
+        _checkpoint(block)
+
+
+def _checkpoint(block: nn.Module) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    forward = block.forward
+
+    def recomputed(*inputs: Any, **named: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            return forward(*inputs, **named)
+        return checkpoint(forward, *inputs, use_reentrant=False, **named)
+
+    block.forward = recomputed  # type: ignore[method-assign]

@@ -93,9 +93,9 @@ def digit_images(rng: np.random.Generator, scans: Images) -> Images:
 # ---------------------------------------------------------------------------- disjoint regions
 
 BLOCKS = (
-    ("train800", "test", "train800"),
-    ("train800", "val200", "test"),
-    ("test", "train800", "train800"),
+    ("train", "test", "train"),
+    ("train", "val", "test"),
+    ("test", "train", "train"),
 )
 
 

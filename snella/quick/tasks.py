@@ -1,6 +1,6 @@
 """The quick suite: seven small tasks from bundled photographs and scans or rendered by formula.
 
-Every task has 32 × 32 RGB images in three splits, `train800`, `val200` and `test` (500 images),
+Every task has 32 × 32 RGB images in three splits, `train` (800), `val` (200), `test` (500),
 balanced over its classes (digits nearly), made without any download from one seed per task. Real
 pixels: digits (scans, set on rendered grounds), photos, retina (one eye, cut into overlapping
 windows; its labels are computed by a formula, not by a physician). Rendered: count, orientation,
@@ -26,7 +26,7 @@ Group = Literal["natural", "specialised", "structured", "fgvc"]
 
 Builder = Callable[[np.random.Generator, "QuickTask"], dict[str, Split]]
 
-SPLITS = {"train800": 800, "val200": 200, "test": 500}
+SPLITS = {"train": 800, "val": 200, "test": 500}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from snella.errors import UserError
-from snella.records import SCHEMA, STATUSES
+from snella.records import READABLE, STATUSES
 from snella.report.metrics import Quantity
 
 Record = Mapping[str, Any]
@@ -189,11 +189,11 @@ def _key(run: Record | Missing) -> tuple[str, str, int]:
     if isinstance(run, Missing):
         return run.method, run.dataset, run.seed
     name = run.get("run", {})
-    if run.get("schema") != SCHEMA:
+    if run.get("schema") not in READABLE:
         raise UserError(
             f"The record of {name.get('method')} on {name.get('dataset')}, seed "
-            f"{name.get('seed')}, has schema {run.get('schema')}, this version reads schema "
-            f"{SCHEMA}; delete the file and rerun the run."
+            f"{name.get('seed')}, has schema {run.get('schema')}, this version reads schemas "
+            f"{READABLE}; delete the file and rerun the run."
         )
     return name["method"], name["dataset"], int(name["seed"])
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from snella.errors import UserError
-from snella.suite.config import validate
+from snella.validation import validate
 
 MeanKind = Literal["tasks", "groups"]
 

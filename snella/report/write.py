@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from snella.records import atomic
+from snella.files import atomic
 from snella.report.cells import Missing, Record
 from snella.report.delimited import Value, tidy, to_csv, versus_csv, wide
 from snella.report.grid import Grid, table_grid

@@ -1,38 +1,86 @@
-"""Scoring: the only module that reads test targets, and it never sees a model.
+"""Scoring: predictions on disk meet the sealed targets; no model is ever seen here.
 
-Training hands over predictions; here they meet the targets, under every selection rule that
-the run allows, so that one record shows how much looking at the test set adds.
+Each look at the model left its predictions in a folder. All are scored, under every selection rule
+that the run allows, so that one record shows how much looking at the test set adds.
 """
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from snella.data.prepared import test_labels
+from snella.data.prepared import Prepared
+from snella.errors import UserError
+from snella.files import atomic
+from snella.runs.run import Run
+from snella.tasks.base import Metric, Score
 
-Predictions = dict[str, dict[int, np.ndarray]]
+SCORES = "scores.npz"
+Scores = dict[str, Score]
 
 
-def score_run(
-    task: Any, predictions: Predictions, folder: Path, val_targets: np.ndarray | None
-) -> dict[str, dict[str, float]]:
-    """Metrics under each selection: ``last``, ``best-test`` and, with ``val_targets``, ``val``.
+@dataclass
+class Evaluation:
+    """Metrics, and their spread over groups, by selection rule; scores per example by name."""
 
-    ``task`` gives ``score`` and the primary ``metric``; ``predictions[split][epoch]`` are a
-    split's predictions after an epoch; ``folder`` is the prepared data set. The earliest of
-    equally good epochs is taken.
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    groups: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    per_example: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def evaluate(run: Run, data: Prepared, looks: Mapping[int, Mapping[str, Path]]) -> Evaluation:
+    """Score predictions: ``looks[epoch][split]`` is a folder of them, split "test" and maybe "val".
+
+    The earliest of equally good epochs is taken.
+    Raises :class:`~snella.errors.UserError` for predictions that are missing or do not fit.
     """
-    targets = test_labels(folder)
-    test = {epoch: task.score(found, targets) for epoch, found in predictions["test"].items()}
-    chosen = {"last": max(test), "best-test": _best(test, task.metric)}
-    if val_targets is not None:
-        val = {e: task.score(found, val_targets) for e, found in predictions["val200"].items()}
-        chosen["val"] = _best(val, task.metric)
-    return {rule: {"epoch": epoch, **test[epoch]} for rule, epoch in chosen.items()}
+    info = run.task
+    scorer = info.scorer_class()(data, run.task_settings)
+
+    def score(folder: Path, split: str) -> Scores:
+        if not folder.is_dir():
+            raise UserError(f"There are no predictions in {folder}; train the run again.")
+        return scorer.score(folder, split)
+
+    test = {epoch: score(folders["test"], "test") for epoch, folders in looks.items()}
+    chosen = {"last": max(test), "best-test": best(test, info.primary)}
+    if all("val" in folders for folders in looks.values()):
+        val = {epoch: score(folders["val"], "val") for epoch, folders in looks.items()}
+        chosen["val"] = best(val, info.primary)
+    found = Evaluation()
+    for rule, epoch in chosen.items():
+        _take(found, rule, epoch, test[epoch])
+    return found
 
 
-def _best(scores: dict[int, dict[str, float]], metric: str) -> int:
-    return max(sorted(scores), key=lambda epoch: scores[epoch][metric])
+def best(scores: Mapping[int, Scores], metric: Metric) -> int:
+    """The earliest epoch with the best value of ``metric``."""
+    sign = 1 if metric.higher_is_better else -1
+    return max(sorted(scores), key=lambda epoch: sign * scores[epoch][metric.name].value)
+
+
+def write_scores(folder: Path, per_example: Mapping[str, np.ndarray]) -> str | None:
+    """Write the scores per example, ``<selection>/<metric>`` (N,); return the file's name."""
+    if not per_example:
+        return None
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {k: v.astype(np.float32) for k, v in sorted(per_example.items())}
+    np.savez_compressed(buffer, **arrays)
+    with atomic(folder / SCORES) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    return SCORES
+
+
+def _take(found: Evaluation, rule: str, epoch: int, scores: Scores) -> None:
+    found.metrics[rule] = {"epoch": epoch, **{name: s.value for name, s in scores.items()}}
+    groups = {name: s.per_group for name, s in scores.items() if s.per_group}
+    if groups:
+        found.groups[rule] = groups
+    for name, score in scores.items():
+        if score.per_example is not None:
+            found.per_example[f"{rule}/{name}"] = score.per_example

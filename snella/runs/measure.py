@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,15 @@ class PeakMemory:
 
 
 @torch.inference_mode()
-def gflops(model: nn.Module, image: Tensor) -> float:
-    """Multiply-adds of one forward pass per image, in units of 10^9, as the papers count.
+def gflops(
+    model: nn.Module,
+    inputs: Any,
+    forward: Callable[[nn.Module, Any], Tensor] = lambda model, inputs: model(inputs),
+) -> float:
+    """Multiply-adds of one forward pass of one example, in units of 10^9, as the papers count.
 
-    ``image`` is (1, 3, H, W). Convolutions, linear layers and attention products are counted,
+    ``inputs`` is what ``forward`` takes besides the model, by default an image (1, 3, H, W).
+    Convolutions, linear layers and attention products are counted,
     and 5 per element of a layer norm; activations and additions are not, which is fvcore's
     convention (ViT-B/16 at 224 px: 17.58).
     """
@@ -68,8 +73,8 @@ def gflops(model: nn.Module, image: Tensor) -> float:
     norms = {torch.ops.aten.native_layer_norm: _layer_norm_flops}
     counter = FlopCounterMode(display=False, custom_mapping=norms)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        model(image)
-    return counter.get_total_flops() / 2 / 1e9 / len(image)
+        forward(model, inputs)
+    return counter.get_total_flops() / 2 / 1e9
 
 
 def _layer_norm_flops(shape: Sequence[int], *others: Any, **named: Any) -> int:

@@ -1,37 +1,47 @@
 """The one training loop: any method, any task, one protocol.
 
 Every epoch is seeded from (run seed, epoch) and ends with a checkpoint, so that a run killed
-at any moment continues from its last whole epoch to the bit-identical result.
+at any moment continues from its last whole epoch to the bit-identical result. Predictions are
+files beside the checkpoint; the trainer knows no label and no metric.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from snella.errors import Diverged, UserError
+from snella.files import atomic
 from snella.methods.base import Batch, Method, check_marked, method_file
-from snella.models.parameters import frozen_checksums, seed_everything, trainable
-from snella.records import atomic
+from snella.methods.step import train_step
+from snella.models.parameters import (
+    checkpoint_blocks,
+    frozen_checksums,
+    seed_everything,
+    trainable,
+)
 from snella.runs.measure import PeakMemory
+from snella.runs.optimizers import build_optimizer
 from snella.runs.protocol import Protocol
-from snella.suite.plan import derive_seed
-from snella.tasks import Task
+from snella.seeds import derive_seed
+from snella.tasks.base import Task
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9),
-}
 Row = dict[str, float]
+PREDICTIONS = "predictions"
+
+
+def prediction_folder(folder: Path, epoch: int, split: str) -> Path:
+    """Where a run's predictions after ``epoch`` lie."""
+    return folder / PREDICTIONS / f"epoch{epoch:04d}" / split
 
 
 @dataclass
@@ -40,30 +50,40 @@ class Progress:
 
     epoch: int = -1
     history: list[Row] = field(default_factory=list)
-    predictions: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
     peak_memory_mb: float | None = None
 
 
 class Trainer:
-    """Fit one adapted model; the result is in ``progress`` and in the model itself."""
+    """Fit one adapted model; the result is in ``progress``, in the model and in ``folder``.
+
+    ``fingerprint`` is the identity of the training: a checkpoint of another one is not resumed.
+    ``validate`` turns a folder of validation predictions into a number to report, or None.
+    """
 
     def __init__(
         self,
         method: Method,
         model: nn.Module,
         task: Task,
+        protocol: Protocol,
         seed: int,
-        checkpoint: Path,
+        folder: Path,
         fingerprint: str,
         report: Callable[[Row, int], None] = lambda row, epochs: None,
+        validate: Callable[[Path], float | None] = lambda folder: None,
     ) -> None:
-        self.method, self.model, self.task = method, model, task
-        self.protocol: Protocol = task.protocol
-        self.seed, self.checkpoint, self.fingerprint = seed, checkpoint, fingerprint
-        self.report = report
+        self.method, self.model, self.task, self.protocol = method, model, task, protocol
+        self.seed, self.folder, self.fingerprint = seed, folder, fingerprint
+        self.report, self.validate = report, validate
+        self.checkpoint = folder / "checkpoint.pt"
         self.device = next(model.parameters()).device
         self.progress = Progress()
         self.ema: dict[str, Tensor] | None = None
+        steps = task.steps(protocol.train_split)
+        self.steps = -(-steps // protocol.accumulation)
+        self.epochs = protocol.total_epochs(self.steps)
+        fp16 = protocol.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type) if fp16 else None
 
     def fit(self) -> Progress:
         """Train to the last epoch, resuming from the checkpoint if there is one.
@@ -73,31 +93,38 @@ class Trainer:
         """
         saved = self._read_checkpoint()
         if saved is None:
+            shutil.rmtree(self.folder / PREDICTIONS, ignore_errors=True)
             self._calibrate()
         else:
             self.method.load_state(self.model, saved["state"])
             self.method.load_training_state(self.model, saved["training_state"])
         check_marked(self.method, self.model)
+        if self.protocol.gradient_checkpointing:
+            checkpoint_blocks(self.model)
         frozen = frozen_checksums(self.model)
-        groups = self.method.parameter_groups(
-            self.model, self.protocol.lr, self.protocol.weight_decay
-        )
-        optimizer = OPTIMIZERS[self.protocol.optimizer](groups, lr=self.protocol.lr)
-        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
-        if self.protocol.ema_decay:
-            self.ema = {n: p.detach().clone() for n, p in trainable(self.model).items()}
+        optimizer = self._optimizer()
         if saved is None:
             self._write_checkpoint(optimizer)
         else:
             self._restore(saved, optimizer)
-        for epoch in range(self.progress.epoch + 1, self.protocol.epochs):
+        for epoch in range(self.progress.epoch + 1, self.epochs):
             self._epoch(epoch, optimizer)
             self._check_frozen(frozen)
         return self.progress
 
+    def _optimizer(self) -> torch.optim.Optimizer:
+        protocol = self.protocol
+        groups = self.method.parameter_groups(self.model, protocol.lr, protocol.weight_decay)
+        optimizer = build_optimizer(protocol.optimizer, groups, protocol.lr, protocol.momentum)
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        if protocol.ema_decay:
+            self.ema = {n: p.detach().clone() for n, p in trainable(self.model).items()}
+        return optimizer
+
     def _calibrate(self) -> None:
         seed_everything(derive_seed(self.seed, "calibration", 0))
-        batches = _Reiterable(lambda: self._on_device(self.task.train_batches(None)))
+        split = self.protocol.train_split
+        batches = _Reiterable(lambda: self._on_device(self.task.batches(split, None)))
         self.method.calibrate(self.model, batches, self.task.loss)
 
     def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
@@ -111,12 +138,14 @@ class Trainer:
         if memory.mib is not None:
             seen = self.progress.peak_memory_mb
             self.progress.peak_memory_mb = max(memory.mib, seen or 0.0)
-        if self.protocol.evaluates(epoch):
-            row |= self._evaluate(epoch)
+        if self.protocol.looks(epoch, self.epochs):
+            row |= self._predict(epoch)
         self.progress.epoch = epoch
         self.progress.history.append(row)
-        self._write_checkpoint(optimizer)
-        self.report(row, self.protocol.epochs)
+        last = epoch == self.epochs - 1
+        if last or (epoch + 1) % self.protocol.checkpoint_every == 0:
+            self._write_checkpoint(optimizer)
+        self.report(row, self.epochs)
 
     def _check_frozen(self, before: dict[str, int]) -> None:
         now = frozen_checksums(self.model)
@@ -129,14 +158,16 @@ class Trainer:
 
     def _train(self, epoch: int, seed: int, optimizer: torch.optim.Optimizer) -> Row:
         self.model.train()
-        self.method.on_epoch_start(self.model, epoch, self.protocol.epochs)
-        size = len(self.task.data.labels(self.protocol.train_split))
-        steps = -(-size // self.protocol.batch_size)
-        losses, images = [], 0
-        for step, batch in enumerate(self._on_device(self.task.train_batches(seed))):
-            self._set_lr(optimizer, epoch, step / steps)
-            losses.append(self._step(batch, optimizer))
-            images += len(next(iter(batch.values())))
+        self.method.on_epoch_start(self.model, epoch, self.epochs)
+        losses: list[Tensor] = []
+        examples = 0
+        batches = self._on_device(self.task.batches(self.protocol.train_split, seed))
+        for step, group in enumerate(_grouped(batches, self.protocol.accumulation)):
+            if epoch * self.steps + step == self.protocol.steps:
+                break
+            self._set_lr(optimizer, epoch, step / self.steps)
+            losses.append(self._step(group, optimizer))
+            examples += sum(self.task.size(batch) for batch in group)
         values = torch.stack(losses).float().cpu()
         if not values.isfinite().all():
             first = int((~values.isfinite()).nonzero()[0])
@@ -145,49 +176,51 @@ class Trainer:
             "epoch": epoch,
             "lr": optimizer.param_groups[0]["lr"],
             "loss": values.mean().item(),
-            "images": images,
+            "examples": examples,
         }
 
-    def _step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
-        with self._precision():
-            loss = self.task.loss(self.model, batch)
-            extra = self.method.auxiliary_loss(self.model, batch, self.task.loss)
-        optimizer.zero_grad(set_to_none=True)
-        (loss if extra is None else loss + extra).backward()
-        if self.protocol.clip_grad:
-            nn.utils.clip_grad_norm_(trainable(self.model).values(), self.protocol.clip_grad)
-        optimizer.step()
-        self.method.on_step_end(self.model)
+    def _step(self, batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Tensor:
+        loss = train_step(
+            self.model,
+            optimizer,
+            batches,
+            self.task.loss,
+            method=self.method,
+            precision=self._precision,
+            scaler=self.scaler,
+            clip_grad=self.protocol.clip_grad,
+        )
         if self.ema is not None:
             self._update_ema(self.ema)
-        return loss.detach()
+        return loss
 
-    def _evaluate(self, epoch: int) -> Row:
-        """Predict on val200 (unless trained on) and on the test images; time the latter."""
+    def _predict(self, epoch: int) -> Row:
+        """Predict on the validation split (unless trained on) and on the test split."""
         row: Row = {}
         with self._ema_weights(), self._precision():
             self.model.eval()
-            if self.protocol.train_split != "trainval":
-                found = self.task.predict(self.model, "val200")
-                self.progress.predictions.setdefault("val200", {})[epoch] = found
-                targets = self.task.data.labels("val200")
-                row["val"] = self.task.score(found, targets)[self.task.metric]
+            if self.protocol.train_split != "trainval" and self.task.data.has("val"):
+                folder = prediction_folder(self.folder, epoch, "val")
+                self.task.predict(self.model, "val", folder)
+                found = self.validate(folder)
+                if found is not None:
+                    row["val"] = found
             begin = time.perf_counter()
-            found = self.task.predict(self.model, "test")
-            row["test_seconds"] = time.perf_counter() - begin
-            row["test_images"] = len(found)
-            self.progress.predictions.setdefault("test", {})[epoch] = found
+            folder = prediction_folder(self.folder, epoch, "test")
+            row["predicted"] = self.task.predict(self.model, "test", folder)
+            row["predict_seconds"] = time.perf_counter() - begin
         return row
 
     def _set_lr(self, optimizer: torch.optim.Optimizer, epoch: int, progress: float) -> None:
-        factor = self.protocol.lr_factor(epoch, progress)
+        factor = self.protocol.lr_factor(epoch, progress, self.epochs)
         for group, base in zip(optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
 
-    def _precision(self) -> Any:
+    def _precision(self) -> AbstractContextManager[object]:
         if self.protocol.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        dtype = torch.bfloat16 if self.protocol.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype)
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -222,38 +255,39 @@ class Trainer:
             "state": self.method.state(self.model),
             "training_state": self.method.training_state(self.model),
             "optimizer": optimizer.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "ema": self.ema,
             "epoch": self.progress.epoch,
             "history": self.progress.history,
             "peak_memory_mb": self.progress.peak_memory_mb,
-            "predictions": {
-                split: {epoch: torch.from_numpy(found) for epoch, found in by_epoch.items()}
-                for split, by_epoch in self.progress.predictions.items()
-            },
         }
         with atomic(self.checkpoint) as path:
             torch.save(content, path)
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint of this very run; one of other settings or a damaged one is ignored."""
+        """The checkpoint of this very run; one of another identity or a damaged one is ignored."""
         if not self.checkpoint.exists():
             return None
         try:
             saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        except Exception:  # half a file after a crash of the machine: start again
+            same = saved["fingerprint"] == self.fingerprint
+        except Exception:  # half a file after a crash of the machine, or no checkpoint at all
             return None
-        return saved if saved.get("fingerprint") == self.fingerprint else None
+        return saved if same else None
 
     def _restore(self, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         optimizer.load_state_dict(saved["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(saved["scaler"])
         self.ema = saved["ema"]
-        predictions = {
-            split: {epoch: found.cpu().numpy() for epoch, found in by_epoch.items()}
-            for split, by_epoch in saved["predictions"].items()
-        }
-        self.progress = Progress(
-            saved["epoch"], saved["history"], predictions, saved["peak_memory_mb"]
-        )
+        self.progress = Progress(saved["epoch"], saved["history"], saved["peak_memory_mb"])
+
+
+def _grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """``size`` batches at a time; the last group is what is left."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
 
 
 class _Reiterable:

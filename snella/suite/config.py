@@ -9,12 +9,14 @@ the key and the closest match.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from snella.errors import UserError, unknown
+from snella.errors import UserError
+from snella.tasks.base import DatasetSpec
+from snella.validation import Strict, validate
 
 SECTIONS = ("backbones", "datasets", "methods", "protocols", "suites")
 Name = str
@@ -23,11 +25,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 """The repository this package runs from: what it ships serves calls from other directories."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class BackboneEntry(_Strict):
+class BackboneEntry(Strict):
     """A pre-trained model: timm architecture and keyword arguments, and the weights' file."""
 
     arch: str
@@ -37,17 +35,7 @@ class BackboneEntry(_Strict):
     demo: bool = False
 
 
-class DatasetEntry(_Strict):
-    """A data set: a rendered or packaged quick set, or a folder in the VTAB-1k layout."""
-
-    kind: Literal["quick", "folder"] = "folder"
-    path: str | None = None
-    num_classes: int | None = Field(None, gt=0)
-    label: str = ""
-    task: Literal["classification"] = "classification"
-
-
-class MethodEntry(_Strict):
+class MethodEntry(Strict):
     """A row: a method file (a stem in ``baselines/`` or a path), its settings and its label."""
 
     file: str = Field(description="default: the row's name")
@@ -56,7 +44,14 @@ class MethodEntry(_Strict):
     protocol: dict[str, Any] = {}
 
 
-class SuiteEntry(_Strict):
+class MethodOverride(Strict):
+    """What a suite, or a released script, says about one row."""
+
+    protocol: dict[str, Any] = {}
+    hyperparameters: dict[str, Any] = {}
+
+
+class SuiteEntry(Strict):
     """Columns, backbone, protocol and seeds; ``groups`` maps a group's name to its data sets."""
 
     title: str
@@ -68,7 +63,7 @@ class SuiteEntry(_Strict):
     base_seed: int = 0
     groups: dict[str, list[Name]]
     methods: list[Name] | None = None
-    method_overrides: dict[Name, dict[str, Any]] = {}
+    method_overrides: dict[Name, MethodOverride] = {}
 
     @property
     def datasets(self) -> list[str]:
@@ -76,22 +71,24 @@ class SuiteEntry(_Strict):
         return [name for group in self.groups.values() for name in group]
 
 
-class Config(_Strict):
+class Config(Strict):
     """The merged configuration."""
 
     suite: Name
     results: str = "results"
     data: str = "data"
     baselines: str = "baselines"
+    tasks: str = "tasks"
     allow_missing: bool = False
     warm_workers: bool = True
+    task_suites: dict[str, Name] = {}
     backbones: dict[Name, BackboneEntry]
-    datasets: dict[Name, DatasetEntry]
+    datasets: dict[Name, DatasetSpec]
     methods: dict[Name, MethodEntry]
     protocols: dict[Name, dict[str, Any]]
     suites: dict[Name, SuiteEntry]
     tables: dict[Name, dict[str, Any]]
-    released: dict[Name, dict[Name, dict[str, Any]]] = {}
+    released: dict[Name, dict[Name, MethodOverride]] = {}
 
 
 def locate(path: str) -> str:
@@ -116,7 +113,7 @@ def merge(own: dict[str, Any], path: Path, overrides: dict[str, Any]) -> Config:
         base["tables"].update(read_yaml(file))
     released = shipped / "released.yaml"
     base["released"] = read_yaml(released) if released.exists() else {}
-    merged = _overlay(_overlay(base, own), overrides)
+    merged = overlay(overlay(base, own), overrides)
     if isinstance(merged["methods"], dict):
         merged["methods"] = {name: _row(name, row) for name, row in merged["methods"].items()}
     return validate(Config, merged, str(path))
@@ -148,47 +145,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` laid over ``below``, key by key."""
     result = dict(below)
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = _overlay(result[key], value)
+            result[key] = overlay(result[key], value)
         else:
             result[key] = value
     return result
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def validate(cls: type[Model], data: dict[str, Any], where: str) -> Model:
-    """Build ``cls`` from ``data``; the first problem becomes one line naming place and remedy."""
-    try:
-        return cls.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            owner = _model_at(cls, first["loc"][:-1])
-            raise unknown(f"key in {where}:", place, _siblings(owner, place)) from error
-        if first["type"] == "missing":
-            raise UserError(f"{where}: {place} is missing.") from error
-        message = first["msg"].removeprefix("Value error, ")
-        got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise UserError(f"{where}: {place + ': ' if place else ''}{message}{got}.") from error
-
-
-def _model_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
-    """The model class that a location of a validation error points into."""
-    for part in loc:
-        field = cls.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        args = [a for a in getattr(inner, "__args__", ()) if isinstance(a, type)]
-        candidates = [a for a in (*args, inner) if isinstance(a, type)]
-        cls = next((a for a in candidates if issubclass(a, BaseModel)), cls)
-    return cls
-
-
-def _siblings(cls: type[BaseModel], place: str) -> list[str]:
-    prefix = place.rpartition(".")[0]
-    return [f"{prefix}.{name}" if prefix else name for name in cls.model_fields]

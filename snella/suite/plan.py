@@ -1,49 +1,21 @@
 """From a configuration to its list of runs: the only place where the grid is expanded.
 
-A run is (suite, backbone, data set, method, protocol, seed). Everything that moves its number
-is in its resolved settings, a plain JSON object; its identity is the hash of those settings,
-the method file's source, the backbone's weights and the data manifest.
+A run is (suite, backbone, data set, method, protocol, seed), with everything that moves its number
+resolved: :class:`~snella.runs.run.Run`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from snella.errors import UserError, unknown
 from snella.runs.protocol import Protocol
-from snella.suite.config import CHECKOUT, Config, SuiteEntry, locate, validate
-
-
-@dataclass(frozen=True)
-class Run:
-    """One cell of the grid; ``settings`` is all that the job needs to know, JSON-ready."""
-
-    suite: str
-    backbone: str
-    dataset: str
-    method: str
-    seed: int
-    settings: dict[str, Any]
-    folder: Path
-
-    @property
-    def key(self) -> str:
-        """The run's path below ``runs/``."""
-        return f"{self.suite}/{self.backbone}/{self.dataset}/{self.method}/seed{self.seed}"
-
-    @property
-    def record(self) -> Path:
-        """Where the run's record lies once it is done."""
-        return self.folder / "record.json"
-
-    @property
-    def json(self) -> str:
-        """The settings as canonical JSON: what decides whether a run is stale."""
-        return json.dumps(self.settings, sort_keys=True)
+from snella.runs.run import Dataset, MethodChoice, Run
+from snella.suite.config import CHECKOUT, Config, MethodOverride, SuiteEntry, locate
+from snella.tasks import find_task
+from snella.tasks.base import Backbone
+from snella.validation import validate
 
 
 def plan(
@@ -82,64 +54,64 @@ def suite_methods(config: Config) -> list[str]:
 
 
 def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
-    """All settings of one run: protocol preset, then suite, method and data set on top."""
+    """All settings of one run: protocol preset < row < suite < the suite's word on the row."""
     suite = current_suite(config)
     row = _look_up("method", method, config.methods)
     data = _look_up("data set", dataset, config.datasets)
-    backbone = config.backbones[suite.backbone]
-    protocol, hyperparameters = _layers(config, suite, method, dataset)
-    settings = {
-        "suite": config.suite,
-        "backbone": {
-            "name": suite.backbone,
-            **backbone.model_dump(),
-            "file": backbone.file and locate(backbone.file),
-        },
-        "dataset": {
-            "name": dataset,
-            "task": data.task,
-            "prepared": (prepared_folder(config, dataset)).as_posix(),
-        },
-        "method": {
-            "name": method,
-            "file": method_path(config, row.file),
-            "hyperparameters": hyperparameters,
-        },
-        "protocol": {"name": suite.protocol, **protocol.model_dump()},
-        "base_seed": suite.base_seed,
-        "seed": seed,
-    }
-    folder = (
-        Path(config.results)
-        / "runs"
-        / config.suite
-        / suite.backbone
-        / dataset
-        / method
-        / f"seed{seed}"
+    entry = config.backbones[suite.backbone]
+    protocol, settings, hyperparameters, notes = _layers(config, suite, method, dataset)
+    return Run(
+        suite=config.suite,
+        backbone=Backbone(
+            name=suite.backbone,
+            arch=entry.arch,
+            kwargs=entry.kwargs,
+            file=entry.file and locate(entry.file),
+        ),
+        dataset=Dataset(
+            name=dataset, task=data.task, prepared=prepared_folder(config, dataset).as_posix()
+        ),
+        method=MethodChoice(
+            name=method, file=method_path(config, row.file), hyperparameters=hyperparameters
+        ),
+        protocol_name=suite.protocol,
+        protocol=protocol,
+        settings=settings,
+        base_seed=suite.base_seed,
+        seed=seed,
+        results=config.results,
+        tasks=config.tasks,
+        notes=notes,
     )
-    return Run(config.suite, suite.backbone, dataset, method, seed, settings, folder)
 
 
 def _layers(
     config: Config, suite: SuiteEntry, method: str, dataset: str
-) -> tuple[Protocol, dict[str, Any]]:
+) -> tuple[Protocol, dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """The protocol, the task's settings, the hyper-parameters, and what a reader should know."""
     row = config.methods[method]
-    values = {**config.protocols[suite.protocol], **suite.overrides, **row.protocol}
-    special = suite.method_overrides.get(method, {})
-    values.update(special.get("protocol", {}))
-    hyperparameters = {**row.hyperparameters, **special.get("hyperparameters", {})}
+    special = suite.method_overrides.get(method, MethodOverride())
+    values = {**config.protocols[suite.protocol], **row.protocol, **suite.overrides}
+    values.update(special.protocol)
+    hyperparameters = {**row.hyperparameters, **special.hyperparameters}
+    notes: tuple[str, ...] = ()
     if values.get("hyperparameters") == "released":
         released = config.released.get(method, {}).get(dataset)
         if released is None:
-            raise UserError(
-                f"Protocol {suite.protocol!r} asks for released hyper-parameters, but none are "
-                f"known for {method} on {dataset}; use `hyperparameters: fixed`."
-            )
-        values.update(released.get("protocol", {}))
-        hyperparameters.update(released.get("hyperparameters", {}))
+            notes = (f"no released settings for {method} on {dataset}: the fixed ones were used",)
+        else:
+            values.update(released.protocol)
+            hyperparameters.update(released.hyperparameters)
     where = f"protocol {suite.protocol!r} of suite {config.suite!r} for {method}"
-    return validate(Protocol, values, where), hyperparameters
+    info = find_task(config.datasets[dataset].task, config.tasks)
+    common = {k: v for k, v in values.items() if k in Protocol.model_fields}
+    own = {k: v for k, v in values.items() if k not in Protocol.model_fields}
+    for name in own:
+        if name not in info.settings.model_fields:
+            known = [*Protocol.model_fields, *info.settings.model_fields]
+            raise unknown(f"key in {where}:", name, known)
+    settings = validate(info.settings, own, where).model_dump(mode="json")
+    return validate(Protocol, common, where), settings, hyperparameters, notes
 
 
 def prepared_folder(config: Config, dataset: str) -> Path:
@@ -186,18 +158,6 @@ def find_method(config: Config, name: str) -> tuple[Path, dict[str, Any]]:
     return _look_up("method", name, {**dict.fromkeys(config.methods), **files}), {}
 
 
-def derive_seed(base_seed: int, dataset: str, repetition: int) -> int:
-    """A run's random seed. It does not depend on the method, so that methods are paired."""
-    text = f"{base_seed}/{dataset}/{repetition}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-
-
-def identity(settings_json: str, method_source: bytes, *digests: str) -> str:
-    """SHA-256 over the resolved settings, the method's source and the inputs' digests."""
-    parts = [settings_json.encode(), method_source, *(d.encode() for d in digests)]
-    return hashlib.sha256(b"\0".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
-
-
 def _look_up(kind: str, name: str, known: dict[str, Any]) -> Any:
     if name not in known:
         raise unknown(kind, name, known)
@@ -210,7 +170,8 @@ def table_methods(config: Config, table: str) -> list[tuple[str | None, list[str
     Methods that no table lists, such as one a user just added, form a last group of every
     table, so that naming a method in the configuration is enough to get its row.
     """
-    spec = _look_up("table", table, config.tables)
+    config = for_table(config, table)
+    spec = config.tables[table]
     enabled = suite_methods(config)
     listed = {
         name
@@ -228,5 +189,38 @@ def table_methods(config: Config, table: str) -> list[tuple[str | None, list[str
 
 def table_runs(config: Config, table: str) -> list[Run]:
     """All runs whose records a table shows."""
+    config = for_table(config, table)
     methods = [name for _, names in table_methods(config, table) for name in names]
     return plan(config, methods=methods)
+
+
+def with_suite(config: Config, suite: str) -> Config:
+    """The configuration with another suite chosen."""
+    _look_up("suite", suite, config.suites)
+    return config.model_copy(update={"suite": suite})
+
+
+def for_table(config: Config, table: str) -> Config:
+    """The configuration with the suite that a table shows.
+
+    That is the configured one where it is of the table's task family, and otherwise the one that
+    ``task_suites`` names for that family.
+    """
+    spec = _look_up("table", table, config.tables)
+    task = spec.get("task", "classification")
+    if suite_task(config) == task:
+        return config
+    if task not in config.task_suites:
+        raise UserError(
+            f"Table {table!r} shows {task}, suite {config.suite!r} does not; "
+            f"name a suite for it under `task_suites: {{{task}: ...}}`."
+        )
+    return with_suite(config, config.task_suites[task])
+
+
+def suite_task(config: Config) -> str:
+    """The task family of the configured suite."""
+    tasks = {config.datasets[name].task for name in current_suite(config).datasets}
+    if len(tasks) > 1:
+        raise UserError(f"Suite {config.suite!r} mixes tasks: {', '.join(sorted(tasks))}.")
+    return tasks.pop() if tasks else "classification"

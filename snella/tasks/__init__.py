@@ -1,8 +1,89 @@
-"""Task families: what a batch is, what the loss is, what is predicted and how it is scored."""
+"""Task families, discovered from the folders here and from a folder of the user's own."""
 
-from snella.tasks.base import Task
-from snella.tasks.classification import Classification
+from __future__ import annotations
 
-TASKS: dict[str, type[Task]] = {"classification": Classification}
+import importlib
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 
-__all__ = ["TASKS", "Classification", "Task"]
+from snella.errors import UserError, one_line, unknown
+from snella.tasks.base import (
+    Backbone,
+    DatasetSpec,
+    Metric,
+    Score,
+    Scorer,
+    Task,
+    TaskInfo,
+    TaskSettings,
+    Toy,
+)
+
+__all__ = [
+    "Backbone",
+    "DatasetSpec",
+    "Metric",
+    "Score",
+    "Scorer",
+    "Task",
+    "TaskInfo",
+    "TaskSettings",
+    "Toy",
+    "find_task",
+    "task_names",
+]
+
+SHIPPED = Path(__file__).parent
+
+
+def task_names(folder: str = "tasks") -> dict[str, Path]:
+    """All families by name: the package's, then those in ``folder``."""
+    return {
+        path.parent.name: path.parent
+        for root in (SHIPPED, Path(folder))
+        for path in sorted(root.glob("[a-z]*/__init__.py"))
+    }
+
+
+def find_task(name: str, folder: str = "tasks") -> TaskInfo:
+    """The description of a family.
+
+    Raises :class:`~snella.errors.UserError` if there is none or its folder does not import.
+    """
+    found = task_names(folder)
+    if name not in found:
+        raise unknown("task", name, found)
+    return _load(name, found[name].resolve())
+
+
+@cache
+def _load(name: str, path: Path) -> TaskInfo:
+    if path.parent == SHIPPED.resolve():
+        module = importlib.import_module(f"snella.tasks.{name}")
+    else:
+        module = _import_folder(name, path)
+    info = getattr(module, "TASK", None)
+    if not isinstance(info, TaskInfo):
+        raise UserError(f"{path / '__init__.py'} must define TASK, a snella.tasks.TaskInfo.")
+    return info
+
+
+def _import_folder(name: str, path: Path) -> ModuleType:
+    """Import a package outside of ours under its folder's name."""
+    if name in sys.modules:
+        return sys.modules[name]
+    file = path / "__init__.py"
+    spec = importlib.util.spec_from_file_location(
+        name, file, submodule_search_locations=[path.as_posix()]
+    )
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise UserError(f"Task folder {path} does not import: {one_line(error, file)}.") from error
+    return module

@@ -1,49 +1,194 @@
-"""The interface of a task family, so that the trainer assumes nothing about labels or logits."""
+"""The contracts of a task family: what training needs of it, and how its predictions are scored.
+
+A family is one folder. Its ``__init__.py`` describes it without torch (:class:`TaskInfo`), so that
+planning is quick; :class:`Task` is one data set under one protocol as training sees it, without
+test targets; :class:`Scorer` alone opens those, and never sees a model.
+"""
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor, nn
 
-from snella.data.prepared import Prepared
-from snella.methods.base import Batch
-from snella.runs.protocol import Protocol
+from snella.validation import Strict
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from snella.data.prepared import Prepared
+
+    Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric; with unit "%" the value is a fraction, printed times 100.
+
+    A recorded value outside ``lower`` to ``upper`` is refused.
+    """
+
+    name: str
+    title: str
+    unit: str = "%"
+    higher_is_better: bool = True
+    lower: float = 0.0
+    upper: float = 1.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric's value, by group where there are groups, and per example (N,) for statistics."""
+
+    value: float
+    per_group: dict[str, float] = field(default_factory=dict)
+    per_example: np.ndarray | None = None
+
+
+class TaskSettings(Strict):
+    """A task's own part of the protocol: plain values beside the common ones."""
+
+
+class DatasetSpec(Strict):
+    """A data set as configured; ``options`` belong to the task family, which checks them."""
+
+    kind: str = "folder"
+    path: str | None = None
+    num_classes: int | None = None
+    label: str = ""
+    task: str = "classification"
+    options: dict[str, Any] = {}
+
+
+class Backbone(Strict):
+    """A pre-trained model: architecture, its keyword arguments, and the weights' file."""
+
+    name: str
+    arch: str
+    kwargs: dict[str, Any] = {}
+    file: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What planning needs to know of a task family, without importing torch.
+
+    ``prepare`` writes a data set's prepared folder from its raw form; ``sources`` names the files
+    that make it stale; ``implementation`` and ``scorer`` are "module:class", and ``toy``
+    is "module:function", from the name of a family of backbones to a :class:`Toy`: strings, so that
+    an edit of one makes only its own stage stale. ``families`` are those that the task trains. With
+    ``expensive_scoring`` the workflow scores in a job of its own, with its own resources.
+    """
+
+    name: str
+    title: str
+    metrics: tuple[Metric, ...]
+    settings: type[TaskSettings]
+    prepare: Callable[[str, DatasetSpec, Path], Any]
+    sources: Callable[[DatasetSpec], list[Path]]
+    implementation: str
+    scorer: str
+    toy: str
+    families: tuple[str, ...]
+    expensive_scoring: bool = False
+
+    @property
+    def primary(self) -> Metric:
+        """The metric that selects epochs and that a table shows first."""
+        return self.metrics[0]
+
+    def task_class(self) -> type[Task]:
+        """The class of :class:`Task`; imports torch."""
+        found: type[Task] = _resolve(self.implementation)
+        return found
+
+    def scorer_class(self) -> type[Scorer]:
+        """The class of :class:`Scorer`."""
+        found: type[Scorer] = _resolve(self.scorer)
+        return found
+
+    def make_toy(self, family: str) -> Toy:
+        """A tiny model of ``family`` with a batch to learn by heart; imports torch."""
+        found: Toy = _resolve(self.toy)(family)
+        return found
+
+
+def _resolve(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A tiny model with one batch, its loss and its output: what ``snella check`` trains."""
+
+    model: nn.Module
+    batch: Batch
+    loss: Callable[[nn.Module, Batch], Tensor]
+    forward: Callable[[nn.Module, Batch], Tensor]
 
 
 class Task(ABC):
-    """One data set under one protocol, seen through what training and scoring need.
+    """One data set under one protocol, seen through what training needs.
 
-    A task never holds test targets: it predicts on test inputs, and the predictions are scored
-    afterwards by :mod:`snella.runs.evaluate`, which alone can read them.
+    The trainer moves batches to the device, sets the precision, accumulates gradients and writes
+    checkpoints; a task does none of this.
     """
 
-    metric: str
-    """The primary metric's name; every metric is a fraction in [0, 1], higher is better."""
-
-    def __init__(self, data: Prepared, protocol: Protocol) -> None:
-        self.data = data
-        self.protocol = protocol
+    def __init__(self, data: Prepared, settings: Any, batch_size: int) -> None:
+        self.data, self.settings, self.batch_size = data, settings, batch_size
 
     @abstractmethod
-    def build_model(self, backbone: dict[str, Any]) -> nn.Module:
-        """The pre-trained backbone with a fresh head for this task."""
+    def build_model(self, backbone: Backbone) -> nn.Module:
+        """The pre-trained model that a method adapts, with a fresh head where there is one."""
 
     @abstractmethod
-    def train_batches(self, epoch_seed: int | None) -> Any:
-        """Iterate one epoch of training batches; in file order when the seed is None."""
+    def batches(self, split: str, seed: int | None) -> Iterator[Batch]:
+        """One epoch of ``split`` in batches on the CPU; in file order when the seed is None."""
+
+    def steps(self, split: str) -> int:
+        """The number of batches of one epoch."""
+        return -(-self.data.size(split) // self.batch_size)
+
+    def size(self, batch: Batch) -> int:
+        """The number of examples in a batch."""
+        return len(next(iter(batch.values())))
+
+    @abstractmethod
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The output of the model for a batch: what merging must keep and FLOPs are counted of."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss of a batch, a scalar."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, split: str) -> np.ndarray:
-        """Predict every example of ``split`` exactly once, in order, in compact form."""
+    def predict(self, model: nn.Module, split: str, folder: Path) -> int:
+        """Predict every example of ``split`` into files of ``folder``; return their number.
 
-    @staticmethod
+        Runs in evaluation mode under the trainer's precision. What ``folder`` holds already of
+        an interrupted call is not predicted again.
+        """
+
+
+class Scorer(ABC):
+    """Scores predictions on disk; never sees a model."""
+
+    def __init__(self, data: Prepared, settings: Any) -> None:
+        self.data, self.settings = data, settings
+
     @abstractmethod
-    def score(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        """All metrics of ``predictions``, among them the primary one."""
+    def score(self, predictions: Path, split: str) -> dict[str, Score]:
+        """All metrics of the predictions in a folder, among them the primary one.
+
+        Raises :class:`~snella.errors.UserError` for predictions that do not fit the targets.
+        """
+
+    def chance(self) -> dict[str, float]:
+        """What a guess that ignores the input reaches on the test split, where that is known."""
+        return {}

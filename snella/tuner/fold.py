@@ -53,6 +53,7 @@ class Fold:
             if weight.device.type != "cpu":
                 return _fold(weight, parts)  # comparing would wait for the device
             updates, tensors = [part[0] for part in parts], [t for part in parts for t in part[1]]
+            tensors += [part[2] for part in parts if part[2] is not None]
             state = [fingerprint(weight), *tensors]
             if self.matrix is None or not self._is_right(weight, updates, state):
                 self.matrix = _fold(weight, parts)
@@ -78,6 +79,10 @@ def _equal(one: Tensor, two: Tensor) -> bool:
 
 def _fold(weight: Tensor, parts: Sequence[Part]) -> Tensor:
     folded = weight
-    for update, tensors in parts:
-        folded, _ = effective_weight(update, folded, *tensors)
+    for update, tensors, factor in parts:
+        if factor is None:
+            folded, _ = effective_weight(update, folded, *tensors)
+        else:
+            delta, _ = effective_weight(update, None, *tensors)
+            folded = folded + factor.unsqueeze(1) * delta
     return folded.to(weight.dtype)

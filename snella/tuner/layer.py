@@ -8,23 +8,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from snella.backends.update import Update
 from snella.equations import sparsify
 from snella.equations.kernels import Kernel, initial_factor
+from snella.tuner.budget import Budgets
 from snella.tuner.config import SnellaConfig
 from snella.tuner.fold import Fold
 from snella.tuner.functional import merged_weight
-from snella.tuner.watch import Watched, watch
+from snella.tuner.identity import enlarge
 
 
-class SnellaLayer(BaseTunerLayer, Watched):
+class SnellaLayer(BaseTunerLayer):
     """State of the SNELLA adapters of one linear layer, by adapter name."""
 
-    adapter_layer_names = ("snella_A", "snella_B", "snella_scalars")
+    adapter_layer_names = ("snella_A", "snella_B", "snella_scalars", "snella_gate")
     other_param_names = (
         "snella_budget",
         "settings",
@@ -33,14 +33,18 @@ class SnellaLayer(BaseTunerLayer, Watched):
         "allocators",
     )
 
-    def __init__(self, base_layer: nn.Linear, slices: int) -> None:
+    key: str  # path of the layer in the model
+    parameter: str  # name of the adapted parameter in the base layer
+
+    def __init__(self, base_layer: nn.Module, slices: int, shape: tuple[int, int]) -> None:
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.out_features, self.in_features = shape
         self.slices = slices
         self.snella_A = nn.ParameterDict()
         self.snella_B = nn.ParameterDict()
         self.snella_scalars = nn.ParameterDict()
-        self.snella_budget = BufferDict(persistent=True)
+        self.snella_gate = nn.ParameterDict()
+        self.snella_budget = Budgets()
         self.settings: dict[str, SnellaConfig] = {}
         self.kernels: dict[str, Kernel] = {}
         self.scaling: dict[str, float] = {}
@@ -59,19 +63,23 @@ class SnellaLayer(BaseTunerLayer, Watched):
         self, adapter_name: str, config: SnellaConfig, inference_mode: bool = False
     ) -> None:
         """Create a fresh adapter of this name."""
-        kernel = config.merge_kernel
+        kernel = config.kernel_of(self.key)
         self.settings[adapter_name] = config
         self.kernels[adapter_name] = kernel
         self.scaling[adapter_name] = 1.0
         self._updates.pop(adapter_name, None)
         factor_a = initial_factor(kernel, self.slices, self.in_features)
         factor_b = initial_factor(kernel, self.slices, self.out_features // self.slices)
+        # One vector, so that optimizers that decay matrices only leave the scalars alone.
+        scalars = torch.tensor(list(kernel.scalars.values()) * self.slices)
+        if config.init_weights:
+            weight = getattr(self.base_layer, self.parameter)
+            enlarge(kernel, str(config.sparsify), factor_a, factor_b, scalars, weight)
+            self.snella_gate[adapter_name] = nn.Parameter(torch.zeros(self.slices))
         self.snella_A[adapter_name] = nn.Parameter(factor_a)
         self.snella_B[adapter_name] = nn.Parameter(factor_b)
         if kernel.scalars:
-            # One vector, so that optimizers that decay matrices only leave the scalars alone.
-            values = torch.tensor(list(kernel.scalars.values()) * self.slices)
-            self.snella_scalars[adapter_name] = nn.Parameter(values)
+            self.snella_scalars[adapter_name] = nn.Parameter(scalars)
         budget = sparsify.budget_from_sparsity(
             config.sparsity_at_start, self.slice_size, str(config.budget_rule)
         )
@@ -85,13 +93,19 @@ class SnellaLayer(BaseTunerLayer, Watched):
             budget = [min(b, self.slice_size - 1) for b in budget]
         self.snella_budget[adapter_name].copy_(torch.tensor(budget))
 
-    def hook_called(self) -> None:
-        """Note that training calls the hooks."""
-        self.unseen_steps = 0
-
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The sparse update S, shape (out, in), differentiable; in the adapter's own precision."""
-        return merged_weight(None, *self._tensors(adapter_name), self._update(adapter_name))
+        delta = merged_weight(None, *self._tensors(adapter_name), self._update(adapter_name))
+        gate = self._gate(adapter_name)
+        return delta if gate is None else delta * self._per_output(gate).unsqueeze(1)
+
+    def _gate(self, adapter_name: str) -> Tensor | None:
+        """The learned factor on S of every slice, of adapters that start at the identity."""
+        return self.snella_gate[adapter_name] if adapter_name in self.snella_gate else None
+
+    def _per_output(self, values: Tensor) -> Tensor:
+        """(slices,) to (out,)."""
+        return values.repeat_interleave(self.out_features // self.slices)
 
     def _tensors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A, B, scalars and budgets."""
@@ -115,10 +129,10 @@ class SnellaLayer(BaseTunerLayer, Watched):
         return update
 
     def _watch(self, adapter_name: str) -> None:
-        """Notice steps on a trained adapter whose allocation nobody calls."""
-        a = self.snella_A[adapter_name]
-        if a.requires_grad and self.settings[adapter_name].allocation:
-            watch(a, self)
+        """Note a forward pass in training, for an adapter whose allocation needs the hooks."""
+        factor, allocator = self.snella_A[adapter_name], self.allocators.get(adapter_name)
+        if allocator is not None and allocator.config.allocation and factor.requires_grad:
+            allocator.watch.on_forward(factor)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the update by ``scale`` (1 is as trained)."""

@@ -1,6 +1,6 @@
+# The origin is the data set's entry, the names, sizes and times of its files, and the code that
+# reads them: a list edited or an image replaced is noticed.
 rule prepare:
-    input:
-        PLAN.source_lists,
     output:
         "<data>/prepared/{dataset}/manifest.json",
     log:
@@ -10,9 +10,8 @@ rule prepare:
     conda:
         "../../envs/environment.yaml"
     params:
-        entry=PLAN.dataset_entry,
-        data=PLAN.data_folder,
+        overlay=PLAN.dataset_overlay,
+        origin=PLAN.dataset_origin,
     shell:
-        "snella prepare {wildcards.dataset:q} --config data={params.data:q}"
-        " datasets.{wildcards.dataset}={params.entry:q} > {log:q} 2>&1"
+        "snella prepare {wildcards.dataset:q} --overlay {params.overlay:q} > {log:q} 2>&1"
         " || {{ tail -n 1 {log:q} >&2; exit 1; }}"

@@ -15,9 +15,11 @@ rule table:
     conda:
         "../../envs/environment.yaml"
     params:
+        overlay=PLAN.overlay,
         content=PLAN.table_content,
-    script:
-        "../scripts/table.py"
+    shell:
+        "snella table {wildcards.table:q} --overlay {params.overlay:q} > {log:q} 2>&1"
+        " || {{ tail -n 1 {log:q} >&2; exit 1; }}"
 
 
 rule pdf:

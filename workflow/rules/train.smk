@@ -1,26 +1,50 @@
-# One job is one run. The settings are the run's own resolved configuration, so that an edit of
-# the configuration makes stale only the runs it concerns; the method's file and the backbone
-# are inputs, compared by content.
+# One job is one run. Its settings and the digest of the code that trains and scores it are
+# parameters, so that an edit makes stale only the runs whose number it can move; data and
+# weights are inputs, compared by content. A job does what is missing: a finished training is only
+# scored. Where scoring needs resources of its own, training is the job of the second rule.
+rule run:
+    input:
+        manifest="<data>/prepared/{dataset}/manifest.json",
+        backbone=PLAN.backbone_file,
+        training=PLAN.training,
+    output:
+        "<results>/runs/{suite}/{backbone}/{dataset}/{method}/seed{seed}/record.json",
+    log:
+        "<logs>/run/{suite}/{backbone}/{dataset}/{method}/seed{seed}.log",
+    benchmark:
+        "<logs>/benchmarks/run/{suite}/{backbone}/{dataset}/{method}/seed{seed}.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    threads: PLAN.threads
+    resources:
+        mem_mb=3000,
+    params:
+        settings=PLAN.settings,
+        code=PLAN.code,
+        warm=PLAN.warm,
+    shell:
+        "snella execute {params.warm} --settings {params.settings:q}"
+        " > {log:q} 2>&1 || {{ tail -n 1 {log:q} >&2; exit 1; }}"
+
+
 rule train:
     input:
         manifest="<data>/prepared/{dataset}/manifest.json",
-        method=PLAN.method_file,
         backbone=PLAN.backbone_file,
     output:
-        "<results>/runs/{suite}/{backbone}/{dataset}/{method}/seed{seed}/record.json",
+        "<results>/runs/{suite}/{backbone}/{dataset}/{method}/seed{seed}/training.json",
     log:
         "<logs>/train/{suite}/{backbone}/{dataset}/{method}/seed{seed}.log",
     benchmark:
         "<logs>/benchmarks/train/{suite}/{backbone}/{dataset}/{method}/seed{seed}.tsv"
     conda:
         "../../envs/environment.yaml"
-    threads: 1
+    threads: PLAN.threads
     resources:
         mem_mb=3000,
     params:
         settings=PLAN.settings,
-        folder=PLAN.folder,
-        warm=PLAN.warm,
+        code=PLAN.training_code,
     shell:
-        "snella execute {params.warm} --settings {params.settings:q} --folder {params.folder:q}"
+        "snella execute --stage train --settings {params.settings:q}"
         " > {log:q} 2>&1 || {{ tail -n 1 {log:q} >&2; exit 1; }}"

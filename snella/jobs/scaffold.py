@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from snella.errors import UserError
+from snella.files import atomic
 from snella.methods import template
-from snella.records import atomic
 from snella.suite.config import Config
 from snella.suite.plan import method_files
 

@@ -1,0 +1,31 @@
+"""The part of a protocol that says how pixels are treated; free of torch, for planning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from snella.validation import Strict
+
+
+class PixelSettings(Strict):
+    """How a stored image becomes the model's input; docs/data.md says which published code does
+    what.
+    """
+
+    pixels: Literal["as-is", "community-jpeg"] = "as-is"
+    image_size: int = Field(224, gt=0)
+    resize: Literal["square", "shorter-side", "none"] = "square"
+    resize_size: int | None = Field(None, gt=0)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    normalisation: Literal["imagenet", "inception", "none"] = "imagenet"
+    augmentation: Literal["none", "flip", "random-resized-crop", "timm"] = "none"
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> PixelSettings:
+        if self.resize_size is not None and self.resize_size < self.image_size:
+            raise ValueError(
+                f"resize_size {self.resize_size} is smaller than image_size {self.image_size}"
+            )
+        return self

@@ -1,0 +1,141 @@
+"""Files that are written whole or not at all, and digests of files and trees."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from snella.errors import UserError
+
+CHUNK = 1 << 24
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its place if the block succeeds.
+
+    What earlier processes left behind when they were killed is removed.
+    Raises :class:`~snella.errors.UserError` when the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    for old in path.parent.glob(f".{path.name}.*"):
+        number = old.name.rpartition(".")[2]
+        if number.isdigit() and not _alive(int(number)):
+            old.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path, *, bytes_needed: int = 0, purpose: str = "") -> Iterator[Path]:
+    """Yield a new folder that takes the place of ``folder`` if the block succeeds.
+
+    A folder with content cannot be replaced in one step: killed between the two renames, this
+    leaves no folder, which the next call creates.
+    Raises :class:`~snella.errors.UserError` when less than ``bytes_needed`` is free.
+    """
+    token = secrets.token_hex(4)
+    partial = folder.with_name(f".{folder.name}.{token}.partial")
+    old = folder.with_name(f".{folder.name}.{token}.old")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder.parent).free < bytes_needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        partial.mkdir()
+        yield partial
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"No space left in {folder.parent}: {purpose or 'this'} needs about "
+                f"{bytes_needed:,} bytes. Free some or choose another folder; nothing was written."
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"Cannot write {folder}: {error.strerror}.") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def durable(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing and have it on the disk at the end."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())  # some file systems report a full disk or quota only here
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_files(folder: Path, names: Iterable[str]) -> str:
+    """SHA-256 over the names and contents of files, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(names):
+        total.update(f"{name}\n".encode())
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(CHUNK):
+                total.update(chunk)
+    return total.hexdigest()
+
+
+def digest_tree(folder: Path) -> str:
+    """SHA-256 over the names and contents of all files below ``folder``."""
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return digest_files(folder, names)
+
+
+def digest_json(content: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    return sha256(json.dumps(content, sort_keys=True).encode())

@@ -1,0 +1,236 @@
+"""Identity: what can move a number makes a run stale, and nothing else.
+
+A stage depends on the source of every module that it imports, found by following imports from
+its entry points; on the versions of the libraries these import; on the resolved settings; and on
+the contents of data and weights. Comments, docstrings and blank lines are no part of a source, nor
+are modules that only carry messages and files. All is by content and never by a local path, so
+that two laboratories can compare identities.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import sys
+import tokenize
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from snella.errors import UserError, one_line
+from snella.files import digest_json, sha256
+from snella.runs.run import Run
+from snella.tasks import TaskInfo
+
+PACKAGE = Path(__file__).resolve().parents[1]
+_PLUMBING = ("errors", "files", "validation", "records", "runs.identity", "runs.run")
+PLUMBING = frozenset(f"snella.{name}" for name in _PLUMBING)
+"""Modules that carry messages, files and settings, and compute nothing of a result."""
+TRAINING = ("runs/train.py",)
+EVALUATION = ("runs/evaluate.py",)
+ALWAYS = ("numpy", "torch")
+DISTRIBUTIONS = {
+    "PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml",
+    "segment_anything": "segment-anything", "open_clip": "open_clip_torch",
+}  # fmt: skip
+NO_RESULT = frozenset({"rich", "pydantic", "yaml", "typing_extensions"})
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The digest of each source by module name, and the versions of the imported libraries."""
+
+    code: dict[str, str]
+    libraries: dict[str, str]
+
+
+def training_sources(run: Run) -> Sources:
+    """What the training of a run executes; the method's ``merge`` comes after training."""
+    return _stage(run.method.file, run.task.implementation, run.task.name, run.tasks, TRAINING)
+
+
+def evaluation_sources(run: Run) -> Sources:
+    """What scoring a run's predictions executes."""
+    return _stage("", run.task.scorer, run.task.name, run.tasks, EVALUATION)
+
+
+@cache
+def _stage(method: str, entry: str, task: str, tasks: str, own: tuple[str, ...]) -> Sources:
+    roots = {"snella": PACKAGE}
+    if (Path(tasks) / task / "__init__.py").exists():
+        roots[task] = (Path(tasks) / task).resolve()
+    starts = [_Module("method", Path(method))] if method else []
+    starts += [_Module(f"snella/{name}", PACKAGE / name) for name in own]
+    starts += list(_find(entry.partition(":")[0], roots))
+    return _closure(starts, roots)
+
+
+def prepare_key(task: TaskInfo) -> dict[str, object]:
+    """What preparing a family's data executes."""
+    module = task.prepare.__module__
+    file = Path(sys.modules[module].__file__ or "")
+    sources = _closure([_Module("prepare", file)], {"snella": PACKAGE})
+    return {"code": digest_json(sources.code), "libraries": sources.libraries}
+
+
+def merge_code(file: str) -> str:
+    """The digest of a method file's ``merge`` methods, which run after training."""
+    tree = ast.parse(Path(file).read_bytes())
+    found = [ast.unparse(node) for node in ast.walk(tree) if _is_merge(node)]
+    return digest_json(found)
+
+
+def settings_digest(run: Run) -> str:
+    """SHA-256 of the resolved settings."""
+    return digest_json(run.canonical())
+
+
+def training_key(run: Run) -> dict[str, object]:
+    """The part of the training identity that is known before data and weights are there."""
+    sources = training_sources(run)
+    return {
+        "settings": settings_digest(run),
+        "code": digest_json(sources.code),
+        "libraries": sources.libraries,
+    }
+
+
+def evaluation_key(run: Run) -> dict[str, object]:
+    """The same for scoring."""
+    sources = evaluation_sources(run)
+    return {"code": digest_json(sources.code), "libraries": sources.libraries}
+
+
+def identity(run: Run, data: str, backbone: str) -> dict[str, object]:
+    """All parts of a run's identity, given the digests of its data and of its weights."""
+    training, evaluation = training_key(run), evaluation_key(run)
+    trained = digest_json([training, data, backbone])
+    scored = digest_json([trained, evaluation])
+    return {
+        "run": scored,
+        "training": trained,
+        "evaluation": digest_json(evaluation),
+        "settings": training["settings"],
+        "code": training["code"],
+        "libraries": training["libraries"],
+        "data": data,
+        "backbone": backbone,
+        "merge": merge_code(run.method.file),
+    }
+
+
+@dataclass(frozen=True)
+class _Module:
+    name: str
+    file: Path
+
+
+def _closure(starts: Iterable[_Module], roots: dict[str, Path]) -> Sources:
+    """Follow imports from ``starts``; modules outside the roots count by their version."""
+    code: dict[str, str] = {}
+    libraries: set[str] = set(ALWAYS)
+    waiting = list(starts)
+    while waiting:
+        module = waiting.pop()
+        if module.name in code or module.name in PLUMBING:
+            continue
+        text, imports, companions = _read(module.file, module.file.stat().st_mtime_ns)
+        code[module.name] = sha256("\n".join((text, *companions)).encode())
+        for name in imports:
+            top = name.partition(".")[0]
+            if top in roots:
+                waiting += _find(name, roots)
+            elif top not in sys.stdlib_module_names and top not in NO_RESULT:
+                libraries.add(top)
+    return Sources(code, {name: v for name in sorted(libraries) if (v := _version(name))})
+
+
+def _find(name: str, roots: dict[str, Path]) -> Iterator[_Module]:
+    """The module ``name`` and the packages it lies in; a trailing attribute is no module.
+
+    Top packages state public names, and those of tasks describe them: both compute nothing.
+    """
+    top, *parts = name.split(".")
+    folder = roots[top]
+    for depth, part in enumerate(parts, 1):
+        path = ".".join((top, *parts[:depth]))
+        if (folder / part / "__init__.py").is_file():
+            folder = folder / part
+            if not path.startswith("snella.tasks"):  # which only describe, and import `prepare`
+                yield _Module(path, folder / "__init__.py")
+        elif (folder / f"{part}.py").is_file():
+            yield _Module(path, folder / f"{part}.py")
+            return
+
+
+@cache
+def _read(file: Path, changed: int) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """A file's normalised text, the names it imports, and the digests of companion sources."""
+    source = file.read_bytes()
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"Method file {file} does not import: {one_line(error, file)}; correct the file."
+        ) from error
+    text = _normalised(source.decode("utf-8"), _dropped(tree, file))
+    companions = tuple(
+        sha256((file.parent / node.value).read_bytes())
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if node.value.endswith((".cpp", ".cu")) and (file.parent / node.value).is_file()
+    )
+    return text, tuple(dict.fromkeys(_imports(tree))), companions
+
+
+def _dropped(tree: ast.Module, file: Path) -> set[int]:
+    """Lines of docstrings, and in method files of ``merge``, which training does not call."""
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        outside = PACKAGE not in file.resolve().parents
+        if outside and _is_merge(node):
+            lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))  # type: ignore[attr-defined]
+        body = getattr(node, "body", None)
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, kinds) and body and ast.get_docstring(node, clean=False) is not None:
+            lines.update(range(body[0].lineno, (body[0].end_lineno or body[0].lineno) + 1))
+    return lines
+
+
+def _is_merge(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) and node.name == "merge"
+
+
+def _normalised(source: str, dropped: set[int]) -> str:
+    """The source without comments, the lines ``dropped``, trailing space and blank lines."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    kept = (line.rstrip() for number, line in enumerate(lines, 1) if number not in dropped)
+    return "\n".join(line for line in kept if line)
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """Names of all imported modules; what only a type checker sees is left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        else:
+            yield from _imports(node)
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(DISTRIBUTIONS.get(package, package))
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,52 @@
+"""Optimizers by name: torch's own, and 8-bit Adam where bitsandbytes is installed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from snella.errors import UserError, unknown
+
+EIGHT_BIT = {"adam8bit": "Adam8bit", "adamw8bit": "AdamW8bit"}
+
+
+def optimizer_names() -> dict[str, str]:
+    """All names, lower case, with the class each stands for."""
+    own = {
+        name.lower(): name
+        for name, cls in vars(torch.optim).items()
+        if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and name != "Optimizer"
+    }
+    return {**own, **EIGHT_BIT}
+
+
+def build_optimizer(
+    name: str, groups: list[dict[str, Any]], lr: float, momentum: float = 0.9
+) -> torch.optim.Optimizer:
+    """The optimizer ``name`` on parameter ``groups``; ``momentum`` is used by SGD and RMSprop.
+
+    Raises :class:`~snella.errors.UserError` for an unknown name, or 8-bit without bitsandbytes.
+    """
+    names = optimizer_names()
+    if name not in names:
+        raise unknown("optimizer", name, names)
+    if name in EIGHT_BIT:
+        return _eight_bit(EIGHT_BIT[name], groups, lr)
+    cls = getattr(torch.optim, names[name])
+    extra = {"momentum": momentum} if "momentum" in inspect.signature(cls).parameters else {}
+    built: torch.optim.Optimizer = cls(groups, lr=lr, **extra)
+    return built
+
+
+def _eight_bit(name: str, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes import optim
+    except ImportError as error:
+        raise UserError(
+            f"Optimizer {name} needs bitsandbytes, which is not installed; install it or use "
+            "`optimizer: adamw`."
+        ) from error
+    built: torch.optim.Optimizer = getattr(optim, name)(groups, lr=lr)
+    return built

@@ -1,0 +1,96 @@
+"""Classification as training sees it: batches, loss, and predicted classes on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snella.data.prepared import Prepared
+from snella.data.transforms import (
+    batches,
+    eval_transform,
+    normalise,
+    open_split,
+    train_transform,
+)
+from snella.files import atomic
+from snella.methods.base import Batch
+from snella.models.backbones import build_backbone
+from snella.models.families import head
+from snella.tasks.base import Backbone, Task
+from snella.tasks.classification.settings import PREDICTIONS, ClassificationSettings
+
+EVAL_BATCH = 256
+
+
+class Classification(Task):
+    """Single-label classification of a prepared data set."""
+
+    def __init__(self, data: Prepared, settings: ClassificationSettings, batch_size: int) -> None:
+        super().__init__(data, settings, batch_size)
+        self._opened: dict[tuple[str, bool], Any] = {}
+
+    def build_model(self, backbone: Backbone) -> nn.Module:
+        """The backbone with a linear head of ``num_classes`` outputs.
+
+        The head starts at truncated normal(0.02) with zero bias, as in the released codes: a
+        zero head would give methods that calibrate on gradients nothing to look at.
+        """
+        entry = backbone.model_dump()
+        model = build_backbone(entry, self.data.num_classes, self.settings.drop_path)
+        for module in (head(model) or nn.Identity()).modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        return model
+
+    def batches(self, split: str, seed: int | None) -> Iterator[Batch]:
+        """Normalised images (B, 3, H, W) and labels (B,)."""
+        source = self._split(split, training=True)
+        labels = torch.from_numpy(np.array(self.data.labels(split)))
+        return self._normalised(batches(source, labels, self.batch_size, seed))
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits (B, classes)."""
+        logits: Tensor = model(batch["image"])
+        return logits
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy in single precision, with the protocol's label smoothing."""
+        logits = self.forward(model, batch).float()
+        smoothing = self.settings.label_smoothing
+        return F.cross_entropy(logits, batch["label"], label_smoothing=smoothing)
+
+    @torch.inference_mode()
+    def predict(self, model: nn.Module, split: str, folder: Path) -> int:
+        """Write the predicted class of each image, int16 (N,)."""
+        file = folder / PREDICTIONS
+        if not file.exists():
+            device = next(model.parameters()).device
+            found = [
+                model(batch["image"].to(device)).argmax(dim=-1)
+                for batch in self._normalised(batches(self._split(split), None, EVAL_BATCH, None))
+            ]
+            with atomic(file) as temporary, open(temporary, "wb") as stream:
+                np.save(stream, torch.cat(found).cpu().to(torch.int16).numpy())
+        return self.data.size(split)
+
+    def _normalised(self, source: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in source:
+            yield {**batch, "image": normalise(batch["image"], self.settings)}
+
+    def _split(self, split: str, training: bool = False) -> Any:
+        """A split's images, uint8: transformed once where they are fixed and fit in memory."""
+        augmented = training and self.settings.augmentation != "none"
+        key = (split, augmented)
+        if key not in self._opened:
+            make = train_transform if augmented else eval_transform
+            transform = make(self.settings, jpeg=self.data.jpeg)
+            self._opened[key] = open_split(self.data.images(split), transform)
+        return self._opened[key]
