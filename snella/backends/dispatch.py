@@ -44,8 +44,8 @@ def effective_weight(
     tensors = weight, a, b, scalars, budgets, dtype or compute_type(a), transient
     try:
         return backend(update, a).effective_weight(update, *tensors)  # type: ignore[no-any-return]
-    except gpu.Broken:
-        return plain.effective_weight(update, *tensors)
+    except gpu.Broken:  # and so not asked again
+        return backend(update, a).effective_weight(update, *tensors)  # type: ignore[no-any-return]
 
 
 def contract(
@@ -65,11 +65,10 @@ def contract(
     """
     rest = dense, weight, a, b, scalars, needs_effective, dtype or compute_type(a)
     if found.selection.dtype != gpu.SELECTION_TYPE:
-        chosen = cpu if found.tiles is None and cpu.usable(update, a) else plain
-        return chosen.contract(update, found, *rest)
+        return (cpu if found.constants.numel() else plain).contract(update, found, *rest)
     try:
         return gpu.contract(update, found, *rest)
     except gpu.Broken:  # since the forward; its thresholds are of the kernels' rounding
-        budgets = gpu.budgets_of(found)
-        _, again = plain.effective_weight(update, weight, a, b, scalars, budgets, compute_type(a))
-        return plain.contract(update, again, *rest)
+        tensors = weight, a, b, scalars
+        _, again = effective_weight(update, *tensors, gpu.budgets_of(found))
+        return contract(update, again, dense, *tensors, needs_effective, dtype)
