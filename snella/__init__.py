@@ -3,8 +3,8 @@
 ``import snella`` makes Hugging Face PEFT know SNELLA (``PeftModel.from_pretrained``,
 ``get_peft_model``, ...), whichever of the two is imported first. PEFT's own tuners register when
 ``peft`` is imported, and so does SNELLA: at once if PEFT is loaded already, else by a finder that
-waits for ``import peft``. So ``import snella`` costs a list entry, and a program without PEFT never pays for
-torch. The names below are loaded on first use.
+waits for ``import peft``. So ``import snella`` costs a list entry, and a program without PEFT never
+pays for torch. The names below are loaded on first use.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ OPTIMIZERS = {
 def loop(
     order: str, model: PeftModel | None = None, epochs: int = 3, **optimizer: Any
 ) -> PeftModel:
-    """Train; order of one round: F forward and backward, S step, H hook, Z and z clear gradients."""
+    """Train; a round in order: F forward and backward, S step, H hook, Z and z clear gradients."""
     model = model or adapted(target_sparsity=0.7)
     update = torch.optim.AdamW(trainable(model), lr=1e-2, **optimizer)
     for epoch in range(epochs):
@@ -189,7 +189,7 @@ def test_resuming_in_mid_epoch_keeps_the_shares() -> None:
 
 def test_a_state_of_another_adapter_is_refused() -> None:
     state = {f"other/{key.partition('/')[2]}": v for key, v in training_state(loop("FSHZ")).items()}
-    with pytest.raises(UserError, match="adapter 'other'.*it trains 'default'"):
+    with pytest.raises(UserError, match=r"adapter 'other'.*it trains 'default'"):
         load_training_state(adapted(), state)
 
 

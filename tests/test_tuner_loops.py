@@ -160,7 +160,7 @@ def test_the_trainer_resumes_exactly(at: int, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     shutil.move(tmp_path / f"checkpoint-{at}", elsewhere)
     lost = trainer(tmp_path / "other", 100, [SnellaCallback()])
-    with pytest.raises(UserError, match="resumes at step .*resume_from_checkpoint"):
+    with pytest.raises(UserError, match=r"resumes at step .*resume_from_checkpoint"):
         lost.train(resume_from_checkpoint=str(elsewhere))
     found = trainer(tmp_path / "other", 100, [SnellaCallback(resume_from_checkpoint=elsewhere)])
     found.train(resume_from_checkpoint=str(elsewhere))

@@ -66,5 +66,5 @@ def test_the_error_is_stated_and_true(settings: dict[str, Any], bound: float) ->
 def test_what_has_no_start_is_refused() -> None:
     with pytest.raises(UserError, match="no LoRA adapter called 'other'"):
         convert_from_lora(lora_model(), adapter_name="other")
-    with pytest.raises(UserError, match="'rbf' .*has no start near a LoRA adapter"):
+    with pytest.raises(UserError, match=r"'rbf' .*has no start near a LoRA adapter"):
         convert_from_lora(lora_model(), SnellaConfig(kernel="rbf"))

@@ -20,11 +20,14 @@ from snella.tuner.layer import SnellaLayer
 from snella.tuner.watch import Watch
 
 NO_GRADIENTS = (
-    "on_step_end() found no gradients: call it after optimizer.step() and before zero_grad(). If the "
-    "order is right, no gradient reaches the adapter: reentrant gradient checkpointing needs an input "
-    "that requires gradients (use_reentrant=False, or model.enable_input_require_grads())."
+    "on_step_end() found no gradients: call it after optimizer.step() and before zero_grad(). If "
+    "the order is right, no gradient reaches the adapter: reentrant gradient checkpointing needs "
+    "an input that requires gradients (use_reentrant=False, or model.enable_input_require_grads())."
 )
-MERGED = "The SNELLA adapter {!r} is merged into the weights and cannot train: call unmerge_adapter() first."
+MERGED = (
+    "The SNELLA adapter {!r} is merged into the weights and cannot train: call unmerge_adapter() "
+    "first."
+)
 ALL_ZERO = (
     "All gradients that on_step_end() saw were zero: call it before zero_grad(), which also clears "
     "them with set_to_none=False; or nothing depends on the adapter."
@@ -260,8 +263,8 @@ def _allocators(model: nn.Module) -> Iterator[tuple[str, list[SnellaLayer], Allo
         yield name, layers, layers[0].allocators[name]
     if not trained:
         raise UserError(
-            "No active SNELLA adapter of the model trains: load it with is_trainable=True, activate "
-            "it with set_adapter, and switch adapters on (enable_adapter_layers)."
+            "No active SNELLA adapter of the model trains: load it with is_trainable=True, "
+            "activate it with set_adapter, and switch adapters on (enable_adapter_layers)."
         )
 
 

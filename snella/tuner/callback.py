@@ -65,10 +65,10 @@ class SnellaCallback(TrainerCallback):
                 if (file.metadata() or {}).get("weights") == weights:
                     return path
         raise UserError(
-            f"The Trainer resumes at step {state.global_step}, but no {_FILE} of these weights is in "
-            f"{Path(str(args.output_dir)) / name}: pass the checkpoint's folder to "
-            "SnellaCallback(resume_from_checkpoint=...) too. Checkpoints hold the file if they were "
-            "written with this callback."
+            f"The Trainer resumes at step {state.global_step}, but no {_FILE} of these weights is "
+            f"in {Path(str(args.output_dir)) / name}: pass the checkpoint's folder to "
+            "SnellaCallback(resume_from_checkpoint=...) too. Checkpoints hold the file if they "
+            "were written with this callback."
         )
 
     def on_epoch_begin(

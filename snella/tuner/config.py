@@ -139,8 +139,8 @@ class SnellaConfig(PeftConfig):
 
     rank: int = 8
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -239,7 +239,7 @@ class SnellaConfig(PeftConfig):
 
     def kernel_of(self, key: str) -> Kernel:
         """The kernel of the layer at path ``key``."""
-        pattern = get_pattern_key(self.rank_pattern.keys(), key)
+        pattern = get_pattern_key(list(self.rank_pattern), key)
         return replace(self.merge_kernel, rank=self.rank_pattern.get(pattern, self.rank))
 
     @property
@@ -268,8 +268,8 @@ def _refuse_unknown_fields(cls: type[SnellaConfig]) -> None:
                 )
         generated(self, *args, **kwargs)
 
-    __init__.__wrapped__ = generated  # type: ignore[attr-defined]  the signature, for help()
-    cls.__init__ = __init__  # type: ignore[method-assign]
+    setattr(__init__, "__wrapped__", generated)  # noqa: B010  the signature, for help()
+    setattr(cls, "__init__", __init__)  # noqa: B010
 
 
 _refuse_unknown_fields(SnellaConfig)

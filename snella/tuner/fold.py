@@ -20,8 +20,8 @@ STRETCH = 61
 # A weight up to so many words is as quickly copied.
 SMALL = 2**13
 
-# One adapter.
-Part = tuple[Update, Factors]
+# One adapter, and the factor on every output, if it has a gate.
+Part = tuple[Update, Factors, Tensor | None]
 
 
 def fingerprint(weight: Tensor) -> Tensor:

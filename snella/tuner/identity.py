@@ -1,4 +1,4 @@
-"""The start at the backbone's own function (``init_weights=True``): a gate at 0, on a sizeable update.
+"""The start at the backbone's own function (``init_weights=True``): a gate at 0.
 
 The paper's start is a small random update. It cannot be zero by the choice of A and B: Eq. 13 is
 quadratic at 0, where all gradients vanish. So S gets a learned factor per matrix, the gate, that

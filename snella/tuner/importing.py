@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -47,14 +48,14 @@ def convert_from_lora(
     """Replace the LoRA adapter of ``model`` by a SNELLA adapter that starts near it.
 
     model: a ``PeftModel``, or a model of transformers or diffusers, with the LoRA loaded (by
-    whichever loader reads its format), not merged; its LoRA layers are taken out. config: of the new
-    adapter, whose targets are LoRA's layers; None: rank eight times LoRA's, at most 64. steps:
+    whichever loader reads its format), not merged; its LoRA layers are taken out. config: of the
+    new adapter, whose targets are LoRA's layers; None: rank eight times LoRA's, at most 64. steps:
     gradient steps per layer. Raises ``UserError`` if there is no such LoRA adapter, or for a kernel
     that has no start near it.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     updates = {
-        name: layer.get_delta_weight(adapter_name).detach().flatten(1)
+        name: _delta(layer, adapter_name)
         for name, layer in base.named_modules()
         if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A
     }
@@ -63,15 +64,15 @@ def convert_from_lora(
     others = [n for n, m in base.named_modules() if isinstance(m, LoraLayer) and n not in updates]
     if others:
         raise UserError(
-            f"LoRA on {others[0]!r} cannot be converted: it is no linear or convolutional layer, or of "
-            "another adapter. Delete that adapter first (delete_adapter)."
+            f"LoRA on {others[0]!r} cannot be converted: it is no linear or convolutional layer, "
+            "or of another adapter. Delete that adapter first (delete_adapter)."
         )
     ranks = [m.r[adapter_name] for m in base.modules() if isinstance(m, LoraLayer)]
     config = copy.copy(config) if config else SnellaConfig(rank=min(64, 8 * max(ranks)))
     if config.kernel not in ("mix-k", "piecewise-linear", "linear") or config.pieces == 1:
         raise UserError(
-            f"Kernel {config.kernel!r} with {config.pieces} piece(s) has no start near a LoRA adapter: "
-            "choose mix-k or piecewise-linear with two pieces or more, or linear."
+            f"Kernel {config.kernel!r} with {config.pieces} piece(s) has no start near a LoRA "
+            "adapter: choose mix-k or piecewise-linear with two pieces or more, or linear."
         )
     for name, layer in list(base.named_modules()):
         if isinstance(layer, LoraLayer):
@@ -92,6 +93,12 @@ def convert_from_lora(
         errors[name] = (difference / size) ** 0.5 if size else 0.0
         lost, total = lost + difference, total + size
     return LoraImport(adapted, errors, (lost / total) ** 0.5 if total else 0.0)
+
+
+def _delta(layer: Any, adapter_name: str) -> Tensor:
+    """BA of one LoRA layer, as a matrix."""
+    delta: Tensor = layer.get_delta_weight(adapter_name).detach()
+    return delta.flatten(1)
 
 
 def _fit(layer: SnellaLayer, delta: Tensor, steps: int) -> None:

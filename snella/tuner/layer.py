@@ -33,6 +33,7 @@ class SnellaLayer(BaseTunerLayer):
         "allocators",
     )
 
+    base_layer: Any
     key: str  # path of the layer in the model
     parameter: str  # name of the adapted parameter in the base layer
 
@@ -101,7 +102,8 @@ class SnellaLayer(BaseTunerLayer):
 
     def _gate(self, adapter_name: str) -> Tensor | None:
         """The learned factor on S of every slice, of adapters that start at the identity."""
-        return self.snella_gate[adapter_name] if adapter_name in self.snella_gate else None
+        gates = self.snella_gate
+        return gates[adapter_name] if adapter_name in gates else None  # noqa: SIM401  no .get
 
     def _per_output(self, values: Tensor) -> Tensor:
         """(slices,) to (out,)."""

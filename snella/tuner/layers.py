@@ -9,7 +9,6 @@ from torch import nn
 
 from snella.errors import UserError
 from snella.tuner.config import SnellaConfig
-from snella.tuner.layer import SnellaLayer
 from snella.tuner.linear import SnellaLinear
 from snella.tuner.modules import layer_class
 from snella.tuner.shapes import is_attention, shape_of
@@ -23,7 +22,7 @@ def slices_of(key: str, module: nn.Module, config: SnellaConfig) -> int:
 
 def create_layer(
     target: nn.Module, adapter_name: str, config: SnellaConfig, key: str, **quantization: Any
-) -> SnellaLayer:
+) -> SnellaLinear:
     """Wrap one layer, or say which module cannot be adapted and why.
 
     quantization: what PEFT's backends of quantised layers need to know.
@@ -40,7 +39,8 @@ def create_layer(
     slices, (outputs, _) = slices_of(key, target, config), shape_of(target)
     if outputs % slices:
         raise UserError(
-            f"{key!r} has {outputs} outputs, which fused_parts cannot cut into {slices} equal parts."
+            f"{key!r} has {outputs} outputs, which fused_parts cannot cut into {slices} equal "
+            "parts."
         )
     layer = chosen(target, adapter_name, config, slices, key)
     layer.quantization_backend = backend

@@ -24,6 +24,8 @@ from snella.tuner.shapes import shape_of
 class SnellaLinear(nn.Module, SnellaLayer):
     """``nn.Linear`` with SNELLA adapters."""
 
+    base_layer: Any
+
     parameter = "weight"  # name of the adapted parameter in the base layer
 
     def __init__(
@@ -93,7 +95,8 @@ class SnellaLinear(nn.Module, SnellaLayer):
 
     def _base_matrix(self) -> Tensor:
         """The frozen weight as a matrix (out, in)."""
-        return self.base_layer.weight
+        weight: Tensor = self.base_layer.weight
+        return weight
 
     def _native(self, matrix: Tensor) -> Tensor:
         """A matrix (out, in) in the shape of the frozen weight."""

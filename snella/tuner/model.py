@@ -45,12 +45,16 @@ class SnellaModel(BaseTuner):
 
         So one ``SnellaConfig`` can adapt several models.
         """
-        if _will_be_written_to(self.peft_config[adapter_name].target_modules):
-            self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, SnellaConfig)
+        if _will_be_written_to(config.target_modules):
+            self.peft_config[adapter_name] = copy.deepcopy(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         allocator.attach(model, adapter_name)
         if hasattr(type(model), "save_lora_adapter"):
-            model.save_lora_adapter = types.MethodType(saving.save_lora_adapter, model)
+            # Bound, so that copies of the model have a method of their own.
+            bound = types.MethodType(saving.save_lora_adapter, model)
+            object.__setattr__(model, "save_lora_adapter", bound)
 
     def _prepare_adapter_config(
         self, peft_config: PeftConfig, model_config: dict[str, Any]
@@ -166,7 +170,7 @@ class SnellaModel(BaseTuner):
 
 
 def _will_be_written_to(targets: Any) -> bool:
-    """Whether PEFT replaces ``target_modules`` by what it found, or a long list by a shorter one."""
+    """Whether PEFT replaces ``target_modules`` by what it found, or by a shorter list."""
     if isinstance(targets, str):
         return targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     return targets is None or len(targets) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION

@@ -46,13 +46,14 @@ class SnellaModule(SnellaLinear):
 
 
 class SnellaConvolution(SnellaModule):
-    """A convolution; every column of the matrix is one weight of the kernel of one input channel."""
+    """A convolution; a column of the matrix is one place in the kernel of one input channel."""
 
     def _native(self, matrix: Tensor) -> Tensor:
         return matrix.view(getattr(self.base_layer, self.parameter).shape)
 
     def _base_matrix(self) -> Tensor:
-        return self.base_layer.weight.flatten(1)
+        weight: Tensor = self.base_layer.weight
+        return weight.flatten(1)
 
     def _drop_path(self, product: Tensor, name: str) -> Tensor:
         return _drop_samples(product, float(self.settings[name].drop_path or 0))
@@ -65,7 +66,8 @@ class SnellaConv1D(SnellaModule):
         return matrix.T
 
     def _base_matrix(self) -> Tensor:
-        return self.base_layer.weight.T
+        weight: Tensor = self.base_layer.weight
+        return weight.T
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -78,7 +80,8 @@ class SnellaEmbedding(SnellaModule):
         return matrix.T
 
     def _base_matrix(self) -> Tensor:
-        return self.base_layer.weight.T
+        weight: Tensor = self.base_layer.weight
+        return weight.T
 
     def _dropout_rate(self, name: str) -> float:
         return 0.0  # the input is an index
@@ -118,7 +121,8 @@ class SnellaAttention(SnellaModule):
             base.out_proj = SnellaLinear(base.out_proj, adapter_name, config, 1, key)
 
     def _base_matrix(self) -> Tensor:
-        return self.base_layer.in_proj_weight
+        weight: Tensor = self.base_layer.in_proj_weight
+        return weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
@@ -140,7 +144,8 @@ class SnellaAttention(SnellaModule):
 
     @property
     def bias(self) -> Tensor:
-        return self.base_layer.in_proj_bias
+        bias: Tensor = self.base_layer.in_proj_bias
+        return bias
 
     def __getattr__(self, name: str) -> Any:
         """What the modules around an attention ask it for: its heads, its projection, its sizes."""
@@ -162,7 +167,8 @@ class SnellaAttention(SnellaModule):
             if merge:
                 projection.merge(safe_merge, adapter_names)
             self.base_layer.out_proj = projection.get_base_layer()
-        return self.base_layer
+        base: nn.Module = self.base_layer
+        return base
 
 
 def layer_class(target: nn.Module) -> type[SnellaLinear] | None:

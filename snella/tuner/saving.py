@@ -1,4 +1,4 @@
-"""Adapters of models that were adapted in place (diffusers, ``inject_adapter_in_model``) as files."""
+"""Files of adapters in models adapted in place (diffusers, ``inject_adapter_in_model``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers SNELLA adapts when ``target_modules`` is not given, and what it leaves out, aloud."""
+"""Which layers SNELLA adapts when ``target_modules`` is not given; what it leaves out, it says."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def default_targets(model: nn.Module, config: SnellaConfig) -> set[str]:
     if not chosen:
         raise UserError(
             f"None of the {len(matched)} layers recognised in {type(model).__name__} is left by "
-            f"layers_to_transform={config.layers_to_transform}, exclude_modules and modules_to_save."
+            f"layers_to_transform={config.layers_to_transform}, exclude_modules and "
+            "modules_to_save."
         )
     return chosen
 
@@ -110,7 +111,7 @@ def _is_matrix(module: nn.Module) -> bool:
 
 
 def _warn_of_the_rest(left: set[str], adapted: set[str]) -> None:
-    """One warning for matrices in the adapted blocks that the default neither knows nor excludes."""
+    """One warning for matrices of adapted blocks that the default neither knows nor excludes."""
     blocks = {match.group() for name in adapted if (match := _BLOCK.match(name))}
     missed = sorted(
         name
@@ -120,7 +121,7 @@ def _warn_of_the_rest(left: set[str], adapted: set[str]) -> None:
     if missed:
         names = ", ".join(missed[:3]) + (", …" if len(missed) > 3 else "")
         warnings.warn(
-            f"SNELLA's default leaves {len(missed)} linear layer(s) of the adapted blocks out, whose "
-            f"names it does not know: {names}. Name all layers to adapt in target_modules.",
+            f"SNELLA's default leaves {len(missed)} linear layer(s) of the adapted blocks out, "
+            f"whose names it does not know: {names}. Name all layers to adapt in target_modules.",
             stacklevel=2,
         )

@@ -33,9 +33,9 @@ TOO_EARLY = (
     "before zero_grad()."
 )
 TOO_OFTEN = (
-    "SNELLA's on_step_end() was called without an optimizer step since its last call: call it once "
-    "per optimizer.step(); with gradient accumulation not after every micro-batch (accelerate: only "
-    "if accelerator.sync_gradients)."
+    "SNELLA's on_step_end() was called without an optimizer step since its last call: call it "
+    "once per optimizer.step(); with gradient accumulation not after every micro-batch "
+    "(accelerate: only if accelerator.sync_gradients)."
 )
 TWICE = "SNELLA's on_step_end() was called twice for one step: call it once per optimizer.step()."
 
