@@ -20,7 +20,6 @@ from snella.equations.sparsify import BUDGET_RULES, FORMS
 from snella.errors import UserError, unknown
 from snella.tuner.registration import peft_type
 
-
 # The released code gives dropout to the updates of all layers but these.
 _ATTENTION_OUTPUTS = ("proj", "o_proj", "out_proj", "to_out.0", "attention.output.dense")
 # Layers that stack several matrices along their output, and how many: timm, CLIP; GPT-2; Flux.
