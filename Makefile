@@ -9,13 +9,19 @@ unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SNAKEMAKE := snakemake --profile workflow/profiles/local --cores $(CORES) --quiet rules host reason
 
-.PHONY: table1 test lint unit smoke environment requirements pretrain clean
+.PHONY: table1 table6 test lint unit smoke environment requirements pretrain clean
 
 table1: environment
 	$(SNAKEMAKE) -- results/table1.tex
 	@if command -v pdflatex >/dev/null; then $(SNAKEMAKE) -- results/table1.pdf; \
 	else echo "No LaTeX here: results/table1.pdf is left out."; fi
 	@snella show table1
+
+# Quick generation: Table 6, its sample grid and trade-offs
+table6: environment
+	$(SNAKEMAKE) -- results/table6.tex results/s2ft_table3.tex \
+	  results/figure9.pdf results/figure14.pdf results/tradeoff_text.pdf results/tradeoff_drift.pdf
+	@snella show table6
 
 test: lint unit smoke
 

@@ -3,7 +3,9 @@
 #   <data>/prepared/{dataset}/manifest.json                                     prepare.smk
 #   <results>/runs/{suite}/{backbone}/{dataset}/{method}/seed{seed}/record.json  train.smk
 #   <results>/{table}.tex .csv .md, <results>/{table}.pdf .png                   tables.smk
+#   <results>/{figure}.pdf .png .csv                                             figures.smk
 #   <results>/pretrain/vit_quick.safetensors                                     pretrain.smk
+#   <results>/figure9.pdf figure14.pdf samples.pdf tradeoff_*.pdf                generation.smk
 from snakemake.utils import min_version
 
 min_version("9.27")
@@ -26,7 +28,9 @@ report: "workflow/report/workflow.rst"
 include: "workflow/rules/prepare.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/tables.smk"
+include: "workflow/rules/figures.smk"
 include: "workflow/rules/pretrain.smk"
+include: "workflow/rules/generation.smk"
 
 
 localrules:
@@ -45,8 +49,14 @@ rule pretrain:
         "<results>/pretrain/vit_quick.safetensors",
 
 
+onstart:
+    PLAN.begin(workflow.dag.needrun_jobs())
+
+
 onerror:
     shell(
-        "echo 'Some runs failed; finished ones are kept and the same command retries the rest."
-        " To build the table with gaps: add --config allow_missing=true' >&2"
+        "echo 'Some jobs failed; what is finished is kept and the same command retries the rest."
+        " To see what failed and why: snella status."
+        " To build the table with gaps: snakemake --profile workflow/profiles/local"
+        " --config allow_missing=true -- results/table1.tex' >&2"
     )

@@ -1,7 +1,8 @@
 """Bias tuning (BitFit): all bias vectors and the head train.
 
 Zaken et al., BitFit: Simple Parameter-efficient Fine-tuning, ACL 2022 (arXiv 2106.10199).
-ViT-B/16: 102,912 parameters, of which the 9,216 key biases cannot change the softmax.
+ViT-B/16: 102,912 parameters, of which the 9,216 key biases cannot change the softmax. Swin-B:
+200,760, with its relative position bias tables, whose name has `bias` in VPT's code too.
 """
 
 from typing import ClassVar
@@ -12,7 +13,7 @@ from snella.method import Method
 
 
 class Bias(Method):
-    """Train every parameter named ``bias``, those of norms and patch embedding included."""
+    """Train every parameter with ``bias`` in its name: norms', patch embedding's, Swin's tables."""
 
     paper: ClassVar[str] = "BitFit (ACL 2022)"
     bibkey: ClassVar[str] = "zaken2022bitfit"
@@ -20,7 +21,7 @@ class Bias(Method):
 
     def adapt(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            if "bias" in name.rpartition(".")[2]:
                 parameter.requires_grad_(True)
 
     def merge(self, model: nn.Module) -> None:

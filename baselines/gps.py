@@ -7,10 +7,12 @@ Zhang et al., Gradient-based Parameter Selection for Efficient Fine-Tuning, CVPR
 head. ViT-B/16: 83,712 (K + 1) parameters, 167,424 for K = 1, of which 83,712 are biases. The
 released code trains all weights under a gradient mask, which is exact for Adam without weight
 decay only; here the selected entries alone are parameters, with the same result. The paper
-speaks of the K connections; that all biases but those of the norms train too is in the code.
+speaks of the K connections; that all biases but those of the norms train too is in the code. As
+there, scoring shuffles the training images (lists sorted by class would make batches of one class)
+and drops a partial last batch; K is 1 to 20 per data set (config/released/gps.yaml).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -41,6 +43,8 @@ class GPS(Method):
     paper: ClassVar[str] = "GPS (CVPR 2024)"
     bibkey: ClassVar[str] = "zhang2024gps"
     supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext", "sam"})
+    calibration_order: ClassVar[Literal["file", "shuffled"]] = "shuffled"
+    calibration_views: ClassVar[int] = 2
 
     connections: int = Field(default=1, gt=0, description="K, weights trained per neuron")
     score: Literal["supcon", "cross-entropy"] = Field(
@@ -65,7 +69,8 @@ class GPS(Method):
         loss = augmented_loss if self.score == "supcon" else loss_fn
         names = [n for n, p in model.named_parameters() if trained_part(n, p) == "rows"]
         total: dict[str, Tensor] = {}
-        for gradients in batch_gradients(model, names, batches, loss, training=True):
+        whole = whole_batches(batches)
+        for gradients in batch_gradients(model, names, whole, loss, training=True):
             for name, gradient in gradients.items():
                 total[name] = total.get(name, 0) + gradient
         for name, gradient in total.items():
@@ -98,8 +103,20 @@ def top_entries(gradient: Tensor, k: int) -> Tensor:
     return (starts + columns).flatten()
 
 
+def whole_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """All batches but a smaller last one, which the released loader drops."""
+    size = 0
+    for batch in batches:
+        found = len(next(iter(batch.values())))
+        if found >= size:
+            size = found
+            yield batch
+
+
 def augmented_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The contrastive loss of two random views of each image of ``batch``."""
+    """The contrastive loss of two views of each image: those of the batch, or random ones."""
+    if "views" in batch:
+        return contrastive_loss(model, *batch["views"].unbind(1), batch["label"])
     images = batch["image"]
     return contrastive_loss(model, random_view(images), random_view(images), batch["label"])
 

@@ -3,7 +3,7 @@
     h_1 = Dropout(BN(ReLU(W_1 f + b_1))),  h_2 likewise from h_1,  logits = W_3 h_2 + b_3
 
 Protocol of Jia et al., Visual Prompt Tuning (ECCV 2022, arXiv 2203.12119). ViT-B/16: 1,184,256
-parameters besides the last layer, all of them counted as head. The name counts the last layer:
+parameters in the hidden layers. The name counts the last layer, which is the head:
 the released code has no configuration for it, and two hidden layers give the paper's 1.35x total.
 """
 
@@ -33,28 +33,20 @@ class _BatchNorm(nn.BatchNorm1d):
         return super().forward(input)
 
 
-class _Perceptron(nn.Module):
-    """Map features (B, in) to logits (B, classes) through ``hidden_layers`` layers of width in."""
-
-    def __init__(self, in_features: int, classes: int, hidden_layers: int, dropout: float) -> None:
-        super().__init__()
-        self.projection = nn.Sequential()
-        for _ in range(hidden_layers):
-            self.projection.append(_kaiming(nn.Linear(in_features, in_features)))
-            self.projection.append(nn.ReLU())
-            self.projection.append(_BatchNorm(in_features))
-            self.projection.append(nn.Dropout(dropout))
-        self.last_layer = _kaiming(nn.Linear(in_features, classes))
-        nn.init.constant_(self.last_layer.bias, -math.log((1 - _PRIOR) / _PRIOR))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.last_layer(self.projection(features))
+def _projection(width: int, hidden_layers: int, dropout: float) -> nn.Sequential:
+    """Map features (B, width) through ``hidden_layers`` layers of that width."""
+    layers: list[nn.Module] = []
+    for _ in range(hidden_layers):
+        layers += [_kaiming(nn.Linear(width, width)), nn.ReLU(), _BatchNorm(width)]
+        layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers)
 
 
 class MLP3(Method):
-    """Replace the classifier by a perceptron; the backbone stays frozen.
+    """Put hidden layers before the classifier; the backbone stays frozen.
 
-    Its batch-norm statistics are buffers, so they travel with the trained weights.
+    They take the place of the dropout that timm applies to the features, so that the last layer
+    alone is the head. Their batch-norm statistics are buffers and travel with the weights.
     """
 
     paper: ClassVar[str] = "MLP-3 (protocol of VPT, ECCV 2022)"
@@ -66,16 +58,27 @@ class MLP3(Method):
     def adapt(self, model: nn.Module) -> None:
         linear = head(model)
         if not isinstance(linear, nn.Linear):
-            raise Unsupported(f"{type(model).__name__} has no linear classifier to replace.")
-        path = next(name for name, module in model.named_modules() if module is linear)
-        perceptron = _Perceptron(
-            linear.in_features, linear.out_features, self.hidden_layers, self.dropout
-        )
-        replace(model, path, perceptron.to(linear.weight))
+            raise Unsupported(
+                f"{type(model).__name__} has no linear classifier to put layers before."
+            )
+        before = next((n for n in ("head_drop", "head.drop") if _has(model, n)), None)
+        if before is None:
+            raise Unsupported(
+                f"{type(model).__name__} has no place between features and classifier."
+            )
+        layers = _projection(linear.in_features, self.hidden_layers, self.dropout)
+        layers.append(model.get_submodule(before))
+        replace(model, before, layers.to(linear.weight))
+        _kaiming(linear)
+        nn.init.constant_(linear.bias, -math.log((1 - _PRIOR) / _PRIOR))
 
     def merge(self, model: nn.Module) -> None:
         """Always raises: a perceptron is no linear classifier."""
-        raise CannotMerge("MLP-3's head has ReLUs, which no linear classifier computes")
+        raise CannotMerge("MLP-3's hidden layers have ReLUs, which no linear classifier computes")
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in model.named_modules())
 
 
 def _kaiming(layer: nn.Linear) -> nn.Linear:

@@ -102,7 +102,7 @@ class Peft(Method):
     paper: ClassVar[str] = "PEFT: State-of-the-art Parameter-Efficient Fine-Tuning methods (2022)"
     bibkey: ClassVar[str] = "mangrulkar2022peft"
     licence: ClassVar[str] = "Apache-2.0"
-    supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext", "sam"})
+    supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext", "sam", "sd3"})
 
     method: Literal[tuple(_KINDS)] = "lora"
     rank: PositiveInt | None = Field(None, description="Rank; None is PEFT's default.")
@@ -198,7 +198,8 @@ class Peft(Method):
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, parameter in trainable(model).items():
             rate = lr if id(parameter) in slow else lr * ratio
-            decay = 0.0 if no_decay(name, parameter) else weight_decay
+            spectrum = ".fourierft_spectrum." in name  # decayed by its authors, though a vector
+            decay = 0.0 if no_decay(name, parameter) and not spectrum else weight_decay
             groups.setdefault((rate, decay), []).append(parameter)
         return [
             {"params": params, "lr": rate, "weight_decay": decay}
@@ -222,6 +223,13 @@ class Peft(Method):
     def on_step_end(self, model: nn.Module) -> None:
         if self.method == "adalora":
             model.adalora.step(model)
+
+    def count(self, model: nn.Module) -> dict[str, int]:
+        """AdaLoRA counts the ranks of its budget, not the half as many again it starts with."""
+        counts = super().count(model)
+        if self.method == "adalora":
+            counts["trainable"] -= model.adalora.pruned(model)
+        return counts
 
     def merge(self, model: nn.Module) -> None:
         for path, layer in list(_tuner_layers(model)):
@@ -289,7 +297,9 @@ class Peft(Method):
             values[kind.dropout] = self.dropout
         if self.method == "adalora":
             target = self.rank or 8
-            values |= {"init_r": max(target + 1, 3 * target // 2), "total_step": 1}
+            start = max(target + 1, 3 * target // 2)
+            values |= {"init_r": start, "total_step": 1}
+            values.setdefault(kind.alpha, start)  # PEFT divides by the rank it starts with
         return getattr(peft, kind.config)(**values)
 
 
@@ -451,6 +461,17 @@ class _RankBudget:
         for name, kept in self.kept.items():
             value = model.get_parameter(name)
             value.mul_(kept.to(value.device))
+
+    def pruned(self, model: nn.Module) -> int:
+        """Entries of singular triples that the budget ends without: chosen ones, once it did."""
+        total = 0
+        for path, layer in _tuner_layers(model):
+            triple = layer.lora_A[_ADAPTER].shape[1] + layer.lora_B[_ADAPTER].shape[0] + 1
+            rank = layer.lora_E[_ADAPTER].shape[0]
+            kept = self.kept.get(f"{path}.lora_E.{_ADAPTER}")
+            left = self.config.target_r if kept is None else int(kept.sum())
+            total += (rank - left) * triple
+        return total
 
     def state(self) -> dict[str, Tensor]:
         plan = [self.steps, self.planned, self.config.tinit, self.config.total_step]

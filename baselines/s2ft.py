@@ -38,7 +38,7 @@ class S2FT(Method):
 
     paper: ClassVar[str] = "S²FT"
     bibkey: ClassVar[str] = "zhang_s2ft"
-    supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "sam"})
+    supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "sam", "sd3"})
 
     points: int = Field(default=3000, gt=0, description="n, spectral points per matrix")
     alpha: float = Field(default=300.0, gt=0)
@@ -141,7 +141,7 @@ class _Spectrum(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         values = torch.view_as_complex(self.values.view(-1, 2)) if self.complex else self.values
         smooth = spectral_delta(values, self.points, weight.shape, self.alpha)
-        return weight + smooth[self.rows][:, self.columns]
+        return (weight + smooth[self.rows][:, self.columns]).to(weight.dtype)
 
 
 def spectral_delta(values: Tensor, points: Tensor, shape: torch.Size, alpha: float) -> Tensor:

@@ -72,6 +72,8 @@ class Snella(Method):
             "kernel": _KERNEL[self.method],
             "sparsify": _SPARSIFY.get(self.method),
             "allocation": self.method == "snella" and self.options.get("sparsify") != "none",
+            # by whole names: SD3's `ff.net.0.proj` is no attention output
+            "no_dropout": ["attn.proj", "attn.to_out.0"],
             **self.options,
         }
         return SnellaConfig(

@@ -107,9 +107,10 @@ def _scale_and_shift(shape: tuple[int, ...], layer: Any, args: tuple, output: Te
 
 
 def _head_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of the backbone's head: classifier, and ConvNeXt's norm before it."""
-    if head(model) is not None:
-        yield from model.get_submodule("head").modules()
+    """The modules of the backbone's head: classifier (and ConvNeXt's norm before it), decoder."""
+    task_head = head(model)
+    if task_head is not None:
+        yield from getattr(model, "head", task_head).modules()
 
 
 def _fold(layer: Any, scale: Tensor, shift: Tensor) -> None:

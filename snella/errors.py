@@ -1,19 +1,29 @@
-"""Errors a user can cause: each is one clear line, printed without a traceback, exit status 2."""
+"""Errors, and the one place that turns any exception into the line that a user reads.
+
+A user's mistake is one clear line and exit status 2; anything else that ends a command is a broken
+run, status 1, whose traceback is in a log and never on the screen.
+"""
 
 from __future__ import annotations
 
 import difflib
+import errno
 import textwrap
 import traceback
 from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 LINE = 300
 """Characters of an exception that a line of ours repeats; PyTorch's can fill pages."""
+LOG = Path("logs/snella.log")
+LOG_BYTES = 2**20
+MISTAKE, BROKEN = 2, 1
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong, where, and what to do."""
+    """Something the user can correct. The message says what is wrong, where, and what to do."""
 
 
 class CannotMerge(Exception):
@@ -21,19 +31,99 @@ class CannotMerge(Exception):
 
 
 class Unsupported(UserError):
-    """A method was asked to adapt a backbone that it cannot serve; the message says why."""
+    """A method was asked to adapt a backbone that it does not support; the message says why."""
 
 
 class Diverged(Exception):
     """The loss became NaN or infinite; the message says at which epoch and step."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a user reads about an exception, and the exit status."""
+
+    line: str
+    status: int
+
+
+REMEDIES = {
+    errno.EACCES: "give yourself access or choose another place",
+    errno.EPERM: "give yourself access or choose another place",
+    errno.EROFS: "the disk is read-only; choose another place",
+    errno.ENOSPC: "make room or choose another place",
+    errno.EDQUOT: "your quota is used up; make room or choose another place",
+    errno.ENOENT: "correct the path",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOTDIR: "a part of the path is a file; correct it",
+    errno.EEXIST: "a file stands where a folder is needed; move it or choose another place",
+    errno.ENAMETOOLONG: "shorten the name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def explain(error: BaseException) -> Outcome:
+    """The line and the exit status for any exception that ends a command."""
+    if isinstance(error, UserError):
+        return Outcome(plain(str(error)), MISTAKE)
+    if isinstance(error, UnicodeDecodeError):
+        where = f"byte {error.start}, {error.reason}"
+        return Outcome(f"A text file is not UTF-8 ({where}); save it as UTF-8.", MISTAKE)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("sne"):
+        package = error.name.partition(".")[0]
+        line = f"The Python package {package!r} is missing; install it (`pip install {package}`)"
+        return Outcome(f"{line}, or everything with `make environment`.", MISTAKE)
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        place = error.filename2 or error.filename
+        where = f" {place}" if place is not None else ""
+        remedy = REMEDIES[error.errno]
+        return Outcome(plain(f"Cannot use{where}: {error.strerror}; {remedy}."), MISTAKE)
+    if isinstance(error, MemoryError):
+        return Outcome("Out of memory; use smaller batches or a machine with more.", BROKEN)
+    place = _last_frame(error)
+    text = f"{one_line(error)}{place}. The traceback is in {LOG}; `snella doctor` lists what a"
+    return Outcome(plain(f"internal error: {text} report of this needs."), BROKEN)
+
+
+def record_traceback(error: BaseException, log: Path = LOG) -> None:
+    """Append the traceback of ``error`` to the log; a log that cannot be written is no error."""
+    stamp = datetime.now().isoformat(timespec="seconds")
+    text = "".join(traceback.format_exception(error))
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        grown = log.exists() and log.stat().st_size > LOG_BYTES
+        with log.open("w" if grown else "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{stamp}\n{text}\n")
+    except OSError:
+        return
+
+
+def plain(text: str) -> str:
+    """``text`` on one line, without characters that would move a terminal's cursor."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     """Build the error for a name that does not exist, with the closest match and all choices."""
     choices = sorted(known)
-    close = difflib.get_close_matches(str(name), choices, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return UserError(f"Unknown {kind} {str(name)!r}.{hint} Known: {', '.join(choices) or 'none'}.")
+    close = closest(str(name), choices)
+    hint = f" Did you mean {close!r}?" if close else ""
+    shown = ascii_name(name)
+    return UserError(f"Unknown {kind} {shown}.{hint} Known: {', '.join(choices) or 'none'}.")
+
+
+def closest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice most like ``name``; case, hyphens and underscores count as equal."""
+    folded = {choice.casefold().replace("-", "_"): choice for choice in choices}
+    wanted = name.casefold().replace("-", "_")[:200]
+    found = difflib.get_close_matches(wanted, folded, n=1)
+    return folded[found[0]] if found else None
+
+
+def ascii_name(name: object) -> str:
+    """A name in quotes, cut where it is long."""
+    text = repr(str(name))
+    return text if len(text) <= 100 else f"{text[:90]}…'"
 
 
 def one_line(error: BaseException, file: Path | None = None) -> str:
@@ -42,3 +132,8 @@ def one_line(error: BaseException, file: Path | None = None) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f.lineno for f in frames if file is not None and Path(f.filename) == file]
     return f"{text} ({file.name}, line {lines[-1]})" if file is not None and lines else text
+
+
+def _last_frame(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

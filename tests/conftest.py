@@ -48,7 +48,9 @@ def make_run(tiny_data: Path, tmp_path: Path):
         kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
         return Run.model_validate({
             "suite": "test",
-            "backbone": {"name": "tiny", "arch": "vit_tiny_patch16_224", "kwargs": kwargs},
+            "backbone": {
+                "name": "tiny", "arch": "vit_tiny_patch16_224", "kwargs": kwargs, "file": "random",
+            },
             "dataset": {
                 "name": "tiny", "task": "classification", "prepared": tiny_data.as_posix(),
             },

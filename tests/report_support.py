@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from snella.report import Missing, SuiteInfo, TableSpec, parse_spec
+import numpy as np
+
+from snella.records import sign
+from snella.report import Missing, SuiteInfo, TableSpec, build_table, parse_spec, tidy, write_table
+from snella.report.table import Table
 
 GROUPS = {"fgvc": ["beetles", "leaves"], "natural": ["digits", "photos"], "structured": ["count"]}
 DATASETS = [dataset for group in GROUPS.values() for dataset in group]
@@ -27,14 +33,30 @@ VTAB = {
     ],
 }
 FGVC = ["cub", "nabirds", "oxford_flowers", "stanford_dogs", "stanford_cars"]
-PAPER = SuiteInfo("paper", "FGVC and VTAB-1k", {"fgvc": FGVC, **VTAB})
+FULL_IMAGE = ["cifar100_full", "svhn_full", "food101"]
+PAPER = SuiteInfo(
+    "paper",
+    "FGVC and VTAB-1k",
+    {"fgvc": FGVC, **VTAB, "full_image": FULL_IMAGE},
+    backbone="vit-b16",
+)
+
+
+TOP1 = {
+    "name": "top1",
+    "title": "Top-1 accuracy",
+    "unit": "%",
+    "higher_is_better": True,
+    "lower": 0.0,
+    "upper": 1.0,
+}
 
 
 def record(method: str, dataset: str, value: float | None, seed: int = 0, **changes: Any) -> dict:
-    """A record of a run that reached ``value`` (a fraction) in its last epoch."""
+    """A record (schema 2) of a run that reached ``value`` (a fraction) in its last epoch."""
     protocol = {"normalisation": "inception", "selection": "last", "pixels": "as-is", "lr": 1e-3}
     result = {
-        "schema": 1,
+        "schema": 2,
         "run": {
             "suite": changes.pop("suite", "mine"),
             "backbone": changes.pop("backbone", "vit-quick"),
@@ -43,15 +65,84 @@ def record(method: str, dataset: str, value: float | None, seed: int = 0, **chan
             "protocol": "quick",
             "seed": seed,
         },
+        "task": "classification",
         "status": "ok",
         "reason": None,
         "metric": "top1",
+        "metric_info": [TOP1],
         "metrics": {} if value is None else {"last": {"epoch": 9, "top1": value}},
+        "groups": {},
+        "scores": None,
+        "test_size": 500,
         "parameters": {"trainable": 11_330, "head": 970, "with_head": 12_300, "total": 663_000},
         "cost": {"gflops": 0.011, "train_seconds": 14.2},
         "protocol": protocol | changes.pop("protocol", {}),
+        "warnings": [],
+        "identity": {"run": f"{method}/{dataset}/{seed}", "code": f"code of {method}"},
+        "provenance": provenance(**changes.pop("provenance", {})),
     }
     return result | changes
+
+
+def provenance(commit: str = "0123456789", torch: str = "2.8.0", cpu: str = "A CPU") -> dict:
+    """Where a run was made."""
+    return {
+        "git": {"commit": commit, "dirty": False},
+        "python": "3.12",
+        "packages": {"torch": torch, "peft": "0.21"},
+        "hardware": {"cpu": cpu, "gpu": None},
+        "threads": 1,
+    }
+
+
+def schema1(value: float, **names: Any) -> dict:
+    """A record as the first version wrote it: no task, no metric info, identity a string."""
+    new = record(names.pop("method", "full"), names.pop("dataset", "digits"), value, **names)
+    dropped = ("task", "metric_info", "groups", "scores", "test_size", "warnings")
+    old = {key: content for key, content in new.items() if key not in dropped}
+    return old | {"schema": 1, "identity": "abc"}
+
+
+def write_run(results: Path, made: dict, scores: Mapping[str, np.ndarray] | None = None) -> Path:
+    """Write a record below ``results``, with the scores of single images; returns its folder."""
+    run = made["run"]
+    names = (run["suite"], run["backbone"], run["dataset"], run["method"], f"seed{run['seed']}")
+    folder = results / "runs" / Path(*names)
+    folder.mkdir(parents=True)
+    if scores is not None:
+        np.savez(folder / "scores.npz", **{k: np.float32(v) for k, v in scores.items()})
+        made = made | {"scores": "scores.npz"}
+    final = made["status"] in ("ok", "diverged")
+    name = "record.json" if final else "failure.json"
+    (folder / name).write_text(json.dumps(sign(made) if made["schema"] == 2 else made))
+    return folder
+
+
+def scored(
+    results: Path, method: str, dataset: str, right: np.ndarray, seed: int = 0, **changes: Any
+) -> dict:
+    """A record with its folder, whose run has ``right`` (N,) images right."""
+    made = record(method, dataset, float(np.mean(right)), seed, **changes)
+    folder = write_run(results, made, {"last/top1": right})
+    return made | {"folder": folder, "scores": "scores.npz"}
+
+
+def make(runs: Iterable[Any], suite: SuiteInfo | None = None, **changes: Any) -> Table:
+    """A table of records."""
+    suite = suite or REAL
+    selection, methods = changes.pop("selection", None), changes.pop("methods", METHODS)
+    described = spec(**changes)
+    frame = tidy(runs, subsets=described.subsets)
+    return build_table("table1", described, suite, methods, frame, selection)
+
+
+def write(
+    folder: Path, runs: Iterable[Any], suite: SuiteInfo | None = None, **changes: Any
+) -> list[Path]:
+    """Write the table ``t`` of records."""
+    methods = changes.pop("methods", METHODS)
+    described = changes.pop("described", None) or spec(**changes)
+    return write_table(described, suite or REAL, methods, tidy(runs), folder, "t")
 
 
 def records(

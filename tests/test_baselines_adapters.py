@@ -191,10 +191,10 @@ def test_mlp3_carries_its_batch_norm_statistics() -> None:
 
 def test_mlp3_trains_on_a_last_batch_of_one() -> None:
     _, model = _adapted("mlp-3", "vit")
-    before = model.get_classifier().projection[2].running_mean.clone()
+    before = model.head_drop[2].running_mean.clone()
     loss = F.cross_entropy(model.train()(images("vit", 1)), labels(1))
     loss.backward()
-    assert torch.equal(model.get_classifier().projection[2].running_mean, before)
+    assert torch.equal(model.head_drop[2].running_mean, before)
 
 
 def test_dropout_and_stochastic_depth_act_in_training_only() -> None:

@@ -454,3 +454,38 @@ def test_bad_settings_are_one_clear_line(settings: dict, message: str) -> None:
 def test_a_size_the_library_refuses_is_unsupported() -> None:
     with pytest.raises(Unsupported, match="shira"):
         prepared(make("shira", rank=100))
+
+
+def test_adalora_counts_the_ranks_of_its_budget() -> None:
+    method = make("adalora", rank=2)
+    model = prepared(method)
+    layers = [m for m in model.modules() if hasattr(m, "lora_E")]
+    one = sum(m.lora_A["default"].shape[1] + m.lora_B["default"].shape[0] + 1 for m in layers)
+    assert count_parameters(model)["trainable"] == 3 * one
+    assert method.count(model)["trainable"] == 2 * one
+    fit(method, model, epochs=10)
+    kept = sum(
+        int((m.lora_E["default"] != 0).sum())
+        * (m.lora_A["default"].shape[1] + m.lora_B["default"].shape[0] + 1)
+        for m in layers
+    )
+    assert method.count(model)["trainable"] == kept
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_adalora_has_scale_one_at_every_rank_unless_told(rank: int) -> None:
+    model = prepared(make("adalora", rank=rank))
+    layer = next(m for m in model.modules() if hasattr(m, "lora_E"))
+    assert layer.scaling["default"] / float(layer.ranknum["default"]) == pytest.approx(1.0)
+
+
+def test_fourierft_decays_its_spectrum_as_released() -> None:
+    method = make("fourierft", rank=None, options={"n_frequency": 10})
+    model = prepared(method)
+    decays = {
+        id(p): group["weight_decay"]
+        for group in method.parameter_groups(model, 0.1, 1e-3)
+        for p in group["params"]
+    }
+    spectra = [p for n, p in model.named_parameters() if "spectrum" in n]
+    assert spectra and {decays[id(p)] for p in spectra} == {1e-3}

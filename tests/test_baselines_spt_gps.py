@@ -87,7 +87,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 def spt(module: str, size: int) -> Method:
     return make(
         "spt", module=module, budget=size / 10_000, unit=10_000, variant="released",
-        dropout=0.0, drop_path=0.0,
+        dropout=0.0, drop_path=0.0, scoring_batch_size=4,
     )  # fmt: skip
 
 
@@ -244,7 +244,7 @@ def test_spt_paper_starts_at_the_backbone_and_trains_norm_entries() -> None:
     plain = logits(golden_model().eval(), IMAGES)
     arrays = golden("spt_allocation")
     for variant in ("paper", "released"):
-        method = make("spt", unit=10_000, budget=1.0, variant=variant)
+        method = make("spt", unit=10_000, budget=1.0, variant=variant, scoring_batch_size=4)
         model = golden_model().eval()
         prepare_model(method, model)
         method.calibrate(model, SCORING, loss_fn)
@@ -254,9 +254,13 @@ def test_spt_paper_starts_at_the_backbone_and_trains_norm_entries() -> None:
 
 
 def test_spt_scores_the_first_512_images_in_batches_of_32() -> None:
-    data = ({"image": torch.full((100, 1), i), "label": torch.zeros(100)} for i in range(9))
-    sizes = [len(part["label"]) for part in first_images(data, 512, 32)]
-    assert sum(sizes) == 512 and max(sizes) == 32
+    for loaded in (1, 20, 64, 100, 1000):
+        images = torch.arange(1000).split(loaded)
+        scored = list(first_images(({"image": x, "label": x} for x in images), 512, 32))
+        assert [len(part["label"]) for part in scored] == [32] * 16
+        assert torch.equal(torch.cat([part["image"] for part in scored]), torch.arange(512))
+    few = list(first_images([{"image": torch.arange(40)}], 512, 32))
+    assert [len(part["image"]) for part in few] == [32, 8]
 
 
 # --- GPS ---------------------------------------------------------------------------------------
@@ -418,3 +422,16 @@ def test_calibration_without_a_gradient_says_so() -> None:
     nn.init.zeros_(model.head.weight)
     with pytest.raises(UserError, match="not all zero"):
         method.calibrate(model, [batch()], loss_fn)
+
+
+def test_gps_scores_whole_batches_and_given_views() -> None:
+    file = functions(make("gps"))
+    parts = [{"image": torch.zeros(n)} for n in (8, 8, 3)]
+    assert [len(part["image"]) for part in file.whole_batches(parts)] == [8, 8]
+    assert [len(part["image"]) for part in file.whole_batches(parts[2:])] == [3]
+    model, data = backbone().eval(), batch()
+    views = torch.stack([data["image"], data["image"].flip(-1)], 1)
+    given = file.augmented_loss(model, {"views": views, "label": data["label"]})
+    expected = file.contrastive_loss(model, data["image"], data["image"].flip(-1), data["label"])
+    torch.testing.assert_close(given, expected)
+    assert type(make("gps")).calibration_order == "shuffled"

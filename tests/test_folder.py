@@ -114,8 +114,8 @@ def refuse(root, match, **options):
 
 def test_missing_folder_and_list(root):
     refuse(root / "nowhere", r"'birds': there is no folder .*nowhere")
-    (root / "val200.txt").unlink()
-    refuse(root, r"val200\.txt is missing: a data folder needs train800\.txt")
+    (root / "test.txt").unlink()
+    refuse(root, r"test\.txt is missing: a data folder needs train800\.txt")
 
 
 @pytest.mark.parametrize("line", ["images/test/000001.png", "7", "images/test/000001.png 1.0"])

@@ -36,7 +36,9 @@ def test_every_shipped_suite_expands():
 def test_every_shipped_table_finds_its_runs():
     config = load()
     for table in config.tables:
-        assert all(run.suite == "quick" for run in plan.table_runs(config, table))
+        task = config.tables[table].get("task", "classification")
+        suite = config.task_suites.get(task, "quick")
+        assert all(run.suite == suite for run in plan.table_runs(config, table))
 
 
 def test_order_is_methods_then_data_sets_then_seeds():

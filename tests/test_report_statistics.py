@@ -5,14 +5,28 @@ from __future__ import annotations
 import csv
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_support import METHODS, REAL, record, records, spec
+from report_support import METHODS, make, record, records, scored, write
+from scipy import stats
+from scipy.stats import rankdata
 
 from snella.errors import UserError
-from snella.report import write_table
-from snella.report.statistics import average_ranks, bootstrap, compare, holm, midranks, wilcoxon
+from snella.report import tidy
+from snella.report.noise import Noise, holm, leading, measure, p_value
+from snella.report.statistics import (
+    average_ranks,
+    bootstrap,
+    compare,
+    datasets_needed,
+    friedman,
+    smallest_p,
+    statistics_grid,
+    table_statistics,
+    wilcoxon,
+)
 
 SMALL = st.lists(st.integers(-5, 5).map(float), max_size=8)
 
@@ -20,7 +34,7 @@ SMALL = st.lists(st.integers(-5, 5).map(float), max_size=8)
 @given(SMALL)
 def test_wilcoxon_equals_counting_all_signs(differences):
     nonzero = [d for d in differences if d]
-    ranks = midranks([abs(d) for d in nonzero])
+    ranks = rankdata([abs(d) for d in nonzero]) if nonzero else []
     centre = sum(ranks) / 2
 
     def far(signs):
@@ -34,7 +48,15 @@ def test_wilcoxon_equals_counting_all_signs(differences):
 
 def test_wilcoxon_agrees_with_scipy():
     values = [1.2, -0.3, 2.1, 0.7, -0.9, 3.3, 1.1, 0.4, 2.6, -0.2]
-    assert wilcoxon(values) == 0.048828125  # scipy.stats.wilcoxon(values, method="exact")
+    assert wilcoxon(values) == pytest.approx(stats.wilcoxon(values, method="exact").pvalue)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-9, 9), min_size=1, max_size=10, unique_by=lambda v: round(abs(v), 6)))
+def test_wilcoxon_without_ties_is_scipys(values):
+    nonzero = [v for v in values if abs(v) > 1e-6]
+    if nonzero:
+        assert wilcoxon(nonzero) == pytest.approx(stats.wilcoxon(nonzero, method="exact").pvalue)
 
 
 def test_rounding_noise_is_a_tie():
@@ -92,18 +114,128 @@ def test_unknown_reference():
         compare({"lora-8": {}}, "lora8")
 
 
+def test_friedman_is_scipys_and_the_critical_difference_is_demsars():
+    rng = np.random.default_rng(0)
+    table = rng.random((14, 4))
+    scores = {str(m): {str(d): {0: table[d, m]} for d in range(14)} for m in range(4)}
+    found = friedman(scores)
+    wanted = stats.friedmanchisquare(*table.T)
+    assert (found.chi_squared, found.p) == (pytest.approx(wanted[0]), pytest.approx(wanted[1]))
+    assert found.f == pytest.approx(13 * wanted[0] / (14 * 3 - wanted[0]))
+    # Demšar (2006), Table 5: q = 2.569 for four classifiers
+    assert found.critical_difference == pytest.approx(2.569 * np.sqrt(4 * 5 / (6 * 14)), abs=1e-3)
+    same = {m: {str(d): {0: 1.0} for d in range(3)} for m in "abc"}
+    assert (friedman(same).chi_squared, friedman(same).p) == (0.0, 1.0)
+    assert friedman({"a": same["a"], "b": same["b"]}) is None and friedman({}) is None
+
+
+def test_the_smallest_possible_p_is_said():
+    assert smallest_p(7, 20) == pytest.approx(20 / 64)
+    assert smallest_p(2, 20) == 1.0
+    assert datasets_needed(20) == 10 and smallest_p(10, 20) <= 0.05 < smallest_p(9, 20)
+    table = make(records(lambda m, d, s: {"full": 0.5, "linear": 0.4, "lora-8": 0.6}[m]))
+    said = " ".join(table_statistics(table, "linear").limits)
+    assert "5 data sets and 2 comparisons: the smallest possible corrected p" in said
+    assert "is 0.12, so it cannot show a difference at level 0.05 (that takes 7 data sets)" in said
+    assert "Friedman" in said and "Nemenyi" in said
+
+
+def images(tmp_path, right, dataset="beetles"):
+    """Frame rows of runs; ``right`` maps a method to the (N,) scores of each seed."""
+    return tidy(
+        scored(tmp_path, m, dataset, r, s)
+        for m, seeds in right.items()
+        for s, r in enumerate(seeds)
+    )
+
+
+def test_one_seed_of_right_and_wrong_is_mcnemars_exact_test(tmp_path):
+    a, b = np.zeros(100), np.zeros(100)
+    a[:60], b[:50], b[60:63] = 1, 1, 1
+    noise = measure(images(tmp_path, {"a": [a], "b": [b]}))
+    assert p_value([(1.0, 0.07, noise)], "a", "b") == stats.binomtest(10, 13).pvalue
+    assert p_value([(1.0, 0.0, noise)], "a", "a") == 1.0
+
+
+def test_other_scores_are_the_paired_t_test(tmp_path):
+    rng = np.random.default_rng(0)
+    a, b = rng.random(50), rng.random(50)
+    noise = measure(images(tmp_path, {"a": [a], "b": [b]}))
+    p = p_value([(1.0, float(np.float32(a).mean() - np.float32(b).mean()), noise)], "a", "b")
+    assert p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-3)
+
+
+def test_the_paired_test_agrees_with_a_bootstrap_over_images_of_several_data_sets(tmp_path):
+    rng = np.random.default_rng(3)
+    parts, draws = [], np.zeros(4000)
+    for dataset in ("beetles", "leaves"):
+        a = (rng.random(800) < 0.6).astype(float)
+        b = np.where(rng.random(800) < 0.03, 1 - a, a)
+        noise = measure(images(tmp_path, {"a": [a], "b": [b]}, dataset))
+        d = a - b
+        parts.append((0.5, d.mean(), noise))
+        draws += 0.5 * d[rng.integers(800, size=(4000, 800))].mean(axis=1)
+    difference = sum(w * d for w, d, _ in parts)
+    z = abs(difference) / draws.std()
+    assert p_value(parts, "a", "b") == pytest.approx(2 * stats.norm.sf(z), abs=0.02)
+
+
+def test_seeds_widen_what_images_alone_would_separate(tmp_path):
+    rng = np.random.default_rng(5)
+    base = (rng.random(3000) < 0.7).astype(float)
+
+    def shifted(seed, amount):
+        found = base.copy()
+        lost = np.flatnonzero(base)[seed :: round(1 / amount)]
+        found[lost] = 0
+        return found
+
+    same = [base, base, base]
+    steady = measure(images(tmp_path / "a", {"a": same, "b": [shifted(s, 0.03) for s in range(3)]}))
+    shaky = measure(images(tmp_path / "b", {"a": same, "b": [base, shifted(0, 0.08), base]}))
+    assert p_value([(1.0, 0.02, steady)], "a", "b") < 1e-3
+    assert p_value([(1.0, 0.02, shaky)], "a", "b") > 0.2
+
+
+def test_scores_that_are_not_what_the_metric_averages_are_left_out(tmp_path):
+    run = scored(tmp_path, "a", "beetles", np.ones(10))
+    run["metrics"]["last"]["top1"] = 0.5
+    assert measure(tidy([run])).images is None
+    (run["folder"] / "scores.npz").unlink()
+    assert measure(tidy([run])).n == 0
+    assert p_value([(1.0, 0.1, Noise({"a": 0, "b": 1}, 0, 1, None, None))], "a", "b") is None
+    assert leading("a", {"b": None}) is None
+    assert leading("a", {"b": 0.001, "c": 0.3, "d": None}) == ["a", "c"]
+
+
 def test_statistics_are_written_beside_the_table(tmp_path):
     runs = records(lambda m, d, s: {"full": 0.5, "linear": 0.4, "lora-8": 0.6}[m] + s / 1000)
     runs[5] = record("linear", "beetles", None, status="diverged", reason="NaN")
-    paths = write_table(spec(reference="full"), REAL, METHODS, runs, tmp_path, "t")
-    assert {"t_statistics.csv", "t_statistics.md"} <= {p.name for p in paths}
+    paths = write(tmp_path, runs, reference="full")
+    assert {f"t_statistics.{k}" for k in ("csv", "md", "tex")} <= {p.name for p in paths}
     rows = {r["method"]: r for r in csv.DictReader((tmp_path / "t_statistics.csv").open())}
     assert float(rows["lora-8"]["difference"]) == pytest.approx(10)
     assert rows["linear"]["datasets"] == "4" and rows["linear"]["losses"] == "4"
     assert float(rows["full"]["average_rank"]) == 2.0
-    assert "| Full | 2.00 | | | | | |" in (tmp_path / "t_statistics.md").read_text()
+    assert "| Full | 2.0 |  |  |  |  |  |" in (tmp_path / "t_statistics.md").read_text()
+    assert r"\toprule" in (tmp_path / "t_statistics.tex").read_text()
     without = {k: v for k, v in METHODS.items() if k != "full"}
-    names = {
-        p.name for p in write_table(spec(reference="full"), REAL, without, runs, tmp_path, "u")
-    }
-    assert "u_statistics.csv" not in names
+    names = {p.name for p in write(tmp_path / "u", runs, reference="full", methods=without)}
+    assert "t_statistics.csv" not in names
+
+
+def test_any_row_can_be_the_reference_and_images_add_a_p_value(tmp_path):
+    rng = np.random.default_rng(0)
+    runs = []
+    for dataset in ("beetles", "leaves"):
+        base = (rng.random(900) < 0.8).astype(float)
+        worse = np.where(rng.random(900) < 0.05, 0.0, base)
+        runs += [
+            scored(tmp_path, "lora-8", dataset, base),
+            scored(tmp_path, "full", dataset, worse),
+        ]
+    table = make(runs, columns=[{"datasets_of": "fgvc"}], methods={"full": "F", "lora-8": "L"})
+    (row,) = table_statistics(table, "lora-8").rows
+    assert row.method == "full" and row.p == 0.5 and row.p_images_holm < 1e-6
+    heads = [h.label for h in statistics_grid(table_statistics(table, "lora-8")).headings]
+    assert "p images (Holm)" in heads

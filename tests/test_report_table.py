@@ -2,55 +2,95 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
-from report_support import METHODS, PAPER, QUICK, REAL, records, spec
+from report_support import METHODS, PAPER, QUICK, REAL, make, records, scored, spec
 
 from snella.errors import UserError
 from snella.report import SuiteInfo, parse_spec
-from snella.report.layout import expand_columns, expand_rows
-from snella.report.tables import build_table, rank
+from snella.report.columns import Metrics, expand_columns, expand_rows
 
+COLUMNS = {"table1": 12, "table13": 21, "table2": 10, "s2ft_table1": 22, "sparse_tuning_table2": 6}
 TABLES = Path(__file__).parent.parent / "config" / "tables"
 
 
-@given(
-    st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=3, max_size=3),
-    st.sampled_from(["top1", "lpips"]),
-)
-def test_marks_follow_the_printed_number(values, metric):
-    scores = dict(zip(METHODS, values, strict=True))
-    runs = records(0.5)
-    for run in runs:
-        value = scores[run["run"]["method"]]
-        run["metrics"] = {"last": {} if value is None else {metric: value}}
-    table = build_table("t", spec(metric=metric), REAL, METHODS, runs)
-    for column in table.columns:
-        cells = [table.cells[m, column.key] for m in METHODS]
-        printed = sorted({float(c.text) for c in cells if c.mean is not None})
-        printed = printed[::-1] if metric == "top1" else printed
-        for cell in cells:
-            expected = ""
-            if column.ranked and cell.mean is not None and sum(v is not None for v in values) > 1:
-                place = printed.index(float(cell.text))
-                expected = ("best", "second", "")[min(place, 2)]
-            assert cell.mark == expected
+def images(rng, accuracy, n=2000):
+    return (rng.random(n) < accuracy).astype(float)
 
 
-def test_equal_print_is_equal_rank():
-    table = build_table(
-        "t",
-        spec(),
-        REAL,
-        METHODS,
-        records(lambda m, d, s: {"full": 0.90004, "linear": 0.90001, "lora-8": 0.8}[m]),
+def table_of(tmp_path, right, **changes):
+    """A table of one data set, where ``right`` maps a method to its (N,) images per seed."""
+    runs = [
+        scored(tmp_path, m, "beetles", seed_right, s)
+        for m, seeds in right.items()
+        for s, seed_right in enumerate(seeds)
+    ]
+    return make(runs, columns=[{"datasets_of": "fgvc"}], **changes)
+
+
+def marks(table):
+    return [table.cells[m, "beetles"].mark for m in METHODS]
+
+
+def test_bold_is_beyond_noise_and_underlined_within(tmp_path):
+    rng = np.random.default_rng(0)
+    base = images(rng, 0.7)
+    near = base.copy()
+    near[:10] = 1 - near[:10]
+    far = np.where(rng.random(2000) < 0.2, 0.0, base)
+    table = table_of(tmp_path / "a", {"full": [base], "linear": [near], "lora-8": [far]})
+    assert marks(table) == ["tied", "tied", ""]
+    assert table.compared == {"beetles"} and "Holm" in table.remarks[1]
+    table = table_of(tmp_path / "b", {"full": [base], "linear": [far], "lora-8": [far]})
+    assert marks(table) == ["best", "", ""]
+    assert table.cells["full", "beetles"].error == pytest.approx(
+        100 * base.std(ddof=1) / np.sqrt(2000)
     )
-    assert [table.cells[m, "beetles"].mark for m in METHODS] == ["best", "best", "second"]
-    assert rank({}, True) == {}
+    reference = [{"methods": ["full"], "reference": True}, {"methods": ["linear", "lora-8"]}]
+    table = table_of(
+        tmp_path / "c", {"full": [base], "linear": [near], "lora-8": [far]}, rows=reference
+    )
+    assert marks(table) == ["", "best", ""] and "Full: reference, not ranked" in table.remarks[1]
+
+
+def test_nothing_is_marked_where_noise_is_unknown():
+    table = make(records(lambda m, d, s: {"full": 0.9, "linear": 0.8, "lora-8": 0.7}[m]))
+    assert not any(cell.mark for cell in table.cells.values())
+    assert "noise is unknown" in table.remarks[1]
+
+
+def test_seeds_alone_tell_noise_too():
+    level = {"full": 0.9, "linear": 0.8, "lora-8": 0.7}
+    steady = make(records(lambda m, d, s: level[m] + s / 1000, seeds=[0, 1, 2]))
+    assert steady.cells["full", "beetles"].mark == "best"
+    shaken = make(records(lambda m, d, s: level[m] + (s - 1) * len(m) / 10, seeds=[0, 1, 2]))
+    assert shaken.cells["full", "beetles"].mark == "tied"
+
+
+def test_lower_may_be_better(tmp_path):
+    info = [{"name": "top1", "title": "Error", "unit": "", "higher_is_better": False}]
+    level = {"full": 0.9, "linear": 0.8, "lora-8": 0.7}
+    runs = records(lambda m, d, s: level[m] + s / 1000, seeds=[0, 1, 2], metric_info=info)
+    table = make(runs)
+    assert table.cells["lora-8", "beetles"].mark == "best"
+
+
+def test_a_mean_over_data_sets_adds_their_noise(tmp_path):
+    rng = np.random.default_rng(1)
+    runs = []
+    for dataset in ("beetles", "leaves"):
+        base = images(rng, 0.7)
+        worse = np.where(rng.random(2000) < 0.012, 0.0, base)
+        runs += [scored(tmp_path, "full", dataset, base)]
+        runs += [scored(tmp_path, m, dataset, worse) for m in ("linear", "lora-8")]
+    table = make(runs, columns=[{"block": "B", "datasets_of": "fgvc", "mean": "tasks"}])
+    assert table.cells["full", "B mean"].mark == "best"
+    spread = make(runs, columns=[{"datasets_of": "fgvc"}], spread="images")
+    assert spread.cells["full", "beetles"].spread == "1.0"
 
 
 def test_rows_are_the_enabled_methods_and_unnamed_ones_come_last():
@@ -119,17 +159,48 @@ def test_a_mistaken_description_is_one_clear_line(changes, said):
 
 def test_unknown_names_in_a_description():
     with pytest.raises(UserError, match=r"Unknown metric 'top-1'\. Did you mean 'top1'"):
-        expand_columns(spec(metric="top-1"), REAL)
+        make(records(), metric="top-1")
     columns = [{"value": "trainabel", "label": "P"}, {"datasets_of": "fgvc"}]
     with pytest.raises(UserError, match="'trainable'"):
         expand_columns(spec(columns=columns), REAL)
-    table = build_table("t", spec(caption="{sweet}"), REAL, METHODS, records())
+    table = make(records(), caption="{sweet}")
     with pytest.raises(UserError, match=r"'sweet' is unknown; use {suite}"):
         _ = table.caption
+
+
+OTHER_TASKS = {
+    "segmentation": {"polyps": ["kvasir"]},
+    "generation": {"objects": ["dreambooth-can"], "live": ["dreambooth-cat"]},
+}
 
 
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_tables_fit_the_papers_suite(path):
     for name, data in yaml.safe_load(path.read_text()).items():
-        columns = expand_columns(parse_spec(name, data), PAPER)
-        assert len(columns) == {"table1": 11, "table13": 20}.get(name, len(columns))
+        described = parse_spec(name, data)
+        suite = replace(PAPER, groups=OTHER_TASKS.get(described.task, PAPER.groups))
+        others = {s: replace(PAPER, name=s) for s in described.suites}
+        columns = expand_columns(described, suite, Metrics(), others)
+        assert len(columns) == COLUMNS.get(name, len(columns))
+
+
+def test_rows_of_no_method_and_spread_over_data_sets():
+    """A constant row prints another metric of any record; the deviation is over data sets."""
+    found = records(lambda method, dataset, seed: 0.6 if dataset == "photos" else 0.5)
+    for record in found:
+        for metrics in record["metrics"].values():
+            metrics["ceiling"] = 0.9
+    constants = [{"label": "Ceiling", "metrics": {"top1": "ceiling"}}]
+    columns = [{"label": "Mean", "mean_of": ["natural"], "mean": "tasks"},
+               {"label": "P", "value": "trainable"}]  # fmt: skip
+    table = make(found, columns=columns, constants=constants, spread="datasets", reference=None)
+    (key, value) = (column.key for column in table.columns)
+    cell = table.cells["= Ceiling", key]
+    assert (cell.text, cell.spread, cell.mark) == ("90.0", "0.0", "")
+    assert table.cells["= Ceiling", value].mean is None
+    assert not table.cells["= Ceiling", value].note
+    assert table.rows[0].methods == (("= Ceiling", "Ceiling"),)
+    assert "= Ceiling" not in dict(table.methods)
+    assert "standard deviation over data sets" in table.remarks[0]
+    assert any(float(c.spread) > 0 for (m, k), c in table.cells.items()
+               if k == key and m != "= Ceiling")  # fmt: skip

@@ -49,7 +49,7 @@ def _trains(subject: Subject) -> str:
 
 def tiny_count(subject: Subject) -> str:
     """Trainable parameters on the tiny backbone, without the head."""
-    return f"{count_parameters(subject.model)['trainable']:,}"
+    return f"{subject.method.count(subject.model)['trainable']:,}"
 
 
 def base_count(subject: Subject) -> str:

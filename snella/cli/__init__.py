@@ -1,5 +1,6 @@
 """The command line: thin verbs that parse, call and print."""
 
-from snella.cli.main import build_parser, main
+from snella.cli.main import main
+from snella.cli.parser import build_parser
 
 __all__ = ["build_parser", "main"]

@@ -223,6 +223,8 @@ class Prepared:
     def _parts(self, split: str) -> tuple[str, ...]:
         if split not in ROLES:
             raise unknown("split", split, ROLES)
+        if split == "train" and self.manifest.get("only_trainval"):
+            return ()  # the validation images are among them and cannot be told apart
         parts = ("train", "val") if split == "trainval" else (split,)
         return tuple(part for part in parts if part in self.manifest["counts"])
 

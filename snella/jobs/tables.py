@@ -3,48 +3,156 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from snella.records import read_record
-from snella.report import Missing, SuiteInfo, parse_spec, print_table, write_table
+from snella import results
+from snella.report import Missing, SuiteInfo, TableSpec, parse_spec, print_table, write_table
+from snella.report.columns import expand_columns
+from snella.report.frame import tidy
+from snella.report.table import Table, build_table
+from snella.report.write import statistics_texts, versus_texts, write_texts
+from snella.runs.run import Run
 from snella.suite import plan
 from snella.suite.config import Config
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-def write(config: Config, name: str) -> list[Path]:
+
+def write(config: Config, name: str, stale: results.Stale | None = None) -> list[Path]:
     """Write the table ``name`` in every format below the results folder; return the paths.
 
     Raises :class:`~snella.errors.UserError` for an unknown table or records that may not share
-    one; a run without a record becomes a dash with a footnote.
+    one; a run without a record becomes a dash with a footnote, a ``stale`` one is marked.
     """
-    spec, suite, methods, records = _material(config, name)
-    return write_table(spec, suite, methods, records, Path(config.results), name)
+    m = material(config, name, stale)
+    out = Path(config.results)
+    return write_table(m.spec, m.suite, m.methods, m.frame, out, name, others=m.others)
 
 
-def show(config: Config, name: str) -> None:
+def write_versus(config: Config, name: str, stale: results.Stale | None = None) -> list[Path]:
+    """Write ``<name>_vs_published.{tex,csv,md}`` alone; none where there is nothing to compare."""
+    table = build(config, name, stale)
+    return write_texts(Path(config.results), versus_texts(table))
+
+
+def write_statistics(
+    config: Config, name: str, reference: str | None = None, stale: results.Stale | None = None
+) -> list[Path]:
+    """Write ``<name>_statistics.{tex,csv,md}`` and the critical-difference diagram.
+
+    ``reference`` is any row of the table; by default the one that the table names, or its first.
+    """
+    from snella.report.figures import critical_difference
+    from snella.report.statistics import table_statistics
+
+    table = build(config, name, stale)
+    reference = reference or table.spec.reference or table.methods[0][0]
+    out = Path(config.results)
+    paths = write_texts(out, statistics_texts(table, reference))
+    found = table_statistics(table, reference)
+    return paths + critical_difference(found, out / f"{name}_ranks")
+
+
+def write_audit(config: Config) -> list[Path]:
+    """Write ``audit.{csv,md,html,tex,pdf}``: every published number and what became of it."""
+    from snella.report import audit
+
+    return audit.write(results.frame(config.results), Path(config.results))
+
+
+def write_lr_sweep(config: Config, suite: str | None = None) -> list[Path]:
+    """Draw ``lr_sweep.{pdf,png}`` from the runs of a search suite (the configured one)."""
+    from snella.report.figures import lr_sweep
+
+    frame = results.frame(config.results)
+    mine = frame[frame["suite"] == (suite or config.suite)]
+    return lr_sweep(mine, Path(config.results) / "lr_sweep", labels=results.labels(config))
+
+
+def show(config: Config, name: str, stale: results.Stale | None = None) -> None:
     """Print the table ``name`` in the terminal."""
-    spec, suite, methods, records = _material(config, name)
-    print_table(spec, suite, methods, records, name)
+    m = material(config, name, stale)
+    print_table(m.spec, m.suite, m.methods, m.frame, name, others=m.others)
 
 
-def _material(config: Config, name: str) -> tuple[Any, SuiteInfo, Mapping[str, str], list[Any]]:
+def build(config: Config, name: str, stale: results.Stale | None = None) -> Table:
+    """The table ``name`` with all its numbers."""
+    m = material(config, name, stale)
+    return build_table(name, m.spec, m.suite, m.methods, m.frame, others=m.others)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a table is made of."""
+
+    spec: TableSpec
+    suite: SuiteInfo
+    methods: Mapping[str, str]
+    frame: pd.DataFrame
+    others: Mapping[str, SuiteInfo]
+
+
+def material(config: Config, name: str, stale: results.Stale | None = None) -> Material:
+    """Description, suites, rows and the frame of a table; reads all records that it shows."""
     config = plan.for_table(config, name)
-    groups = plan.table_methods(config, name)
-    labels = {
-        method: config.methods[method].label or method
-        for _, methods in groups
-        for method in methods
+    spec, methods = _rows(config, name)
+    records = [results.read(run.folder, stale) or _missing(run) for run in table_runs(config, name)]
+    frame = tidy(
+        records,
+        subsets=spec.subsets,
+        labels=results.labels(config),
+        groups=results.groups(config),
+    )
+    own = suite_info(config)
+    return Material(spec, own, methods, frame, _others(config, spec))
+
+
+def table_runs(config: Config, name: str) -> list[Run]:
+    """All runs whose records a table shows: its rows on the data sets of its columns."""
+    config = plan.for_table(config, name)
+    spec, methods = _rows(config, name)
+    columns = expand_columns(spec, suite_info(config), others=_others(config, spec))
+    datasets: dict[str, dict[str, None]] = {}
+    for column in columns:
+        datasets.setdefault(column.suite.name, {}).update(dict.fromkeys(column.datasets))
+    runs: list[Run] = []
+    for suite, wanted in datasets.items():
+        own = plan.with_suite(config, suite)
+        enabled = set(plan.suite_methods(own))
+        rows = [method for method in methods if method in enabled]
+        runs += plan.plan(own, methods=rows, datasets=list(wanted)) if rows else []
+    return runs
+
+
+def _missing(run: Run) -> Missing:
+    names = run.method.name, run.dataset.name, run.seed
+    return Missing(*names, suite=run.suite, backbone=run.backbone.name)
+
+
+def _rows(config: Config, name: str) -> tuple[TableSpec, dict[str, str]]:
+    """A table's description and its enabled rows with their labels."""
+    enabled = [m for _, methods in plan.table_methods(config, name) for m in methods]
+    spec = parse_spec(name, config.tables[name])
+    if spec.others is None:  # rows that no table names stay out of this one
+        named = {m for group in spec.rows for m in group.methods}
+        enabled = [m for m in enabled if m in named]
+    return spec, {m: config.methods[m].label or m for m in enabled}
+
+
+def _others(config: Config, spec: TableSpec) -> dict[str, SuiteInfo]:
+    return {
+        other: suite_info(plan.with_suite(config, other))
+        for other in spec.suites
+        if other in config.suites and other != config.suite
     }
-    records = [
-        read_record(run.folder) or Missing(run.method.name, run.dataset.name, run.seed)
-        for run in plan.table_runs(config, name)
-    ]
-    return parse_spec(name, config.tables[name]), _suite_info(config), labels, records
 
 
-def _suite_info(config: Config) -> SuiteInfo:
+def suite_info(config: Config) -> SuiteInfo:
+    """What a table needs to know of the configured suite."""
     suite = plan.current_suite(config)
     labels = {name: config.datasets[name].label or name for name in suite.datasets}
     labels[suite.backbone] = config.backbones[suite.backbone].title or suite.backbone
-    return SuiteInfo(config.suite, suite.title, suite.groups, suite.demo, labels)
+    return SuiteInfo(config.suite, suite.title, suite.groups, suite.demo, labels, suite.backbone)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from snella.errors import UserError
+from snella.errors import MISTAKE, UserError, explain, record_traceback
+from snella.jobs import cells
 from snella.jobs.prepare import origin_of
-from snella.runs.identity import evaluation_key, training_key
+from snella.runs.identity import code_key, training_key
 from snella.runs.run import Run
 from snella.suite import config as configuration
 from snella.suite import plan
@@ -40,19 +41,26 @@ class WorkflowPlan:
 
     def __init__(self, config: Config, overlay: dict[str, Any]) -> None:
         self.config = config
-        self.overlay = json.dumps(overlay, sort_keys=True)
+        self.overlay = json.dumps(overlay, sort_keys=True, default=str)
         self.runs = {run.record.as_posix(): run for run in plan.plan(config)}
         self.warm = "--warm" if config.warm_workers else ""
         self._origin = cache(lambda name: json.dumps(origin_of(config, name), sort_keys=True))
 
     @classmethod
-    def from_snakemake(cls, config: dict[str, Any]) -> WorkflowPlan:
-        """Build from Snakemake's merged configuration; a user's mistake ends it with status 2."""
+    def from_snakemake(cls, config: dict[str, Any], files: Iterable[str] = ()) -> WorkflowPlan:
+        """Build from Snakemake's merged configuration and the files it comes from.
+
+        A user's mistake ends it with one line and status 2.
+        """
         try:
-            return cls(configuration.merge(dict(config), configuration.DEFAULT, {}), dict(config))
-        except UserError as error:
-            sys.stderr.write(f"snella: {error}\n")
-            raise SystemExit(2) from None
+            found = configuration.from_snakemake(dict(config), map(Path, files))
+            return cls(found, dict(config))
+        except Exception as error:
+            outcome = explain(error)
+            if outcome.status != MISTAKE:
+                record_traceback(error)
+            sys.stderr.write(f"snella: {outcome.line}\n")
+            raise SystemExit(outcome.status) from None
 
     def run(self, wildcards: Any) -> Run:
         """The run of a train job, of any configured suite."""
@@ -73,6 +81,11 @@ class WorkflowPlan:
             )
         return run
 
+    @staticmethod
+    def begin(jobs: Iterable[Any]) -> None:
+        """Note which records a workflow is to make, for the line that each finished one prints."""
+        cells.begin(str(job.output[0]) for job in jobs if job.rule.name == "run")
+
     def settings(self, wildcards: Any) -> str:
         """The run's resolved settings, canonical JSON."""
         return self.run(wildcards).to_json()
@@ -80,8 +93,7 @@ class WorkflowPlan:
     def code(self, wildcards: Any) -> str:
         """The code and libraries that train and score the run: what makes it stale when changed."""
         run = self.run(wildcards)
-        keys = _user(lambda: [training_key(run), evaluation_key(run)])
-        return json.dumps(keys, sort_keys=True)
+        return json.dumps(_user(lambda: code_key(run)), sort_keys=True)
 
     def training_code(self, wildcards: Any) -> str:
         """The code and libraries that train the run."""
@@ -125,6 +137,17 @@ class WorkflowPlan:
         if self.config.allow_missing:
             return []
         return [run.record.as_posix() for run in self._table_runs(wildcards)]
+
+    def figure_records(self, wildcards: Any) -> list[str]:
+        """The records a figure needs; none are demanded with ``allow_missing``."""
+        runs = _user(lambda: plan.figure_runs(self.config, wildcards.figure))
+        return [] if self.config.allow_missing else [run.record.as_posix() for run in runs]
+
+    def generation_figure_records(self, wildcards: Any) -> list[str]:
+        """The records that a figure of generation shows."""
+        from snella.jobs import generation_figures
+
+        return _user(lambda: generation_figures.records(self.config, wildcards.figure))
 
     def table_content(self, wildcards: Any) -> str:
         """What a table shows besides its records, and with ``allow_missing`` which there are."""

@@ -1,7 +1,7 @@
 """The one interface that SNELLA and every baseline implement, and the discovery of method files.
 
 A method file holds one subclass of :class:`Method`. Its typed fields are its hyper-parameters;
-its class attributes say where it comes from and what it can serve. The trainer knows only the
+its class attributes say where it comes from and what it supports. The trainer knows only the
 hooks below and names no method. Hooks get the model and keep no reference to it, so that a
 method object can be copied, printed and compared like the plain settings it is.
 """
@@ -17,8 +17,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
@@ -40,8 +41,10 @@ from snella.models.families import (
     replace,
     slots,
     split_qkv,
+    unused_parameters,
 )
 from snella.models.parameters import count_parameters, freeze, no_decay, seed_everything, trainable
+from snella.validation import hyperparameter_error
 
 __all__ = [
     "ROLES",
@@ -93,6 +96,10 @@ class Method(BaseModel):
     supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext"})
     head_only: ClassVar[bool] = False
     """Whether nothing but the task head trains, by intention."""
+    calibration_order: ClassVar[Literal["file", "shuffled"]] = "file"
+    """Order of the training images that :meth:`calibrate` sees."""
+    calibration_views: ClassVar[int] = 0
+    """Augmented views per image in the key ``views`` (B, n, 3, H, W) of calibration batches."""
 
     def adapt(self, model: nn.Module) -> None:
         """Change the frozen ``model`` in place and set ``requires_grad`` on what trains."""
@@ -164,12 +171,19 @@ class Method(BaseModel):
     def load_training_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         """Load what :meth:`training_state` returned; runs after :meth:`load_state`."""
 
+    def count(self, model: nn.Module) -> dict[str, int]:
+        """Numbers of parameters, as :func:`count_parameters` counts them.
+
+        To be overridden where tensors hold entries that the paper does not count as trained.
+        """
+        return count_parameters(model)
+
     def check_supported(self, model: nn.Module) -> None:
         """Raise :class:`~snella.errors.Unsupported` for a family the method does not claim."""
         kind = family(model)
         if kind not in self.supports:
             raise Unsupported(
-                f"{type(self).__name__} cannot serve {kind} backbones "
+                f"{type(self).__name__} does not support {kind} backbones "
                 f"(it claims {', '.join(sorted(self.supports))})."
             )
 
@@ -196,7 +210,37 @@ def load_method(path: Path) -> type[Method]:
         )
     if own[0].adapt is Method.adapt:
         raise UserError(f"{path}: {own[0].__name__} has no adapt(self, model); write one.")
+    _check_hooks(path, own[0])
     return own[0]
+
+
+def _check_hooks(path: Path, cls: type[Method]) -> None:
+    """Refuse a method whose name is almost a hook's, and a hook with other arguments.
+
+    The trainer would never call the one, and fail in the middle of a run with the other.
+    """
+    hooks = {name: f for name, f in vars(Method).items() if name[0] != "_" and callable(f)}
+    for name, function in inspect.getmembers(cls, inspect.isfunction):
+        if name.startswith("_") or hasattr(BaseModel, name):
+            continue
+        line = f"{path}, line {function.__code__.co_firstlineno}: {cls.__name__}.{name}"
+        if name not in hooks:
+            likeness = 0.5 if name.startswith("on_") else 0.8
+            close = difflib.get_close_matches(name, hooks, n=1, cutoff=likeness)
+            if close or name.startswith("on_"):
+                raise UserError(
+                    f"{line} is no hook and would never be called. "
+                    f"Did you mean {close[0] if close else 'on_step_end'!r}? "
+                    "(The name of a helper starts with an underscore.)"
+                )
+            continue
+        wanted = list(inspect.signature(hooks[name]).parameters)
+        try:
+            inspect.signature(function).bind(*wanted)
+        except TypeError as error:
+            raise UserError(
+                f"{line} is called as {name}({', '.join(wanted[1:])}); correct its arguments."
+            ) from error
 
 
 def _import(path: Path) -> ModuleType:
@@ -230,13 +274,7 @@ def build_method(path: Path, hyperparameters: dict[str, Any]) -> Method:
     try:
         return cls(**hyperparameters)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "settings"
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(
-            f"{path}: hyper-parameter {field}: {message} (got {first['input']!r}); correct it "
-            "under `hyperparameters:` of the method's row."
-        ) from error
+        raise hyperparameter_error(path, error) from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -255,7 +293,7 @@ def prepare_model(method: Method, model: nn.Module) -> None:
         raise
     except UserError as error:
         raise UserError(f"{method_file(method)}: {error}") from error
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, NameError, SystemExit) as error:
         file = method_file(method)
         raise UserError(
             f"{file}: {type(method).__name__}.adapt does not fit {type(model).__name__}: "
@@ -263,11 +301,14 @@ def prepare_model(method: Method, model: nn.Module) -> None:
         ) from error
     calibrates = type(method).calibrate is not Method.calibrate
     marked = bool(trainable(model)) or method.head_only
+    for parameter in unused_parameters(model):
+        parameter.requires_grad_(False)
     task_head = head(model)
     if task_head is not None:
         task_head.requires_grad_(True)
     if not (marked or calibrates) or not trainable(model):
         raise _nothing_marked(method, "adapt")
+    _in_single_precision(model)
 
 
 def check_marked(method: Method, model: nn.Module) -> None:
@@ -275,6 +316,14 @@ def check_marked(method: Method, model: nn.Module) -> None:
     calibrates = type(method).calibrate is not Method.calibrate
     if calibrates and not method.head_only and not count_parameters(model)["trainable"]:
         raise _nothing_marked(method, "calibrate")
+    _in_single_precision(model)
+
+
+def _in_single_precision(model: nn.Module) -> None:
+    """What trains is float32 even where the frozen weights are half: steps would be rounded off."""
+    for parameter in trainable(model).values():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def _nothing_marked(method: Method, hook: str) -> UserError:
@@ -284,7 +333,7 @@ def _nothing_marked(method: Method, hook: str) -> UserError:
     )
 
 
-def _closest_module(model: nn.Module, error: Exception) -> str:
+def _closest_module(model: nn.Module, error: BaseException) -> str:
     """A hint where ``error`` is about a module that the model does not have."""
     missing = re.search(r"has no attribute [`'\"](\w+)", str(error))
     parts = {part for name, _ in model.named_modules() for part in name.split(".")}

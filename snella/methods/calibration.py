@@ -13,16 +13,27 @@ from snella.errors import UserError
 def first_images(
     batches: Iterable[dict[str, Tensor]], images: int, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """The first ``images`` samples of ``batches``, in batches of at most ``batch_size``."""
+    """The first ``images`` samples of ``batches``, in batches of ``batch_size``, the last less.
+
+    The size does not follow that of ``batches``, which are cut and joined.
+    """
+    held: dict[str, Tensor] = {}
     left = images
     for batch in batches:
-        size = min(left, len(next(iter(batch.values()))))
-        for start in range(0, size, batch_size):
-            stop = min(start + batch_size, size)
-            yield {key: value[start:stop] for key, value in batch.items()}
-        left -= size
+        part = {key: value[:left] for key, value in batch.items()}
+        left -= _size(part)
+        held = {key: torch.cat([held[key], v]) if held else v for key, v in part.items()}
+        while _size(held) >= batch_size:
+            yield {key: value[:batch_size] for key, value in held.items()}
+            held = {key: value[batch_size:] for key, value in held.items()}
         if left == 0:
-            return
+            break
+    if held and _size(held):
+        yield held
+
+
+def _size(batch: dict[str, Tensor]) -> int:
+    return len(next(iter(batch.values())))
 
 
 def batch_gradients(

@@ -1,133 +1,211 @@
 """Pre-trained backbones: timm architectures, and weights from local files in published formats.
 
-Nothing is downloaded here: a backbone's file is named in ``config/backbones.yaml`` and read
-with safetensors, timm's reader of the original Flax ``.npz`` files, or ``weights_only=True``.
+Nothing is downloaded here: a backbone's ``file`` is named in ``config/backbones.yaml``; the word
+``timm`` means the weights of its timm tag in the local cache, and ``random`` none at all.
+Every tensor of the file must find its place in the model and every tensor of the model be in the
+file, but for the head and what the entry lists under ``ignore`` and ``fresh``.
 """
 
 from __future__ import annotations
 
-import hashlib
+import re
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from snella.errors import UserError, unknown
+from snella.models.backbone_files import check_release, require, sniff, weights_path
+from snella.models.checkpoint import read_tensors
+from snella.models.transformers_names import is_transformers, to_timm
 
-PREFIXES = ("module.", "model.", "visual.")
-CONTAINERS = ("state_dict", "model", "state_dict_ema")
+# Parts of releases that are no part of a backbone: classifiers, the pre-logits layer, decoders.
+IGNORABLE = (
+    "head.", "head_dist.", "fc.", "classifier.", "pre_logits.", "decoder_", "decoder.",
+    "mask_token", "norm_targets.",
+)  # fmt: skip
 
 
-def build_backbone(entry: dict[str, Any], num_classes: int, drop_path: float = 0.0) -> nn.Module:
-    """Create ``entry['arch']`` with a fresh head and load ``entry['file']`` if there is one.
+def build_backbone(entry: Mapping[str, Any], num_classes: int, drop_path: float = 0.0) -> nn.Module:
+    """Create ``entry['arch']`` with a fresh head and load the weights of ``entry['file']``.
 
-    Raises :class:`~snella.errors.UserError` for an unknown architecture and for a file that is
-    missing, damaged or made for another architecture.
+    Raises :class:`~snella.errors.UserError` for an unknown architecture, an entry without
+    ``file:``, and a file that is missing, damaged or made for another architecture.
     """
     import timm
 
-    if not timm.is_model(entry["arch"]):
-        raise unknown("timm architecture", entry["arch"], timm.list_models())
+    arch = entry["arch"]
+    if not timm.is_model(arch):
+        raise unknown("timm architecture", arch, timm.list_models())
+    path = weights_path(entry)
     kwargs = {**entry.get("kwargs", {}), "num_classes": num_classes}
     if drop_path:
         kwargs["drop_path_rate"] = drop_path
     try:
-        model = timm.create_model(entry["arch"], pretrained=False, **kwargs)
+        model = timm.create_model(arch, pretrained=False, **kwargs)
     except TypeError as error:
-        raise UserError(f"Backbone {entry['arch']}: {error}; check `kwargs`.") from error
-    if entry.get("file"):
-        load_weights(model, Path(entry["file"]))
+        raise UserError(f"Backbone {arch}: {error}; check `kwargs`.") from error
+    if path is not None:
+        load_weights(model, path, entry)
     return model
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, entry: Mapping[str, Any] | None = None) -> None:
     """Load pre-trained weights except the head, in place."""
-    if not path.is_file():
-        raise UserError(
-            f"Backbone file {path} is missing; download it (docs/backbones.md) or "
-            "correct `file:` of the backbone."
-        )
+    entry = entry or {}
+    require(path)
+    check_release(path, entry)
     if path.suffix == ".npz":
-        _load_flax(model, path)
-    else:
-        _load_state(model, _filtered(model, _read_state(path)), path)
+        sniff(path)
+        _load_flax(model, path, entry)
+        return
+    state = read_tensors(path, model.state_dict().keys(), entry.get("key"))
+    _check_parts(path, state, entry)
+    if is_transformers(state):
+        state = to_timm(state)
+    _load_state(model, _filtered(model, state, path), path, entry)
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    import torch
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"Backbone file {path} is damaged or not a weights file ({reason}); download it again."
-        ) from error
-    for container in CONTAINERS:
-        if isinstance(content, dict) and isinstance(content.get(container), dict):
-            content = content[container]
-    for prefix in PREFIXES:
-        if content and all(str(name).startswith(prefix) for name in content):
-            content = {name.removeprefix(prefix): value for name, value in content.items()}
-    return content
+def _check_parts(path: Path, names: Iterable[str], entry: Mapping[str, Any]) -> None:
+    """Tell releases of one architecture apart by parts that only one of them has."""
+    names = list(names)
+    for key, wanted in (("holds", True), ("lacks", False)):
+        for part in entry.get(key) or ():
+            if any(part in name for name in names) != wanted:
+                state = "lacks" if wanted else "holds"
+                raise UserError(
+                    f"Backbone file {path} {state} {part!r}, so it is not "
+                    f"{entry.get('title') or entry.get('arch')}; see docs/backbones.md."
+                )
 
 
-def _filtered(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _filtered(model: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Rename a published checkpoint's tensors with timm's own filter of that architecture."""
     module = sys.modules[type(model).__module__]
     convert = getattr(module, "checkpoint_filter_fn", None)
-    return convert(state, model) if convert else state
+    if convert is None:
+        return state
+    try:
+        return convert(state, model)
+    except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"Backbone file {path} does not fit {type(model).__name__} "
+            f"({' '.join(str(error).split())[:100]}); check `arch:` and `kwargs:` of the backbone."
+        ) from error
 
 
-def _load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def _load_state(
+    model: nn.Module, state: dict[str, Tensor], path: Path, entry: Mapping[str, Any]
+) -> None:
     own = model.state_dict()
     head = _head_names(model)
-    state = {name: t for name, t in state.items() if not name.startswith(head)}
+    ignored = (*head, *IGNORABLE, *(entry.get("ignore") or ()))
+    fresh = (*head, *(entry.get("fresh") or ()))
+    state = {n: t for n, t in state.items() if not n.startswith(head)}
     misfits = [n for n, t in state.items() if n in own and own[n].shape != t.shape]
-    missing = [n for n in own if n not in state and not n.startswith(head)]
-    if misfits or missing:
-        problem = (
-            f"{misfits[0]} is {tuple(state[misfits[0]].shape)} there and "
-            f"{tuple(own[misfits[0]].shape)} here"
-            if misfits
-            else f"it lacks {missing[0]} and {len(missing) - 1} more tensors"
-        )
-        raise UserError(
-            f"Backbone file {path} does not fit {type(model).__name__}: {problem}; "
-            "check `arch:` and `kwargs:` of the backbone."
-        )
+    missing = [n for n in own if n not in state and not n.startswith(fresh)]
+    extra = [n for n in state if n not in own and not n.startswith(ignored)]
+    if misfits or missing or extra:
+        problem = _pooling(state, own) or _problem(state, own, misfits, missing, extra)
+        raise UserError(f"Backbone file {path} does not fit {type(model).__name__}: {problem}.")
     model.load_state_dict({n: t for n, t in state.items() if n in own}, strict=False)
 
 
-def _load_flax(model: nn.Module, path: Path) -> None:
+def _problem(
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    misfits: list[str],
+    missing: list[str],
+    extra: list[str],
+) -> str:
+    check = "check `arch:` and `kwargs:` of the backbone"
+    if misfits:
+        name = misfits[0]
+        return (
+            f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} here; {check}"
+        )
+    if missing:
+        return f"it lacks {missing[0]}{_more(missing)}; {check}"
+    return (
+        f"the model has no place for {extra[0]}{_more(extra)}; {check}, or list the beginning of "
+        "their names under `ignore:` if they are no part of it"
+    )
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+
+
+def _pooling(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Explain the one mismatch that is about pooling, as in MAE's releases."""
+    theirs, ours = "fc_norm.weight" in state, "fc_norm.weight" in own
+    if theirs and not ours:
+        return (
+            "it was fine-tuned with pooled patch tokens, so its last norm is fc_norm; set "
+            "`kwargs: {global_pool: avg}` of the backbone, or take the pre-trained encoder"
+        )
+    if ours and not theirs and "norm.weight" in state:
+        return (
+            "the model pools its patch tokens and normalises after pooling (fc_norm), the file's "
+            "norm comes before. Set `kwargs: {fc_norm: false}` to keep the file's norm, or "
+            "`ignore: [norm.]` and `fresh: [fc_norm.]` to learn a new one as MAE's fine-tuning does"
+        )
+    return ""
+
+
+def _load_flax(model: nn.Module, path: Path, entry: Mapping[str, Any]) -> None:
     load = getattr(model, "load_pretrained", None)
     if load is None:
         raise UserError(f"{path}: {type(model).__name__} cannot read Flax .npz files.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = list(file)
+    except Exception as error:
+        raise UserError(
+            f"Backbone file {path} is damaged ({' '.join(str(error).split())[:100]}); "
+            "download it again."
+        ) from error
+    _check_parts(path, names, entry)
+    _check_blocks(model, path, names)
+    kept = {n: t.clone() for n, t in model.state_dict().items() if n.startswith(_head_names(model))}
     try:
         load(str(path))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"Backbone file {path} is damaged or of another architecture ({reason})."
+            f"Backbone file {path} is damaged or of another architecture ({reason}); "
+            "check `arch:` and `kwargs:` of the backbone."
         ) from error
+    model.load_state_dict(kept, strict=False)
+
+
+def _check_blocks(model: nn.Module, path: Path, names: list[str]) -> None:
+    """Compare numbers of blocks and heads, which timm's reader of the file does not."""
+    depth = {match[1] for n in names if (match := re.search(r"encoderblock_(\d+)/", n))}
+    blocks: Any = getattr(model, "blocks", ())
+    queries = [n for n in names if n.endswith("/query/kernel")]
+    heads, own = 0, blocks[0].attn.num_heads if len(blocks) else 0
+    if queries:
+        with np.load(path, allow_pickle=False) as file:
+            heads = int(file[queries[0]].shape[1:2][0])
+    for kind, there, here in (("blocks", len(depth), len(blocks)), ("heads", heads, own)):
+        if there != here:
+            raise UserError(
+                f"Backbone file {path} does not fit {type(model).__name__}: it has {there} "
+                f"{kind}, the model {here}; check `arch:` and `kwargs:` of the backbone."
+            )
 
 
 def _head_names(model: nn.Module) -> tuple[str, ...]:
     get = getattr(model, "get_classifier", None)
-    target = get() if get else None
+    found = get() if get else None
+    targets = found if isinstance(found, tuple) else (found,)
     names = [
-        name for name, module in model.named_modules() if target is not None and module is target
+        name
+        for name, module in model.named_modules()
+        if any(module is target for target in targets if target is not None)
     ]
     return tuple(f"{name}." for name in names) or ("head.",)
-
-
-def file_digest(path: str | Path | None) -> str:
-    """SHA-256 of a file's bytes, or an empty string for None."""
-    if path is None:
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

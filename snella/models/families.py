@@ -45,6 +45,10 @@ _FAMILIES = {
     "Sam": "sam",
     "SD3Transformer2DModel": "sd3",
 }
+_HEADS = {"Sam": ("mask_decoder", "prompt_encoder.no_mask_embed")}
+_UNUSED = {"Sam": ("prompt_encoder",)}
+"""Where the classes say otherwise than timm: what is the head, and what has no say in the output
+of a model without prompts (but for its head)."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,22 @@ def slots(model: nn.Module, roles: Iterable[str] = ROLES) -> list[Slot]:
 
 
 def head(model: nn.Module) -> nn.Module | None:
-    """The task head of a timm classifier, or None where the model has none."""
+    """The task head, or None where the model has none.
+
+    A timm classifier's, or of SAM the mask decoder with the embedding that stands for no mask.
+    """
+    if paths := _HEADS.get(type(model).__name__):
+        return nn.ModuleList(model.get_submodule(path) for path in paths)
     get = getattr(model, "get_classifier", None)
     module = get() if get else None
     return None if module is None or isinstance(module, nn.Identity) else module
+
+
+def unused_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that have no say in the output, such as SAM's encoders of prompts."""
+    of_head = {id(p) for part in [head(model)] if part is not None for p in part.parameters()}
+    parts = [model.get_submodule(path) for path in _UNUSED.get(type(model).__name__, ())]
+    return [p for part in parts for p in part.parameters() if id(p) not in of_head]
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -11,11 +11,9 @@ follows each, so that a killed run resumes to the same weights.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import math
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass, field
@@ -28,6 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from snella.files import atomic, digest_file
+from snella.methods.step import train_step
 from snella.quick import formula
 
 log = logging.getLogger(__name__)
@@ -132,16 +132,19 @@ def _epoch(
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(config, progress)
         strength = min(1.0, 0.3 + 1.4 * progress / config.epochs)  # full from half-way on
-        logits = model(augment(images[batch].unsqueeze(1).float() / 255, rng, strength))
-        loss = functional.cross_entropy(
-            logits, labels[batch], label_smoothing=config.label_smoothing
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        total_loss += loss.item() * len(batch)
-        correct += int((logits.argmax(1) == labels[batch]).sum())
+        seen: list[Tensor] = []
+
+        def loss(model: torch.nn.Module, batch: dict[str, Tensor], seen: Any = seen) -> Tensor:
+            seen.append(model(batch["image"]))
+            return functional.cross_entropy(
+                seen[-1], batch["label"], label_smoothing=config.label_smoothing
+            )
+
+        view = augment(images[batch].unsqueeze(1).float() / 255, rng, strength)
+        pair = {"image": view, "label": labels[batch]}
+        value = train_step(model, optimizer, [pair], loss, clip_grad=1.0)
+        total_loss += value.item() * len(batch)
+        correct += int((seen[-1].argmax(1) == labels[batch]).sum())
     return total_loss / len(labels), correct / len(labels)
 
 
@@ -204,9 +207,7 @@ def _save(
     history: list[dict[str, float]],
     seconds: float,
 ) -> None:
-    """Write a checkpoint under another name first, so that a kill never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".part")
+    """Write a checkpoint, so that a kill never leaves half a file."""
     state = {
         "config": json.dumps(asdict(config), sort_keys=True),
         "model": model.state_dict(),
@@ -214,8 +215,8 @@ def _save(
         "history": history,
         "seconds": seconds,
     }
-    torch.save(state, half)
-    os.replace(half, path)
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _load(path: Path, config: PretrainConfig) -> dict[str, Any]:
@@ -268,7 +269,7 @@ def _write(
             "numpy": np.__version__,
         },
         "parameters": sum(value.numel() for value in weights.values()),
-        "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
+        "sha256": digest_file(out),
     }
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record

@@ -8,16 +8,15 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from snella.report.latex import STYLE
+from snella.report.latex import ONE_COLUMN, TWO_COLUMNS
 
 log = logging.getLogger(__name__)
 
 RESOLUTION = 200  # dots per inch of the PNG
 SECONDS = 60
-BEGIN, END = r"\begin{tabular}", r"\end{tabular}"
 
 # The page is as large as the table, without the standalone class (which is not in Debian's
-# texlive-latex-recommended): the float becomes a plain box, first measured, then shipped out.
+# texlive-latex-recommended): the float becomes a plain box of the width it has in a paper.
 PAGE = r"""\documentclass{article}
 \usepackage{booktabs}\usepackage{graphicx}
 \pagestyle{empty}\parindent0pt
@@ -25,8 +24,7 @@ PAGE = r"""\documentclass{article}
 \renewenvironment{table*}[1][]{}{}
 \renewcommand\caption[1]{{\small #1\par}\vspace{5pt}}
 \begin{document}
-\setbox0\hbox{%(style)s%(tabular)s}%%
-\newdimen\tablewidth \tablewidth=\wd0 \ifdim\tablewidth<90mm \tablewidth=90mm \fi
+\newdimen\tablewidth \tablewidth=%(width)spt
 \setbox0\vbox{\hsize\tablewidth \textwidth\tablewidth \linewidth\tablewidth \columnwidth\tablewidth
 \input{%(file)s}}%%
 \pdfpagewidth=\dimexpr\wd0+16pt\relax \pdfpageheight=\dimexpr\ht0+\dp0+16pt\relax
@@ -45,13 +43,12 @@ def compile_pdf(tex: Path) -> tuple[Path, Path | None] | None:
         log.warning("No pdflatex on this machine: %s is not compiled.", tex)
         return None
     text = tex.read_text()
-    tabular = text[text.find(BEGIN) : text.find(END) + len(END)] if BEGIN in text else ""
+    width = TWO_COLUMNS if r"\begin{table*}" in text else ONE_COLUMN
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "table.tex").write_text(text)
-        page = PAGE % {"style": STYLE, "tabular": tabular, "file": "table.tex"}
-        (work / "page.tex").write_text(page)
-        problem = _pdflatex(work)
+        (work / "page.tex").write_text(PAGE % {"width": width, "file": "table.tex"})
+        problem = run_pdflatex(work)
         if problem:
             log.warning("pdflatex does not compile %s: %s", tex, problem)
             return None
@@ -59,7 +56,22 @@ def compile_pdf(tex: Path) -> tuple[Path, Path | None] | None:
     return pdf, _png(pdf)
 
 
-def _pdflatex(work: Path) -> str:
+def compile_document(tex: Path) -> Path | None:
+    """Compile a whole document to a PDF beside it; None, with one line logged, as above."""
+    if shutil.which("pdflatex") is None:
+        log.warning("No pdflatex on this machine: %s is not compiled.", tex)
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        shutil.copyfile(tex, work / "page.tex")
+        problem = run_pdflatex(work) or run_pdflatex(work)  # long tables need a second pass
+        if problem:
+            log.warning("pdflatex does not compile %s: %s", tex, problem)
+            return None
+        return Path(shutil.copyfile(work / "page.pdf", tex.with_suffix(".pdf")))
+
+
+def run_pdflatex(work: Path) -> str:
     """Run pdfLaTeX; the first error line of its log, or an empty string."""
     command = ["pdflatex", "-interaction=batchmode", "-halt-on-error", "page.tex"]
     try:

@@ -1,16 +1,21 @@
-"""The numbers that papers print, and the protocol they were made under."""
+"""What papers print, which row of ours it belongs to, and the protocol it was made under."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from snella.errors import UserError, unknown
-from snella.report.layout import Column, SuiteInfo
+import yaml
+from pydantic import BaseModel, ConfigDict
 
+from snella.errors import UserError, unknown
+from snella.report.columns import Column
+
+Printed = Mapping[str, str]
+"""One line of a published table's CSV file: one printed number."""
 VTAB: Mapping[str, frozenset[str]] = {
     "natural": frozenset(("cifar100", "caltech101", "dtd", "flowers102", "pets", "svhn", "sun397")),
     "specialized": frozenset(("patch_camelyon", "eurosat", "resisc45", "retinopathy")),
@@ -22,83 +27,161 @@ VTAB: Mapping[str, frozenset[str]] = {
     ),
 }
 FGVC = frozenset(("cub", "nabirds", "oxford_flowers", "stanford_dogs", "stanford_cars"))
+DREAMBOOTH: Mapping[str, int] = {"objects": 21, "live": 9}
+"""The subjects of DreamBooth's two groups; papers print the mean over all 30."""
 UNITS = {"percent": "%", "fraction": "", "cosine": "", "distance": "", "score": ""}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a number stands in a published table."""
-
-    suite: str
-    dataset: str = ""
-    group: str = ""
-    aggregation: str = ""
-
-
-@dataclass(frozen=True)
-class Printed:
-    """One printed number, in the unit of the table, with what was inferred about it."""
-
-    value: float
-    std: float | None
-    label: str
-    unit: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Facts:
-    """How a paper's own numbers were made, as far as paper and released code say it.
-
-    ``fields`` maps a protocol field to (the published value, what to say if ours differs);
-    ``remarks`` are (published suite or empty for all, text).
-    """
-
-    fields: Mapping[str, tuple[str, str]]
-    seeds: int
-    remarks: tuple[tuple[str, str], ...] = ()
-
-
-FACTS: Mapping[str, Facts] = {
-    # released code at e9d51857: lib/datasets.py (pixels, normalisation, splits), train_alloc.py
-    # and train_alloc_ema.py (selection, schedule, EMA), scripts (epochs, seed)
-    "snella": Facts(
-        fields={
-            "selection": (
-                "best-test",
-                "published: the highest of 19 to 100 looks at the test set (best-test)",
-            ),
-            "normalisation": (
-                "imagenet",
-                "published: ImageNet mean and deviation, although the supervised ViT checkpoint "
-                "was trained under Inception's 0.5",
-            ),
-            "schedule": (
-                "released",
-                "published: learning rate constant within an epoch and one epoch late",
-            ),
-            "epochs": ("100", "published: 100 epochs"),
-        },
-        seeds=1,
-        remarks=(
-            ("", "Several printed rows are copied from earlier papers, whose protocols differ."),
-            (
-                "vtab1k",
-                "Published VTAB-1k numbers are from copies re-saved as JPEG (it matters for small "
-                "images) and train on train and val.",
-            ),
-            (
-                "fgvc",
-                "SNELLA's published FGVC numbers train on train alone and are the better of the "
-                "raw and the averaged (EMA) weights.",
-            ),
-        ),
-    ),
+COSTS = {
+    "trainable": "params",
+    "gflops": "gflops",
+    "train_seconds_per_image": "train_time_per_image",
+    "peak_memory_mb": "memory_train",
 }
+COST_UNITS = {"M": 1e6, "GFLOPs": 1.0, "s": 1.0, "MB": 1.0, "GB": 1024.0}
+IGNORED = frozenset({"rerun"})  # who ran a row is no property of the method
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Fact(_Strict):
+    """A protocol field of published numbers: accepted values, and what to say if ours differs."""
+
+    values: list[str | float]
+    says: str
+
+    def fits(self, ours: str) -> bool:
+        """Whether our value (as text) is one of the published ones."""
+        return any(ours == _plain(value) for value in self.values)
+
+
+class RowFacts(_Strict):
+    """How some rows were made, where it is not how the paper's own rows were."""
+
+    methods: list[str] = []
+    variants: list[str] | None = None
+    suites: list[str] | None = None
+    origin: str = ""
+    seeds: int | None = None
+    replace: bool = False
+    protocol: dict[str, Fact] = {}
+
+    def covers(self, line: Printed) -> bool:
+        """Whether a printed number is one of these rows'."""
+        return (
+            line["method"] in self.methods
+            and (self.variants is None or line["variant"] in self.variants)
+            and (self.suites is None or line["suite"] in self.suites)
+        )
+
+
+class Remark(_Strict):
+    """Something to know about a suite's published numbers (all of them: no suite)."""
+
+    text: str
+    suite: str = ""
+
+
+class Contradiction(_Strict):
+    """A printed mean that the cells of its own row do not give."""
+
+    table: int
+    row: int
+    printed: float
+    recomputed: float
+    reading: str
+    suite: str | None = None
+    backbone: str | None = None
+    pretraining: str | None = None
+
+    def concerns(self, line: Printed) -> bool:
+        """Whether it is this printed number."""
+        same = line["group"] == "mean" and int(line["row"]) == self.row
+        same = same and int(line["table"]) == self.table and float(line["value"]) == self.printed
+        wanted = {"suite": self.suite, "backbone": self.backbone, "pretraining": self.pretraining}
+        return same and all(v in (None, line[k]) for k, v in wanted.items())
+
+    @property
+    def text(self) -> str:
+        """What a footnote says."""
+        return (
+            f"the printed mean contradicts its own cells, which give {self.recomputed:g} "
+            f"({self.reading})"
+        )
+
+
+class Other(_Strict):
+    """The same result, printed differently elsewhere."""
+
+    table: int
+    row: int
+    text: str
+    suite: str | None = None
+    dataset: str | None = None
+    group: str | None = None
+
+    def concerns(self, line: Printed) -> bool:
+        """Whether it is this printed number."""
+        wanted = {"suite": self.suite, "dataset": self.dataset, "group": self.group}
+        place = (int(line["table"]), int(line["row"])) == (self.table, self.row)
+        return place and all(v in (None, line[k]) for k, v in wanted.items())
+
+
+class Paper(_Strict):
+    """What is known of how a paper's numbers were made, and which of them contradict each other."""
+
+    title: str
+    seeds: int | None
+    protocol: dict[str, Fact]
+    rows: list[RowFacts]
+    remarks: list[Remark]
+    contradictions: list[Contradiction]
+    others: list[Other]
+
+    def facts(self, line: Printed) -> RowFacts:
+        """The facts of a printed number: the paper's own, changed by the first entry that fits."""
+        own = RowFacts(seeds=self.seeds, protocol=self.protocol)
+        entry = next((rows for rows in self.rows if rows.covers(line)), None)
+        if entry is None:
+            return own
+        if entry.replace:
+            return entry
+        changed = {"origin": entry.origin, "protocol": {**self.protocol, **entry.protocol}}
+        return own.model_copy(update=changed)
+
+    def doubts(self, line: Printed) -> list[str]:
+        """What speaks against a printed number."""
+        found = [c.text for c in self.contradictions if c.concerns(line)]
+        return found + [f"printed differently: {o.text}" for o in self.others if o.concerns(line)]
 
 
 @cache
-def read_table(source: str, number: int) -> tuple[Mapping[str, str], ...]:
+def sources() -> tuple[str, ...]:
+    """The papers there are."""
+    folder = files("snella.report") / "published"
+    names = (f.name for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return tuple(sorted(n.removesuffix(".yaml") for n in names if n != "names.yaml"))
+
+
+@cache
+def read_paper(source: str) -> Paper:
+    """The facts of a paper; raises UserError for an unknown one."""
+    if source not in sources():
+        raise unknown("published source", source, sources())
+    return Paper.model_validate(_yaml(source))
+
+
+@cache
+def tables(source: str) -> tuple[int, ...]:
+    """The numbers of a paper's tables."""
+    folder = files("snella.report") / "published"
+    start = f"{source}_table"
+    names = (f.name for f in folder.iterdir() if f.name.startswith(start))
+    return tuple(sorted(int(n.removeprefix(start).removesuffix(".csv")) for n in names))
+
+
+@cache
+def read_table(source: str, number: int) -> tuple[Printed, ...]:
     """All lines of a published table; raises UserError for one that is not in the package."""
     folder = files("snella.report") / "published"
     name = f"{source}_table{number:02d}.csv"
@@ -109,26 +192,165 @@ def read_table(source: str, number: int) -> tuple[Mapping[str, str], ...]:
     return tuple(csv.DictReader(text.splitlines()))
 
 
-def place(column: Column, suite: SuiteInfo) -> Place | None:
+def backbone_of(name: str) -> tuple[str, str] | None:
+    """(backbone, pretraining) as papers call one of our backbones; None for an unknown one."""
+    found = _yaml("names")["backbones"].get(name)
+    if found is None:
+        return None
+    backbone, _, pretraining = found.partition(" ")
+    return backbone, pretraining
+
+
+def our_dataset(line: Printed) -> str:
+    """The data set of a printed number as our configuration calls it."""
+    return _yaml("names")["datasets"].get(line["suite"], {}).get(line["dataset"], line["dataset"])
+
+
+def our_suite(line: Printed) -> str | None:
+    """The suite of ours that has a printed number's tasks; None where there is none yet."""
+    key = " ".join(line[k] for k in ("suite", "backbone", "pretraining"))
+    return _yaml("names")["suites"].get(key)
+
+
+def our_table(source: str, number: int) -> str | None:
+    """The table of ours that prints a published one; None where there is none."""
+    return _yaml("names")["tables"].get(f"{source} {number}")
+
+
+def our_metric(printed: str) -> str:
+    """A metric as our records call it."""
+    return str(_yaml("names")["metrics"].get(printed, printed))
+
+
+def our_method(line: Printed, methods: Iterable[str] | None = None) -> str | None:
+    """The row of ours that a printed number belongs to; None where none or several fit."""
+    known = _yaml("names")["methods"]
+    wanted = line["method"], _pairs(line["variant"])
+    scored = {
+        m: s
+        for m in (known if methods is None else methods)
+        if (s := _score(known.get(m, ""), *wanted)) is not None
+    }
+    best = [m for m, s in scored.items() if s == max(scored.values())]
+    return best[0] if len(best) == 1 else None
+
+
+@cache
+def _yaml(name: str) -> dict:
+    text = (files("snella.report") / "published" / f"{name}.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+def _pairs(text: str) -> dict[str, str]:
+    parts = (part.partition("=") for part in text.split(";") if part)
+    return {key: value for key, _, value in parts if key not in IGNORED}
+
+
+def _score(ours: str, method: str, variant: Mapping[str, str]) -> tuple[int, int] | None:
+    """How well a name of ours fits a printed row: (shared keys, minus those that only we say)."""
+    name, _, rest = ours.partition(" ")
+    if name != method:
+        return None
+    own = _pairs(rest)
+    if not variant.items() <= own.items():  # an ablation of the method is not the method
+        return None
+    return len(variant), len(variant) - len(own)
+
+
+def match_rows(
+    lines: Sequence[Printed], methods: Sequence[str], given: Mapping[str, str | int]
+) -> dict[str, int]:
+    """Which printed row (by number) belongs to which method of ours.
+
+    As ``given`` (a row's number or its label), else by what the method is, else by the letters
+    of its label. A row that several methods fit equally well belongs to none of them. Raises
+    UserError if a given row is not printed, or its label is printed twice.
+    """
+    rows = {int(line["row"]): line for line in lines}
+    found = {m: _given(rows, m, wanted) for m, wanted in given.items() if m in methods}
+    known = _yaml("names")["methods"]
+    rest = [m for m in methods if m not in found]
+    scores = {
+        (m, number): score
+        for m in rest
+        for number, line in rows.items()
+        if number not in found.values()
+        if (score := _score(known.get(m, ""), line["method"], _pairs(line["variant"]))) is not None
+    }
+    for method in rest:
+        mine = {n: s for (m, n), s in scores.items() if m == method}
+        best = [n for n, s in mine.items() if s == max(mine.values())]
+        if len(best) == 1:
+            rivals = [m for (m, n), s in scores.items() if n == best[0] and s >= mine[n]]
+            if rivals == [method]:
+                found[method] = best[0]
+        elif method not in known:
+            same = [n for n, line in rows.items() if _letters(line["label"]) == _letters(method)]
+            if len(same) == 1:
+                found[method] = same[0]
+    return found
+
+
+def _given(rows: Mapping[int, Printed], method: str, wanted: str | int) -> int:
+    if isinstance(wanted, int):
+        if wanted not in rows:
+            raise unknown(f"number of a printed row (for {method})", wanted, map(str, rows))
+        return wanted
+    hits = [n for n, line in rows.items() if line["label"] == wanted]
+    if not hits:
+        labels = {line["label"] for line in rows.values()}
+        raise unknown(f"printed row (for {method})", wanted, labels)
+    if len(hits) > 1:
+        numbers = ", ".join(map(str, hits))
+        raise UserError(f"{wanted!r} is printed more than once; give a row's number: {numbers}.")
+    return hits[0]
+
+
+def _letters(text: str) -> str:
+    return "".join(c for c in text.lower() if c.isascii() and c.isalnum())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a number stands in a published table; all empty but ``metric`` for a cost."""
+
+    metric: str
+    suite: str = ""
+    dataset: str = ""
+    group: str = ""
+    aggregation: str = ""
+
+    def holds(self, line: Printed) -> bool:
+        """Whether a printed number stands here."""
+        mine = (self.dataset, self.group, self.aggregation, self.metric)
+        theirs = (line["dataset"], line["group"], line["aggregation"], our_metric(line["metric"]))
+        return mine == theirs and self.suite in ("", line["suite"])
+
+
+def place(column: Column) -> Place | None:
     """Where a paper prints this column, or None where its tasks are not a published selection.
 
     A mean has a place only if it covers exactly the tasks that the papers average.
     """
+    metric = column.quantity.name
     groups = {g: frozenset(map(slug, ds)) for g, ds in column.members.items()}
+    if column.kind == "value":
+        return Place(COSTS[metric]) if metric in COSTS else None
+    if column.subset:
+        return None
     if column.kind == "dataset":
         group, (dataset,) = next((g, tuple(ds)) for g, ds in groups.items())
-        return Place("vtab1k" if group in VTAB else group, dataset=dataset)
-    if column.kind == "mean_of_groups":
-        same = dict(groups) == dict(VTAB)
-        return Place("vtab1k", group="mean", aggregation=column.kind) if same else None
+        return Place(metric, "vtab1k" if group in VTAB else group, dataset=dataset)
+    if dict(groups) == dict(VTAB):
+        return Place(metric, "vtab1k", group="mean", aggregation=column.kind)
     if column.kind == "mean_of_tasks":
+        if {g: len(tasks) for g, tasks in groups.items()} == DREAMBOOTH:
+            return Place(metric, "dreambooth", dataset="dreambooth30")
         if groups == {"fgvc": FGVC}:
-            return Place("fgvc", group="mean", aggregation=column.kind)
-        if dict(groups) == dict(VTAB):
-            return Place("vtab1k", group="mean", aggregation=column.kind)
+            return Place(metric, "fgvc", group="mean", aggregation=column.kind)
         for group, tasks in VTAB.items():
             if groups == {group: tasks}:
-                return Place("vtab1k", group=group, aggregation=column.kind)
+                return Place(metric, "vtab1k", group=group, aggregation=column.kind)
     return None
 
 
@@ -140,44 +362,17 @@ def slug(dataset: str) -> str:
     return name
 
 
-def row_labels(
-    lines: Sequence[Mapping[str, str]], methods: Sequence[str], given: Mapping[str, str]
-) -> dict[str, str]:
-    """Which printed row belongs to which method: as ``given``, else by letters and digits.
-
-    Raises UserError if a given label is not printed in the table.
-    """
-    labels = {line["label"] for line in lines}
-    for method, label in given.items():
-        if label not in labels:
-            raise unknown(f"printed row (for {method})", label, labels)
-    by_letters = {_letters(label): label for label in labels}
-    found = {m: given.get(m, by_letters.get(_letters(m), "")) for m in methods}
-    return {method: label for method, label in found.items() if label}
-
-
-def _letters(text: str) -> str:
-    return "".join(c for c in text.lower() if c.isascii() and c.isalnum())
-
-
-def find(
-    lines: Sequence[Mapping[str, str]], label: str, where: Place, metric: str
-) -> Printed | None:
-    """The number printed for a row at a place; raises UserError if several are."""
-    hits = [
-        line
-        for line in lines
-        if line["label"] == label
-        and (line["suite"], line["dataset"], line["group"], line["aggregation"], line["metric"])
-        == (where.suite, where.dataset, where.group, where.aggregation, metric)
-    ]
-    if len(hits) > 1:
+def find(lines: Sequence[Printed], row: int, where: Place) -> Printed | None:
+    """The number printed in a row at a place; raises UserError if several are."""
+    hits = [line for line in lines if int(line["row"]) == row and where.holds(line)]
+    if len(hits) > 1 and len({(h["backbone"], h["pretraining"]) for h in hits}) > 1:
         raise UserError(
-            f"Table {hits[0]['table']} of {hits[0]['source']} prints {label} more than once; "
-            "name `backbone` and `pretraining` under `published`."
+            f"Table {hits[0]['table']} of {hits[0]['source']} prints {hits[0]['label']} more than "
+            "once; name `backbone` and `pretraining` under `published`."
         )
-    if not hits:
-        return None
-    line = hits[0]
-    std = float(line["std"]) if line["std"] else None
-    return Printed(float(line["value"]), std, label, UNITS.get(line["unit"], "?"), line["note"])
+    return hits[0] if hits else None
+
+
+def _plain(value: object) -> str:
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]

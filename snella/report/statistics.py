@@ -1,18 +1,31 @@
-"""Is a method better than another? Paired tests over data sets and seeds.
+"""Is a method better than another? Paired tests over data sets, seeds and test images.
 
 Demšar, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 7 (2006): the data
 set is the unit, because seeds of one data set are not independent. So the Wilcoxon signed-rank
 test sees one difference per data set (mean over paired seeds), p-values are corrected after
-Holm (1979), and the confidence interval resamples data sets, then seeds within them.
+Holm (1979), and the confidence interval resamples data sets, then seeds within them. All rows
+at once are compared by Friedman's test and Nemenyi's critical difference of average ranks.
+With few data sets none of these can show anything; the notes say so. A second p-value takes the
+data sets as given and asks about other test images and seeds only (:mod:`snella.report.noise`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from snella.errors import unknown
+from snella.report.columns import Column, Quantity, Unit
+from snella.report.noise import ALPHA, holm
+from snella.report.table import DASH, Table, compare_rows
+from snella.report.text import Entry, Grid, Heading, Line, Section, comments
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
 
 Scores = Mapping[str, Mapping[str, Mapping[int, float]]]
 RESAMPLES = 10_000
@@ -25,7 +38,8 @@ class Comparison:
     """A method against the reference, over the data sets where both have paired seeds.
 
     ``difference`` (positive: the method is better) and its interval are in the unit of the
-    scores; None where fewer than two data sets are shared.
+    scores; None where fewer than two data sets are shared. ``p_images`` takes the data sets as
+    given.
     """
 
     method: str
@@ -38,6 +52,21 @@ class Comparison:
     high: float | None
     p: float | None
     p_holm: float | None
+    p_images: float | None = None
+    p_images_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Friedman:
+    """All rows at once: chi-squared, Iman and Davenport's F, and the critical rank difference."""
+
+    methods: int
+    datasets: int
+    chi_squared: float
+    p: float
+    f: float
+    p_f: float
+    critical_difference: float
 
 
 def compare(scores: Scores, reference: str, *, higher_is_better: bool = True) -> list[Comparison]:
@@ -53,9 +82,8 @@ def compare(scores: Scores, reference: str, *, higher_is_better: bool = True) ->
         for method in scores
         if method != reference
     ]
-    corrected = holm([c.p for c in raw if c.p is not None])
-    fixed = iter(corrected)
-    return [c if c.p is None else Comparison(**{**vars(c), "p_holm": next(fixed)}) for c in raw]
+    corrected = iter(holm([c.p for c in raw if c.p is not None]))
+    return [c if c.p is None else replace(c, p_holm=next(corrected)) for c in raw]
 
 
 def paired_differences(
@@ -85,11 +113,14 @@ def _compare(method: str, differences: Sequence[Sequence[float]]) -> Comparison:
 def wilcoxon(differences: Sequence[float]) -> float:
     """Exact two-sided p-value of the signed-rank test; ties get mid-ranks, zeros are dropped.
 
-    The distribution of the rank sum over all 2^n signs is counted, in doubled ranks so that
-    mid-ranks are integers. No differences at all give 1.
+    scipy's exact distribution does not know ties, which accuracies on small test sets have. The
+    distribution of the rank sum over all 2^n signs is counted, in doubled ranks so that mid-ranks
+    are integers. No differences at all give 1.
     """
+    from scipy.stats import rankdata
+
     nonzero = [r for d in differences if (r := round(d, DECIMALS)) != 0]
-    doubled = [round(2 * r) for r in midranks([abs(d) for d in nonzero])]
+    doubled = [round(2 * r) for r in rankdata([abs(d) for d in nonzero])] if nonzero else []
     total = sum(doubled)
     observed = sum(r for r, d in zip(doubled, nonzero, strict=True) if d > 0)
     ways = [1] + [0] * total
@@ -101,51 +132,253 @@ def wilcoxon(differences: Sequence[float]) -> float:
     return extreme / 2 ** len(nonzero)
 
 
-def midranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1, smallest first; equal values share the mean of their ranks."""
-    order = sorted(values)
-    return [order.index(v) + (order.count(v) + 1) / 2 for v in values]
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Step-down correction for several comparisons; order kept, at most 1."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    result = [0.0] * len(p_values)
-    running = 0.0
-    for step, index in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - step) * p_values[index]))
-        result[index] = running
-    return result
-
-
 def bootstrap(differences: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
     """Percentile interval of the mean difference: data sets resampled, then seeds within them."""
     import numpy as np
 
+    flat = np.concatenate([np.asarray(d, dtype=float) for d in differences])
+    means = resampling(tuple(map(len, differences)), seed) @ flat
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+@lru_cache(maxsize=4)
+def resampling(lengths: tuple[int, ...], seed: int) -> np.ndarray:
+    """What each of the (sum of ``lengths``) differences weighs in each resample; rows sum to 1.
+
+    The same for all rows of a table, so that they are drawn once.
+    """
+    import numpy as np
+
     rng = np.random.default_rng(seed)
-    n = len(differences)
-    sums = np.zeros(RESAMPLES)
+    n, longest, total = len(lengths), max(lengths), sum(lengths)
+    sizes, starts = np.array(lengths), np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    weights = np.zeros(RESAMPLES * total)
+    rows = np.arange(RESAMPLES)[:, None] * total
     for _ in range(n):  # the n draws of a data set, each for all resamples at once
         chosen = rng.integers(n, size=RESAMPLES)
-        for index, values in enumerate(differences):
-            hit = np.flatnonzero(chosen == index)
-            seeds = rng.integers(len(values), size=(len(hit), len(values)))
-            sums[hit] += np.asarray(values)[seeds].mean(axis=1)
-    low, high = np.quantile(sums / n, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+        size = sizes[chosen][:, None]
+        seeds = (rng.random((RESAMPLES, longest)) * size).astype(int)
+        share = np.where(np.arange(longest) < size, 1 / (n * size), 0.0)
+        cells = rows + starts[chosen][:, None] + seeds
+        weights += np.bincount(cells.ravel(), share.ravel(), minlength=weights.size)
+    return weights.reshape(RESAMPLES, total)
+
+
+def complete(scores: Scores) -> pd.DataFrame:
+    """Means over seeds, data sets by methods, for the data sets that every method has."""
+    import pandas as pd
+
+    means = {
+        m: {d: math.fsum(seeds.values()) / len(seeds) for d, seeds in found.items()}
+        for m, found in scores.items()
+        if found
+    }
+    return pd.DataFrame(means).dropna() if means else pd.DataFrame()
 
 
 def average_ranks(scores: Scores, *, higher_is_better: bool = True) -> dict[str, float]:
     """Mean rank (1 is best) over the data sets that every method has; empty if there are none."""
-    shared = set.intersection(*(set(s) for s in scores.values())) if scores else set()
-    means = {
-        m: {d: math.fsum(seeds[d].values()) / len(seeds[d]) for d in shared}
-        for m, seeds in scores.items()
+    table = complete(scores)
+    if table.empty or len(table.columns) < len(scores):
+        return {}
+    ranks = table.rank(axis=1, ascending=not higher_is_better).mean()
+    return {str(method): float(rank) for method, rank in ranks.items()}
+
+
+def friedman(scores: Scores) -> Friedman | None:
+    """Friedman's test over the complete data sets; None for fewer than three rows or two sets."""
+    import numpy as np
+    from scipy import stats
+
+    table = complete(scores)
+    n, k = table.shape
+    if k < 3 or n < 2:
+        return None
+    tied = (table.nunique(axis=1) == 1).all()
+    statistic, p = (0.0, 1.0) if tied else stats.friedmanchisquare(*(table[m] for m in table))
+    rest = n * (k - 1) - statistic
+    f = (n - 1) * statistic / rest if rest > 1e-9 else math.inf
+    p_f = float(stats.f.sf(f, k - 1, (k - 1) * (n - 1)))
+    q = float(stats.studentized_range.ppf(LEVEL, k, np.inf)) / math.sqrt(2)
+    critical = q * math.sqrt(k * (k + 1) / (6 * n))
+    return Friedman(k, n, float(statistic), float(p), f, p_f, critical)
+
+
+def smallest_p(datasets: int, comparisons: int) -> float:
+    """The smallest Holm-corrected p that a signed-rank test over ``datasets`` can give."""
+    return min(1.0, max(1, comparisons) * 2.0 ** (1 - datasets))
+
+
+def datasets_needed(comparisons: int) -> int:
+    """How many data sets it takes for a corrected p below the level to be possible at all."""
+    return next(n for n in range(1, 100) if smallest_p(n, comparisons) <= ALPHA)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The comparison of a table's rows, in the unit of its first ranked metric."""
+
+    table: Table
+    reference: str
+    quantity: Quantity
+    unit: Unit
+    scores: Scores
+    rows: list[Comparison]
+    ranks: Mapping[str, float]
+    friedman: Friedman | None
+
+    @property
+    def limits(self) -> list[str]:
+        """What the tests can and cannot show, with the numbers at hand."""
+        tested = sum(row.p is not None for row in self.rows)
+        datasets = max((row.datasets for row in self.rows), default=0)
+        result = []
+        if tested:
+            least = smallest_p(datasets, tested)
+            reach = "cannot" if least > ALPHA else "can"
+            result.append(
+                f"{datasets} data sets and {tested} comparisons: the smallest possible corrected "
+                f"p of the signed-rank test is {least:.2g}, so it {reach} show a difference at "
+                f"level {ALPHA:g} (that takes {datasets_needed(tested)} data sets)."
+            )
+        test = self.friedman
+        if test is not None:
+            separable = test.critical_difference < test.methods - 1
+            result.append(
+                f"All {test.methods} rows on {test.datasets} complete data sets: Friedman χ² = "
+                f"{test.chi_squared:.1f}, {_p(test.p)} (Iman–Davenport: {_p(test.p_f)}); "
+                f"average ranks differ at level {ALPHA:g} if more than "
+                f"{test.critical_difference:.2f} apart (Nemenyi)"
+                + ("." if separable else ", more than any two can be.")
+            )
+        return result
+
+
+def table_statistics(table: Table, reference: str) -> Statistics:
+    """Compare the table's rows with ``reference``, over the data sets of its first metric."""
+    ranked = [c for c in table.columns if c.ranked]
+    quantity = ranked[0].quantity
+    columns = {
+        f"{c.suite.name}/{d}": replace(c, kind="dataset", members={"": (d,)}, subset="")
+        for c in ranked
+        if c.quantity == quantity and not c.subset
+        for d in c.datasets
     }
-    sign = -1.0 if higher_is_better else 1.0
-    ranks: dict[str, list[float]] = {m: [] for m in scores}
-    for dataset in shared:
-        column = midranks([sign * means[m][dataset] for m in scores])
-        for method, value in zip(scores, column, strict=True):
-            ranks[method].append(value)
-    return {m: math.fsum(r) / len(r) for m, r in ranks.items() if r}
+    unit = quantity.units[0]
+    scores: dict[str, dict[str, dict[int, float]]] = {m: {} for m, _ in table.methods}
+    for method, found in scores.items():
+        for key, column in columns.items():
+            outcome = table.results.outcome(method, column.datasets[0], column)
+            if not outcome.blocked and outcome.values:
+                found[key] = {s: v * unit.scale for s, v in outcome.values.items()}
+    better = quantity.higher_is_better
+    rows = compare(scores, reference, higher_is_better=better)
+    rows = _with_images(rows, table, columns, scores, reference)
+    ranks = average_ranks(scores, higher_is_better=better)
+    return Statistics(table, reference, quantity, unit, scores, rows, ranks, friedman(scores))
+
+
+def _with_images(
+    rows: list[Comparison],
+    table: Table,
+    columns: Mapping[str, Column],
+    scores: Scores,
+    reference: str,
+) -> list[Comparison]:
+    """Add the p-values over test images and seeds, per suite-pure mean over the shared sets."""
+    found: dict[str, float] = {}
+    for row in rows:
+        shared = [columns[k] for k in scores[row.method] if k in scores[reference]]
+        if len({c.suite.name for c in shared}) != 1:
+            continue
+        mean = replace(
+            shared[0], kind="mean_of_tasks", members={"": tuple(c.datasets[0] for c in shared)}
+        )
+        p = compare_rows(mean, table.results, row.method, reference)
+        if p is not None:
+            found[row.method] = p
+    corrected = dict(zip(found, holm(list(found.values())), strict=True))
+    return [
+        replace(row, p_images=found.get(row.method), p_images_holm=corrected.get(row.method))
+        for row in rows
+    ]
+
+
+def statistics_frame(statistics: Statistics) -> pd.DataFrame:
+    """All comparisons at full precision, the reference first."""
+    import pandas as pd
+
+    first = {"method": statistics.reference}
+    frame = pd.DataFrame([first, *(vars(row) for row in statistics.rows)])
+    frame = frame.reindex(columns=list(Comparison.__dataclass_fields__))
+    for name in ("datasets", "wins", "ties", "losses"):
+        frame[name] = frame[name].astype("Int64")
+    frame.insert(0, "reference", statistics.reference)
+    frame["average_rank"] = frame["method"].map(dict(statistics.ranks))
+    return frame
+
+
+def statistics_grid(statistics: Statistics) -> Grid:
+    """The comparison as a table of its own, for LaTeX, Markdown and the terminal."""
+    table, labels = statistics.table, dict(statistics.table.methods)
+    images = any(row.p_images is not None for row in statistics.rows)
+    heads = ["Rank", "Difference", f"{LEVEL:.0%} interval", "p", "p (Holm)"]
+    heads += ["p images (Holm)"] if images else []
+    heads += ["Wins/ties/losses"]
+    rank = statistics.ranks.get
+
+    def cells(row: Comparison) -> list[str]:
+        low, high = (_number(v, "+.1f") for v in (row.low, row.high))
+        interval = DASH if row.low is None else f"{low} to {high}"
+        result = [_number(rank(row.method), ".1f"), _number(row.difference, "+.2f"), interval]
+        result += [_probability(row.p), _probability(row.p_holm)]
+        result += [_probability(row.p_images_holm)] if images else []
+        return [*result, f"{row.wins}/{row.ties}/{row.losses}"]
+
+    first = [_number(rank(statistics.reference), ".1f"), *[""] * (len(heads) - 1)]
+    sections = [Section(None, (_line(labels[statistics.reference], first),))]
+    body = tuple(_line(labels[row.method], cells(row)) for row in statistics.rows)
+    sections.append(Section(None, body, apart=True))
+    symbol = statistics.unit.symbol
+    unit = f" in {'percentage points' if symbol == '%' else symbol}" if symbol else ""
+    remarks = [
+        f"Difference: mean over data sets{unit}, positive where the row is better, seeds paired; "
+        "interval: data sets resampled, then seeds within them; p: exact "
+        "two-sided Wilcoxon signed-rank test over data sets, corrected after Holm. Rank: average "
+        "over the data sets that every row has, 1 is best.",
+        *statistics.limits,
+    ]
+    if images:
+        remarks.append(
+            "p images: the same mean with the data sets taken as given, over test images and "
+            "seeds; it says nothing about other data sets."
+        )
+    return Grid(
+        name=f"{table.name}_statistics",
+        caption=f"{table.caption} Paired comparison with {labels[statistics.reference]}.",
+        headings=tuple(map(Heading, heads)),
+        sections=tuple(sections),
+        remarks=tuple(remarks),
+        comments=comments(table),
+    )
+
+
+def _line(label: str, cells: Sequence[str]) -> Line:
+    return Line(
+        label, tuple(Entry(text.replace("-", "−") if text[:1] in "+-" else text) for text in cells)
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return DASH if value is None else format(value, form)
+
+
+def _probability(value: float | None) -> str:
+    if value is None:
+        return DASH
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

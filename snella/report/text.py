@@ -1,24 +1,218 @@
-"""A table for the terminal, through rich."""
+"""A table as text, decided once for all writers, and its Markdown and terminal forms."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from snella.report.grid import Entry, Grid
+from snella.report.table import Cell, Mark, Table
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
-STYLES = {"": "", "best": "bold", "second": "underline"}
+
+@dataclass(frozen=True)
+class Entry:
+    """One printed cell; ``note`` is a footnote letter."""
+
+    text: str
+    spread: str = ""
+    mark: Mark = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One printed row. ``continued`` lines belong to the line above and print small.
+
+    ``note`` is a footnote letter of such a line as a whole.
+    """
+
+    label: str
+    entries: tuple[Entry, ...]
+    continued: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows below an optional header line; ``apart`` sets them off by a rule."""
+
+    title: str | None
+    lines: tuple[Line, ...]
+    apart: bool = False
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A column's label, and the block it stands under."""
+
+    label: str
+    block: str | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A whole table. ``notes`` are (letter, text); ``comments`` go into the file only."""
+
+    name: str
+    caption: str
+    headings: tuple[Heading, ...]
+    sections: tuple[Section, ...]
+    remarks: tuple[str, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
+    comments: tuple[str, ...] = ()
+    rotate: bool = False
+    first: str = "Method"
+
+    @property
+    def blocks(self) -> list[tuple[str | None, int]]:
+        """(block, number of columns) from left to right; equal neighbours are one block."""
+        return [(b, len(list(hs))) for b, hs in groupby(self.headings, key=lambda h: h.block)]
+
+    @property
+    def lines(self) -> list[Line]:
+        """All rows, top to bottom."""
+        return [line for section in self.sections for line in section.lines]
+
+    def units(self) -> list[list[int]]:
+        """Columns that belong together: those of a block; a column without one stands alone."""
+        result: list[list[int]] = []
+        start = 0
+        for block, n in self.blocks:
+            columns = list(range(start, start + n))
+            result += [[i] for i in columns] if block is None else [columns]
+            start += n
+        return result
+
+
+@dataclass
+class Footnotes:
+    """Gives every different text a letter: a … z, aa, ab, …"""
+
+    letters: dict[str, str] = field(default_factory=dict)
+
+    def letter(self, text: str) -> str:
+        """The letter of ``text``; empty for an empty text."""
+        if text and text not in self.letters:
+            self.letters[text] = _letters(len(self.letters))
+        return self.letters.get(text, "")
+
+    @property
+    def notes(self) -> tuple[tuple[str, str], ...]:
+        """(letter, text) in order of first use."""
+        return tuple((letter, text) for text, letter in self.letters.items())
+
+
+def _letters(index: int) -> str:
+    head, tail = divmod(index, 26)
+    return (_letters(head - 1) if head else "") + chr(ord("a") + tail)
+
+
+def table_grid(table: Table) -> Grid:
+    """The table as printed."""
+    footnotes = Footnotes()
+
+    def entry(cell: Cell) -> Entry:
+        return Entry(cell.text, cell.spread, cell.mark, footnotes.letter(cell.note))
+
+    sections = []
+    for index, rows in enumerate(table.rows):
+        lines = tuple(
+            Line(label, tuple(entry(table.cells[method, c.key]) for c in table.columns))
+            for method, label in rows.methods
+        )
+        after_reference = index > 0 and table.rows[index - 1].reference
+        sections.append(Section(rows.title, lines, rows.own or after_reference))
+    return Grid(
+        name=table.name,
+        caption=table.caption,
+        headings=headings(table),
+        sections=tuple(sections),
+        remarks=tuple(table.remarks),
+        notes=footnotes.notes,
+        comments=comments(table),
+        rotate=table.spec.rotate,
+    )
+
+
+def headings(table: Table) -> tuple[Heading, ...]:
+    """The column headings; a number chosen on the test set says so above the column."""
+    marker = "†" if table.results.selection == "best-test" else ""
+    return tuple(
+        Heading(table.label(c) + (marker if c.ranked else ""), c.block) for c in table.columns
+    )
+
+
+def comments(table: Table) -> tuple[str, ...]:
+    """What a generated file says about itself."""
+    counts = ", ".join(f"{n} {status}" for status, n in table.results.counts().items())
+    suites = ", ".join(suite.name for suite in table.suites)
+    lines: Iterable[str] = (
+        table.banner,
+        f"Table {table.name}, suite {suites}; generated from run records, do not edit.",
+        f"Runs: {counts or 'none'}. Selection: {table.results.selection}.",
+    )
+    return tuple(line for line in lines if line)
+
+
+MARKDOWN = {"": "{}", "best": "**{}**", "tied": "<u>{}</u>"}
+
+
+def to_markdown(grid: Grid) -> str:
+    """The grid as GitHub Markdown: caption, table, remarks and footnotes."""
+    heads = [
+        escape_markdown(h.label)
+        if h.block is None
+        else f"{escape_markdown(h.block)}<br>{escape_markdown(h.label)}"
+        for h in grid.headings
+    ]
+    lines = [f"**{escape_markdown(grid.caption)}**", ""]
+    lines += [_row([grid.first, *heads]), _row(["---", *["---:"] * len(heads)])]
+    for section in grid.sections:
+        if section.title:
+            lines.append(_row([f"*{escape_markdown(section.title)}*", *[""] * len(heads)]))
+        lines += [_markdown_line(line) for line in section.lines]
+    lines += ["", *[f"{escape_markdown(remark)}  " for remark in grid.remarks]]
+    lines += [f"<sup>{letter}</sup> {escape_markdown(text)}  " for letter, text in grid.notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _markdown_line(line: Line) -> str:
+    label = escape_markdown(line.label) + (f"<sup>{line.note}</sup>" if line.note else "")
+    cells = [_markdown_entry(e) for e in line.entries]
+    return _row([f"<sub>{label}</sub>" if line.continued else label, *cells])
+
+
+def _markdown_entry(entry: Entry) -> str:
+    spread = f" ± {entry.spread}" if entry.spread else ""
+    note = f"<sup>{entry.note}</sup>" if entry.note else ""
+    return MARKDOWN[entry.mark].format(escape_markdown(entry.text) + spread) + note
+
+
+def escape_markdown(text: str) -> str:
+    """Plain text as Markdown that shows the same text."""
+    for character in "\\|*_`[]":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("<", "&lt;").replace(">", "&gt;")
+
+
+STYLES = {"": "", "best": "bold", "tied": "underline"}
 GAP = 2  # characters between two columns
 TITLE_WIDTH = 19  # a longer header line of a row group is broken
 
 
 def print_grid(grid: Grid, console: Console | None = None) -> None:
-    """Print the grid, in several pieces where it is wider than the terminal."""
+    """Print the grid through rich, in several pieces where it is wider than the terminal."""
     from rich.console import Console
     from rich.text import Text
 
@@ -41,18 +235,18 @@ def pieces(grid: Grid, width: int) -> list[list[int]]:
         max(map(len, [*above.split("\n"), *(_plain(line.entries[i]) for line in grid.lines)])) + GAP
         for i, above in enumerate(_above(grid))
     ]
-    room = width - _label_width(grid) - GAP
-    units: list[list[int]] = []
-    start = 0
-    for _, n in grid.blocks:
-        block = list(range(start, start + n))
-        units += [block] if sum(needs[start : start + n]) <= room else [[i] for i in block]
-        start += n
+    return pack(grid.units(), needs, width - _label_width(grid) - GAP)
+
+
+def pack(units: list[list[int]], needs: list[float] | list[int], room: float) -> list[list[int]]:
+    """Fill pieces of width ``room`` with units of columns; one that is too wide is broken."""
     result: list[list[int]] = [[]]
     for unit in units:
-        if result[-1] and sum(needs[i] for i in result[-1] + unit) > room:
-            result.append([])
-        result[-1] += unit
+        whole = sum(needs[i] for i in unit) <= room
+        for part in [unit] if whole else [[i] for i in unit]:
+            if result[-1] and sum(needs[i] for i in result[-1] + part) > room:
+                result.append([])
+            result[-1] += part
     return result
 
 
@@ -77,7 +271,7 @@ def _piece(grid: Grid, columns: list[int]) -> RichTable:
     from rich.text import Text
 
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(Text("Method"), no_wrap=True, vertical="bottom")
+    table.add_column(Text(grid.first), no_wrap=True, vertical="bottom")
     above = _above(grid)
     for index in columns:
         table.add_column(Text(above[index]), justify="right", no_wrap=True, vertical="bottom")
@@ -89,6 +283,7 @@ def _piece(grid: Grid, columns: list[int]) -> RichTable:
         for line in section.lines:
             style = "dim" if line.continued else ""
             label = Text(("  " if line.continued else "") + line.label, style=style)
+            label.append(f" {line.note}" if line.note else "", style="dim italic")
             table.add_row(label, *(_entry(line.entries[i], style) for i in columns))
     return table
 

@@ -1,38 +1,105 @@
-"""Our numbers beside the published ones, with a note for every difference of protocol."""
+"""Our numbers beside the published ones, with the cause of every difference that has one."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-from snella.report.grid import Entry, Footnotes, Grid, Heading, Line, Section, comments, headings
-from snella.report.layout import Column
-from snella.report.published import FACTS, Place, Printed, find, place, read_table, row_labels
+from snella.report.columns import Column, Unit
+from snella.report.published import (
+    COST_UNITS,
+    UNITS,
+    Paper,
+    Place,
+    Printed,
+    RowFacts,
+    backbone_of,
+    find,
+    match_rows,
+    place,
+    read_paper,
+    read_table,
+)
+from snella.report.results import some
 from snella.report.spec import PublishedTable
-from snella.report.tables import DASH, Cell, Table
+from snella.report.table import DASH, Cell, Table
+from snella.report.text import Entry, Footnotes, Grid, Heading, Line, Section, comments, headings
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+Verdict = Literal["reproduced", "explained", "refuted", "open"]
 OTHER = {"mean_of_tasks": "mean_of_groups", "mean_of_groups": "mean_of_tasks"}
+UNSET = frozenset({"ema_decay"})  # without a value where it is off
 WORDS = {"mean_of_tasks": "over tasks", "mean_of_groups": "over groups"}
+LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One of our cells and the number printed for it; ``note`` says why there is none."""
+    """One of our cells and the number printed for it; ``note`` says why there is none.
+
+    ``value`` is the printed number in the unit of our column; ``causes`` are known reasons for a
+    difference: fields in which the protocols differ, and doubts about the printed number.
+    """
 
     method: str
     label: str
     column: Column
     ours: Cell
-    published: Printed | None
+    printed: Printed | None = None
+    value: float | None = None
     note: str = ""
+    causes: tuple[str, ...] = ()
 
     @property
     def difference(self) -> float | None:
         """Ours minus printed, in the unit of the table."""
-        if self.ours.mean is None or self.published is None:
+        if self.ours.mean is None or self.value is None:
             return None
-        return self.ours.mean - self.published.value
+        return self.ours.mean - self.value
+
+    @property
+    def verdict(self) -> tuple[Verdict, str]:
+        """What the difference says about the printed number, and why."""
+        return judge(self.difference, self._decimal(), list(self.ours.values.values()), self.causes)
+
+    def _decimal(self) -> float:
+        """Half of the last printed decimal."""
+        text = self.printed["value"] if self.printed else "0.0"
+        return 0.5 * 10.0 ** -len(text.partition(".")[2])
+
+
+def judge(
+    difference: float | None, rounding: float, values: Sequence[float], causes: Sequence[str]
+) -> tuple[Verdict, str]:
+    """Whether a published number of one seed is reproduced by our ``values``, one per seed.
+
+    Within noise: a further seed would fall as far from our mean in 95 % of cases (prediction
+    interval of the t distribution), and half of the last printed decimal. Beyond it, a known
+    cause explains the difference; without one the number is refuted.
+    """
+    if difference is None:
+        return "open", "not yet run"
+    if abs(difference) <= rounding:
+        return "reproduced", "equal as printed"
+    n = len(values)
+    if n >= 2:
+        from scipy.stats import t
+
+        mean = math.fsum(values) / n
+        std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+        reach = float(t.ppf((1 + LEVEL) / 2, n - 1)) * std * math.sqrt(1 + 1 / n) + rounding
+        if abs(difference) <= reach:
+            return "reproduced", f"within ±{reach:.2g} of seed noise"
+    if causes:
+        return "explained", "; ".join(causes)
+    if n < 2:
+        return "open", "one seed: noise is unknown"
+    return "refuted", f"beyond ±{reach:.2g} of seed noise, no known difference in protocol"
 
 
 @dataclass(frozen=True)
@@ -41,48 +108,46 @@ class Versus:
 
     table: Table
     source: PublishedTable
+    paper: Paper
     columns: list[Column]
     pairs: Mapping[tuple[str, str], Pair]
-    lines: Sequence[Mapping[str, str]]
+    lines: Sequence[Printed]
+    mismatches: Mapping[str, list[str]]
 
     @property
     def remarks(self) -> list[str]:
         """Summary, then every difference in the way the numbers were made."""
-        board, source = self.table.board, self.source
         trained = sorted({f"{x['backbone']}, {x['pretraining']}" for x in self.lines})
-        facts = FACTS.get(source.source)
         result = [
-            "First line of a row: ours; second: printed number and our difference from it.",
+            "Lines of a row: ours; printed; our difference from it.",
             *self._summary(),
-            f"Published: {source.source}, Table {source.table} ({'; '.join(trained)}); "
+            f"Published: {self.paper.title}, Table {self.source.table} ({'; '.join(trained)}); "
             f"ours: {self.table.backbone}.",
         ]
-        if facts is None:
-            return [*result, "The protocol of the published numbers is not recorded here."]
-        for name, (value, text) in facts.fields.items():
-            ours = board.selection if name == "selection" else board.common("protocol", name)
-            if ours not in (value, ""):
-                result.append(f"Mismatch: {text}; ours: {ours}.")
-        if len(board.seeds) != facts.seeds:
-            result.append(
-                f"Mismatch: published numbers are of {facts.seeds} seed; ours: {len(board.seeds)}."
-            )
-        places = [place(column, self.table.suite) for column in self.columns]
-        suites = {"", *(where.suite for where in places if where is not None)}
-        return result + [text for suite, text in facts.remarks if suite in suites]
+        everybody = len({p.method for p in self.pairs.values() if p.printed is not None})
+        for text, rows in self.mismatches.items():
+            whose = "" if len(rows) == everybody else f" ({some(rows)})"
+            result.append(f"Mismatch{whose}: {text}.")
+        suites = {"", *(line["suite"] for p in self.pairs.values() if (line := p.printed))}
+        return result + [r.text for r in self.paper.remarks if r.suite in suites]
 
     def _summary(self) -> list[str]:
-        pairs = [p for p in self.pairs.values() if p.difference is not None]
+        pairs = [p for p in self.pairs.values() if p.difference is not None and p.column.ranked]
         if not pairs:
             return ["No cell of ours has a printed counterpart yet."]
         differences = [p.difference or 0.0 for p in pairs]
         far = max(pairs, key=lambda p: abs(p.difference or 0.0))
-        digits = _digits(self.table, far.column)
+        digits = self.table.units[far.column.key].digits
+        name = f"{far.column.block} " if far.column.block else ""
+        verdicts = [p.verdict[0] for p in pairs]
+        counts = [(verdicts.count(v), v) for v in ("reproduced", "explained", "refuted", "open")]
         return [
             f"{len(pairs)} cells compared: mean difference "
-            f"{_signed(math.fsum(differences) / len(pairs), digits)}, largest "
-            f"{_signed(far.difference or 0.0, digits)} "
-            f"({far.label}, {_name(self.table, far.column)})."
+            f"{signed(math.fsum(differences) / len(pairs), digits)}, largest "
+            f"{signed(far.difference or 0.0, digits)} "
+            f"({far.label}, {name}{self.table.label(far.column)}); "
+            + ", ".join(f"{n} {'undecided' if v == 'open' else v}" for n, v in counts if n)
+            + "."
         ]
 
 
@@ -93,108 +158,229 @@ def compare_published(table: Table) -> Versus | None:
     group or row of the suite occurs in it.
     """
     source = table.spec.published
-    if source is None or table.suite.demo:
+    if source is None or table.demo:
         return None
+    paper = read_paper(source.source)
     lines = [
         line
         for line in read_table(source.source, source.table)
         if source.backbone in (None, line["backbone"])
         and source.pretraining in (None, line["pretraining"])
     ]
-    labels = row_labels(lines, [m for m, _ in table.methods], source.rows)
+    rows = match_rows(lines, [m for m, _ in table.methods], source.rows)
+    ours = {m: _ours(table, m) for m, _ in table.methods}
     pairs: dict[tuple[str, str], Pair] = {}
     columns = []
+    apart: dict[str, list[str]] = defaultdict(list)
     for column in table.columns:
-        where = place(column, table.suite)
-        if where is None or not _occurs(lines, where):
+        where, near = place(column), _of_backbone(lines, column)
+        if where is None or not _occurs(near, where):
             continue
         columns.append(column)
         for method, label in table.methods:
-            cell = table.cells[method, column.key]
-            pair = Pair(method, label, column, cell, None)
-            unit = table.units[column.key].symbol
-            pairs[method, column.key] = _pair(lines, labels.get(method), where, unit, pair)
-    return Versus(table, source, columns, pairs, lines) if columns and labels else None
+            pair = Pair(method, label, column, table.cells[method, column.key])
+            pair = _pair(near, rows.get(method), where, table.units[column.key], pair)
+            if pair.printed is not None and column.ranked:
+                facts = paper.facts(pair.printed)
+                differing = mismatches(facts, ours[method])
+                for text in [*differing, *_seeds(facts, len(table.results.seeds))]:
+                    if label not in apart[text]:
+                        apart[text].append(label)
+                pair = replace(pair, causes=(*paper.doubts(pair.printed), *differing))
+            elif pair.printed is not None:
+                pair = replace(pair, causes=tuple(paper.doubts(pair.printed)))
+            pairs[method, column.key] = pair
+    columns = [c for c in columns if not _only_other_mean(c, columns, pairs)]
+    if not any(c.ranked for c in columns) or not rows:
+        return None
+    kept = {c.key for c in columns}
+    pairs = {key: pair for key, pair in pairs.items() if key[1] in kept}
+    return Versus(table, source, paper, columns, pairs, lines, apart)
 
 
-def _occurs(lines: Sequence[Mapping[str, str]], where: Place) -> bool:
-    """Whether a table prints this data set or group, averaged in either way."""
-    key = (where.suite, where.dataset, where.group)
-    return any((line["suite"], line["dataset"], line["group"]) == key for line in lines)
+def _seeds(facts: RowFacts, ours: int) -> list[str]:
+    if facts.seeds in (None, ours):
+        return []
+    number = f"{facts.seeds} seed" + ("s" if facts.seeds != 1 else "")
+    return [f"published numbers are of {number}; ours: {ours}"]
 
 
-def _pair(
-    lines: Sequence[Mapping[str, str]], label: str | None, where: Place, unit: str, pair: Pair
-) -> Pair:
-    if label is None:
+def _only_other_mean(
+    column: Column, columns: Sequence[Column], pairs: Mapping[tuple[str, str], Pair]
+) -> bool:
+    """Whether a mean is printed of the other kind alone, and that kind is a column too."""
+    twins = [c for c in columns if (c.block, c.members) == (column.block, column.members)]
+    printed = any(p.printed is not None for (_, key), p in pairs.items() if key == column.key)
+    return not printed and len(twins) > 1 and column.kind.startswith("mean")
+
+
+def _ours(table: Table, method: str) -> dict[str, set[str]]:
+    """The protocol of a row: every field with the values that its runs have."""
+    made = table.results.made
+    return protocol_of(made[made["method"] == method], table.results.selection)
+
+
+def protocol_of(runs: pd.DataFrame, selection: str) -> dict[str, set[str]]:
+    """Protocol fields as text, with all values that the runs have."""
+    found: dict[str, set[str]] = {"selection": {selection}}
+    for column in runs.columns:
+        name = column.removeprefix("protocol.")
+        if name == column or name == "selection":
+            continue
+        values = runs[column].dropna().unique()
+        found[name] = {_text(v) for v in values} if len(runs) else set()
+    return found
+
+
+def _text(value: object) -> str:
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]
+
+
+def mismatches(facts: RowFacts, ours: Mapping[str, set[str]]) -> list[str]:
+    """What differs between how a printed number was made and how ours were."""
+    result = []
+    for name, fact in facts.protocol.items():
+        odd = sorted(v for v in ours.get(name, set()) if not fact.fits(v))
+        if odd or (name in UNSET and not ours.get(name)):
+            result.append(f"published: {fact.says}; ours: {', '.join(odd) or 'none'}")
+    return result
+
+
+def _of_backbone(lines: Sequence[Printed], column: Column) -> list[Printed]:
+    """The lines of the backbone of the column's suite; all where its name is not a known one."""
+    known = backbone_of(column.suite.backbone)
+    if known is None:
+        return list(lines)
+    return [line for line in lines if (line["backbone"], line["pretraining"]) == known]
+
+
+def _occurs(lines: Sequence[Printed], where: Place) -> bool:
+    """Whether a table prints this data set, group or cost, averaged in either way."""
+    ways = (where, replace(where, aggregation=OTHER.get(where.aggregation, where.aggregation)))
+    return any(way.holds(line) for line in lines for way in ways)
+
+
+def _pair(lines: Sequence[Printed], row: int | None, where: Place, unit: Unit, pair: Pair) -> Pair:
+    printed = None if row is None else find(lines, row, where)
+    if row is None or printed is None:
+        other = replace(where, aggregation=OTHER.get(where.aggregation, ""))
+        if row is not None and where.aggregation and find(lines, row, other) is not None:
+            kinds = f"{WORDS[other.aggregation]}, ours {WORDS[where.aggregation]}"
+            return replace(pair, note=f"the published mean is {kinds}")
         return replace(pair, note="not in the published table")
-    metric = pair.column.quantity.name
-    printed = find(lines, label, where, metric)
-    if printed is not None and printed.unit != unit:
-        return replace(pair, note="printed in another unit")
-    if printed is not None:
-        return replace(pair, published=printed)
-    other = replace(where, aggregation=OTHER.get(where.aggregation, ""))
-    if where.aggregation and find(lines, label, other, metric) is not None:
-        kinds = f"{WORDS[other.aggregation]}, ours {WORDS[where.aggregation]}"
-        return replace(pair, note=f"the published mean is {kinds}")
-    return replace(pair, note="not in the published table")
+    value = in_unit(printed, unit, cost=pair.column.kind == "value")
+    if value is None:
+        return replace(pair, note=f"printed in another unit ({printed['unit']})")
+    return replace(pair, printed=printed, value=value)
+
+
+def in_unit(printed: Printed, unit: Unit, *, cost: bool) -> float | None:
+    """A printed number in a unit of ours; None where it cannot be converted."""
+    number = float(printed["value"])
+    if cost:
+        base = COST_UNITS.get(printed["unit"])
+        return None if base is None else number * base * unit.scale
+    return number if UNITS.get(printed["unit"], "?") == unit.symbol else None
 
 
 def versus_grid(versus: Versus) -> Grid:
-    """The comparison as printed: two lines for every method."""
+    """The comparison as printed: three lines for every method."""
     table = versus.table
     footnotes = Footnotes()
     shown: dict[str, Heading] = dict(
         zip((c.key for c in table.columns), headings(table), strict=True)
     )
 
-    def lines(method: str, label: str) -> tuple[Line, Line]:
+    def lines(method: str, label: str) -> list[Line]:
         pairs = [versus.pairs[method, c.key] for c in versus.columns]
         ours = tuple(
             Entry(p.ours.text, p.ours.spread, p.ours.mark, footnotes.letter(p.ours.note))
             for p in pairs
         )
-        theirs = tuple(_printed(versus, p, footnotes) for p in pairs)
-        return Line(label, ours), Line("published", theirs, continued=True)
+        result = [Line(label, ours)]
+        if any(p.printed is not None for p in pairs):
+            notes = {p.printed["note"] for p in pairs if p.printed is not None}
+            shared = notes.pop() if len(notes) == 1 else ""
+            theirs = tuple(_printed(versus, p, footnotes, shared) for p in pairs)
+            result += [Line("published", theirs, continued=True, note=footnotes.letter(shared))]
+        if any(p.difference is not None for p in pairs):
+            digits = [table.units[p.column.key].digits for p in pairs]
+            apart = tuple(
+                Entry("" if p.difference is None else signed(p.difference, n))
+                for p, n in zip(pairs, digits, strict=True)
+            )
+            result += [Line("difference", apart, continued=True)]
+        return result
 
     sections = tuple(
-        Section(rows.title, tuple(line for pair in rows.methods for line in lines(*pair)))
+        Section(rows.title, tuple(line for pair in rows.methods for line in lines(*pair)), rows.own)
         for rows in table.rows
     )
+    absent = [
+        label
+        for method, label in table.methods
+        if all(versus.pairs[method, c.key].printed is None for c in versus.columns)
+    ]
+    remarks = [f"Not in the published table: {', '.join(absent)}."] if absent else []
     return Grid(
         name=f"{table.name}_vs_published",
         caption=f"{table.caption} Beside the published numbers.",
-        banner="",
         headings=tuple(shown[c.key] for c in versus.columns),
         sections=sections,
-        remarks=(*table.remarks[:2], *versus.remarks),
+        remarks=(table.remarks[0], *versus.remarks, *remarks),
         notes=footnotes.notes,
         comments=comments(table),
         rotate=table.spec.rotate,
     )
 
 
-def _printed(versus: Versus, pair: Pair, footnotes: Footnotes) -> Entry:
-    if pair.published is None:
+def _printed(versus: Versus, pair: Pair, footnotes: Footnotes, shared: str) -> Entry:
+    if pair.printed is None or pair.value is None:
         return Entry(DASH, note=footnotes.letter(pair.note))
-    digits = _digits(versus.table, pair.column)
-    text = f"{pair.published.value:.{digits}f}"
-    spread = "" if pair.published.std is None else f"{pair.published.std:.{digits}f}"
-    if pair.difference is not None:
-        text += f" ({_signed(pair.difference, digits)})"
-    return Entry(text, spread, note=footnotes.letter(pair.published.note))
+    digits = versus.table.units[pair.column.key].digits
+    spread = f"{float(pair.printed['std']):.{digits}f}" if pair.printed["std"] else ""
+    note = pair.printed["note"].replace(shared, "") if shared else pair.printed["note"]
+    doubts = "; ".join(filter(None, (note, *versus.paper.doubts(pair.printed))))
+    return Entry(f"{pair.value:.{digits}f}", spread, note=footnotes.letter(doubts))
 
 
-def _signed(value: float, digits: int) -> str:
+def signed(value: float, digits: int) -> str:
     """A difference with its sign; nothing is plus or minus zero."""
     text = f"{value:+.{digits}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
-def _digits(table: Table, column: Column) -> int:
-    return table.units[column.key].digits
+def versus_frame(versus: Versus) -> pd.DataFrame:
+    """One row per cell that could have a published counterpart, with verdict and cause."""
+    import pandas as pd
 
-
-def _name(table: Table, column: Column) -> str:
-    return f"{column.block} {table.label(column)}" if column.block else table.label(column)
+    rows = []
+    for pair in versus.pairs.values():
+        verdict, why = pair.verdict
+        printed = pair.printed or {}
+        rows.append(
+            {
+                "suite": pair.column.suite.banner or pair.column.suite.title,
+                "selection": versus.table.results.selection,
+                "method": pair.method,
+                "label": pair.label,
+                "block": pair.column.block,
+                "column": pair.column.key,
+                "kind": pair.column.kind,
+                "metric": pair.column.quantity.name,
+                "unit": versus.table.units[pair.column.key].symbol,
+                "ours": pair.ours.mean,
+                "std": pair.ours.std,
+                "n": len(pair.ours.values),
+                "published": pair.value,
+                "published_std": printed.get("std") or None,
+                "difference": pair.difference,
+                "published_label": printed.get("label"),
+                "published_row": printed.get("row"),
+                "verdict": verdict if pair.printed else "",
+                "cause": why if pair.printed else "",
+                "note": " | ".join(filter(None, (pair.ours.note, pair.note, printed.get("note")))),
+            }
+        )
+    return pd.DataFrame(rows)

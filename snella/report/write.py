@@ -2,71 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from snella.errors import unknown
 from snella.files import atomic
-from snella.report.cells import Missing, Record
-from snella.report.delimited import Value, tidy, to_csv, versus_csv, wide
-from snella.report.grid import Grid, table_grid
 from snella.report.latex import to_latex
-from snella.report.layout import SuiteInfo
-from snella.report.markdown import escape, to_markdown
-from snella.report.spec import TableSpec
-from snella.report.statistics import LEVEL, Comparison, average_ranks, compare
-from snella.report.tables import DASH, Table, build_table
-from snella.report.text import print_grid
-from snella.report.versus import compare_published, versus_grid
+from snella.report.spec import SuiteInfo, TableSpec
+from snella.report.statistics import statistics_frame, statistics_grid, table_statistics
+from snella.report.table import Table, build_table
+from snella.report.text import Grid, print_grid, table_grid, to_markdown
+from snella.report.versus import compare_published, versus_frame, versus_grid
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Console
+
+DIGITS = "%.12g"  # of a number in a CSV file: all that are recorded, no binary dust
 
 
 def write_table(
     spec: TableSpec,
     suite: SuiteInfo,
     methods: Mapping[str, str],
-    records: Iterable[Record | Missing],
+    frame: pd.DataFrame,
     out_dir: Path,
     name: str,
     *,
     selection: str | None = None,
+    others: Mapping[str, SuiteInfo] | None = None,
 ) -> list[Path]:
     """Write ``<name>.tex``, ``.csv``, ``.md`` and ``_cells.csv`` and return the paths.
 
     ``methods`` maps every enabled method to its label. Where the suite has a published
     counterpart, ``<name>_vs_published.{tex,csv,md}`` follow; where the spec names an enabled
-    reference row, ``<name>_statistics.{csv,md}``. ``selection`` overrides the records' own.
+    reference row, ``<name>_statistics.{tex,csv,md}``. ``selection`` overrides the records' own.
     Raises UserError for records that may not share a table.
     """
-    table = build_table(name, spec, suite, methods, records, selection)
-    contents = {f"{name}.csv": wide(table), f"{name}_cells.csv": tidy(table)}
-    contents |= _texts(name, table_grid(table))
-    versus = compare_published(table)
-    if versus is not None:
-        contents |= _texts(f"{name}_vs_published", versus_grid(versus))
-        contents[f"{name}_vs_published.csv"] = versus_csv(versus)
+    table = build_table(name, spec, suite, methods, frame, selection, others)
+    contents = {f"{name}.csv": to_csv(wide(table)), f"{name}_cells.csv": to_csv(cells(table))}
+    contents |= _texts(name, table_grid(table)) | versus_texts(table)
     if spec.reference is not None and spec.reference in methods:
-        contents |= _statistics(table, spec.reference)
+        contents |= statistics_texts(table, spec.reference)
+    return write_texts(out_dir, contents)
+
+
+def write_texts(out_dir: Path, contents: Mapping[str, str]) -> list[Path]:
+    """Write files whole or not at all; return their paths."""
     for file, content in contents.items():
         with atomic(out_dir / file) as temporary:
             temporary.write_text(content, encoding="utf-8")
     return sorted(out_dir / file for file in contents)
 
 
+def versus_texts(table: Table) -> dict[str, str]:
+    """The comparison with published numbers by file name; empty where there is none."""
+    versus = compare_published(table)
+    if versus is None:
+        return {}
+    name = f"{table.name}_vs_published"
+    return {**_texts(name, versus_grid(versus)), f"{name}.csv": to_csv(versus_frame(versus))}
+
+
+def statistics_texts(table: Table, reference: str) -> dict[str, str]:
+    """The comparison of all rows with ``reference`` by file name.
+
+    Raises UserError for a reference that is no row of the table.
+    """
+    if reference not in dict(table.methods):
+        raise unknown("reference row", reference, dict(table.methods))
+    found = table_statistics(table, reference)
+    name = f"{table.name}_statistics"
+    grid = statistics_grid(found)
+    return {**_texts(name, grid), f"{name}.csv": to_csv(statistics_frame(found))}
+
+
 def print_table(
     spec: TableSpec,
     suite: SuiteInfo,
     methods: Mapping[str, str],
-    records: Iterable[Record | Missing],
+    frame: pd.DataFrame,
     name: str,
     *,
     selection: str | None = None,
+    others: Mapping[str, SuiteInfo] | None = None,
     console: Console | None = None,
 ) -> None:
     """Print the table in the terminal, in pieces where it is too wide."""
-    table = build_table(name, spec, suite, methods, records, selection)
+    table = build_table(name, spec, suite, methods, frame, selection, others)
     print_grid(table_grid(table), console)
 
 
@@ -74,75 +98,67 @@ def _texts(name: str, grid: Grid) -> dict[str, str]:
     return {f"{name}.tex": to_latex(grid), f"{name}.md": to_markdown(grid)}
 
 
-def _statistics(table: Table, reference: str) -> dict[str, str]:
-    """The paired comparison of all rows with ``reference``, over the table's data sets."""
-    metrics = [c.quantity for c in table.columns if c.ranked]
-    quantity = metrics[0]
-    members = {
-        d: None
-        for c in table.columns
-        if c.quantity == quantity
-        for ds in c.members.values()
-        for d in ds
-    }
-    unit = quantity.units[0]
-    scores: dict[str, dict[str, dict[int, float]]] = {}
-    for method, _ in table.methods:
-        found = {d: table.board.outcome(method, d, quantity) for d in members}
-        scores[method] = {
-            d: {seed: v * unit.scale for seed, v in o.values.items()}
-            for d, o in found.items()
-            if not o.blocked and o.values
-        }
-    better = quantity.higher_is_better
-    rows = compare(scores, reference, higher_is_better=better)
-    ranks = average_ranks(scores, higher_is_better=better)
-    return {
-        f"{table.name}_statistics.csv": _statistics_csv(rows, ranks, reference),
-        f"{table.name}_statistics.md": _statistics_markdown(table, rows, ranks, reference),
-    }
+def to_csv(frame: pd.DataFrame) -> str:
+    """RFC 4180 text with Unix line ends; what is missing is an empty field."""
+    return frame.to_csv(index=False, float_format=DIGITS, lineterminator="\n")
 
 
-def _statistics_csv(rows: list[Comparison], ranks: Mapping[str, float], reference: str) -> str:
-    header = [*Comparison.__dataclass_fields__, "average_rank"]
-    first: list[Value] = [reference, *[None] * (len(header) - 2), ranks.get(reference)]
-    body = [[*vars(row).values(), ranks.get(row.method)] for row in rows]
-    return to_csv(["reference", *header], [[reference, *row] for row in [first, *body]])
+def wide(table: Table) -> pd.DataFrame:
+    """One row per method; mean, standard deviation and number of seeds for every column."""
+    import pandas as pd
+
+    rows = []
+    for group in table.rows:
+        for method, label in group.methods:
+            row: dict[str, Any] = {**_origin(table), "group": group.title}
+            row |= {"method": method, "label": label}
+            notes = []
+            for column in table.columns:
+                cell = table.cells[method, column.key]
+                unit = table.units[column.key].symbol
+                valued = column.kind == "value" and unit
+                key = f"{column.key} ({unit})" if valued else column.key
+                row |= {key: cell.mean, f"{key} std": cell.std, f"{key} n": len(cell.values)}
+                notes += [f"{column.key}: {cell.note}"] if cell.note else []
+            rows.append(row | {"notes": " | ".join(notes)})
+    return pd.DataFrame(rows)
 
 
-def _statistics_markdown(
-    table: Table, rows: list[Comparison], ranks: Mapping[str, float], reference: str
-) -> str:
-    labels = dict(table.methods)
+def cells(table: Table) -> pd.DataFrame:
+    """One row per cell, with the single seeds, the mark and the reason of an empty cell."""
+    import pandas as pd
 
-    def number(value: float | None, form: str) -> str:
-        return DASH if value is None else format(value, form)
+    rows = []
+    for group in table.rows:
+        for method, label in group.methods:
+            for column in table.columns:
+                cell = table.cells[method, column.key]
+                rows.append(
+                    {
+                        **_origin(table),
+                        "backbone": table.results.common("backbone", column.suite.name),
+                        "protocol": table.results.common("protocol", column.suite.name),
+                        "group": group.title,
+                        "method": method,
+                        "label": label,
+                        "block": column.block,
+                        "column": column.key,
+                        "kind": column.kind,
+                        "metric": column.quantity.name,
+                        "unit": table.units[column.key].symbol,
+                        "mean": cell.mean,
+                        "std": cell.std,
+                        "error": cell.error,
+                        "n": len(cell.values),
+                        "seeds": ";".join(map(str, cell.values)),
+                        "values": ";".join(DIGITS % v for v in cell.values.values()),
+                        "mark": cell.mark,
+                        "note": cell.note,
+                    }
+                )
+    return pd.DataFrame(rows)
 
-    heads = ["Method", "Average rank", "Difference", f"{LEVEL:.0%} interval", "p", "p (Holm)"]
-    heads += ["Wins / ties / losses"]
-    title = f"{table.caption} Paired comparison with {labels[reference]}."
-    lines = [f"**{escape(title)}**", "", "| " + " | ".join(heads) + " |"]
-    lines += ["| --- |" + " ---: |" * (len(heads) - 1)]
-    lines += [f"| {escape(labels[reference])} | {number(ranks.get(reference), '.2f')} |" + " |" * 5]
-    for row in rows:
-        interval = f"{number(row.low, '+.1f')} to {number(row.high, '+.1f')}"
-        cells = [
-            escape(labels[row.method]),
-            number(ranks.get(row.method), ".2f"),
-            number(row.difference, "+.2f"),
-            DASH if row.low is None else interval,
-            number(row.p, ".3g"),
-            number(row.p_holm, ".3g"),
-            f"{row.wins} / {row.ties} / {row.losses} of {row.datasets}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_method_note()]) + "\n"
 
-
-def _method_note() -> list[str]:
-    return [
-        "Mean difference over data sets, seeds paired; p: exact two-sided Wilcoxon signed-rank "
-        "test over data sets (fewer than six cannot reach 0.05), corrected after Holm; interval: "
-        "data sets resampled, then seeds within them. Average rank over the data sets that every "
-        "method has; 1 is best.",
-    ]
+def _origin(table: Table) -> dict[str, str]:
+    suites = ", ".join(suite.banner or suite.title for suite in table.suites)
+    return {"suite": suites, "selection": table.results.selection}

@@ -26,11 +26,15 @@ Scores = dict[str, Score]
 
 @dataclass
 class Evaluation:
-    """Metrics, and their spread over groups, by selection rule; scores per example by name."""
+    """Metrics, and their spread over groups, by selection rule; scores per example by name.
+
+    ``warnings`` are those of the last epoch's scores.
+    """
 
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     groups: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     per_example: dict[str, np.ndarray] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def evaluate(run: Run, data: Prepared, looks: Mapping[int, Mapping[str, Path]]) -> Evaluation:
@@ -81,6 +85,8 @@ def _take(found: Evaluation, rule: str, epoch: int, scores: Scores) -> None:
     groups = {name: s.per_group for name, s in scores.items() if s.per_group}
     if groups:
         found.groups[rule] = groups
+    if rule == "last":
+        found.warnings = list(dict.fromkeys(w for s in scores.values() for w in s.warnings))
     for name, score in scores.items():
         if score.per_example is not None:
             found.per_example[f"{rule}/{name}"] = score.per_example

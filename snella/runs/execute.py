@@ -27,6 +27,7 @@ from snella.records import (
     now,
     provenance,
     read_file,
+    sign,
     write_record,
 )
 from snella.runs.evaluate import SCORES, Evaluation, evaluate, write_scores
@@ -76,10 +77,10 @@ def execute(
         except (Exception, SystemExit) as error:
             log.exception("The run ended before its record was complete")
             _finish(folder, record, _status(error), _reason(error))
-            return record
+            return sign(record)
         _finish(folder, record, "ok", None)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-        return record
+        return sign(record)
 
 
 def finished(folder: Path, ids: dict[str, Any]) -> Record | None:
@@ -138,7 +139,7 @@ def _warnings(
     chance: dict[str, float],
 ) -> list[str]:
     """What a reader of the number should know."""
-    result = [*run.notes, *data.manifest.get("warnings", [])]
+    result = [*run.notes, *data.manifest.get("warnings", []), *found.warnings]
     if training["merge"].get("failed"):
         result.append(f"merging failed: {training['merge']['reason']}")
     name = run.task.primary.name

@@ -99,15 +99,23 @@ def training_key(run: Run) -> dict[str, object]:
 
 def evaluation_key(run: Run) -> dict[str, object]:
     """The same for scoring."""
-    sources = evaluation_sources(run)
-    return {"code": digest_json(sources.code), "libraries": sources.libraries}
+    sources, settings = evaluation_sources(run), run.task_settings
+    own = settings.model_dump(mode="json", include=set(settings.scoring))
+    key: dict[str, object] = {"code": digest_json(sources.code), "libraries": sources.libraries}
+    return {**key, "settings": digest_json(own)} if own else key
+
+
+def code_key(run: Run) -> list[object]:
+    """All that a run's job executes: training, scoring, merging."""
+    return [training_key(run), evaluation_key(run), merge_code(run.method.file)]
 
 
 def identity(run: Run, data: str, backbone: str) -> dict[str, object]:
     """All parts of a run's identity, given the digests of its data and of its weights."""
     training, evaluation = training_key(run), evaluation_key(run)
     trained = digest_json([training, data, backbone])
-    scored = digest_json([trained, evaluation])
+    merge = merge_code(run.method.file)
+    scored = digest_json([trained, evaluation, merge])
     return {
         "run": scored,
         "training": trained,
@@ -117,7 +125,7 @@ def identity(run: Run, data: str, backbone: str) -> dict[str, object]:
         "libraries": training["libraries"],
         "data": data,
         "backbone": backbone,
-        "merge": merge_code(run.method.file),
+        "merge": merge,
     }
 
 

@@ -39,8 +39,10 @@ class Protocol(Strict):
     steps: int | None = Field(None, gt=0)
     batch_size: int = Field(64, gt=0, le=1_000_000)
     accumulation: int = Field(1, gt=0)
-    schedule: Literal["cosine", "released", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "released", "timm", "linear", "constant"] = "cosine"
+    stepping: Literal["step", "epoch"] = "step"
     warmup_epochs: int = Field(10, ge=0)
+    cooldown_epochs: int = Field(0, ge=0)
     warmup_lr: float = Field(1e-6, ge=0, allow_inf_nan=False)
     min_lr: float = Field(1e-5, ge=0, allow_inf_nan=False)
     clip_grad: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -54,14 +56,18 @@ class Protocol(Strict):
     # selection
     selection: Literal["last", "val", "best-test"] = "last"
     evaluate_every: int = Field(10, gt=0)
+    evaluate_last: int = Field(1, gt=0)
     hyperparameters: Literal["fixed", "released"] = "fixed"
 
     @model_validator(mode="after")
     def _consistent(self) -> Protocol:
         if self.selection == "val" and self.train_split == "trainval":
             raise ValueError("selection 'val' needs train_split 'train': val is trained on")
-        if self.steps is None and self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be below epochs")
+        if self.steps is None and self.warmup_epochs + self.cooldown_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} and cooldown_epochs {self.cooldown_epochs} "
+                "together must be below epochs, which counts them"
+            )
         return self
 
     def total_epochs(self, steps_per_epoch: int) -> int:
@@ -69,8 +75,11 @@ class Protocol(Strict):
         return self.epochs if self.steps is None else -(-self.steps // steps_per_epoch)
 
     def looks(self, epoch: int, epochs: int) -> bool:
-        """Whether predictions are made after ``epoch`` (0-based); always after the last."""
-        return (epoch + 1) % self.evaluate_every == 0 or epoch == epochs - 1
+        """Whether predictions are made after ``epoch`` (0-based).
+
+        Always after the last, and after each of the ``evaluate_last``.
+        """
+        return (epoch + 1) % self.evaluate_every == 0 or epoch >= epochs - self.evaluate_last
 
     def lr_factor(self, epoch: int, progress: float, epochs: int | None = None) -> float:
         """Learning rate at ``epoch`` + ``progress`` of it (in [0, 1)), divided by ``lr``.
@@ -79,14 +88,20 @@ class Protocol(Strict):
         follows a half cosine to ``min_lr``, step by step; ``linear`` falls in a straight line.
         ``released`` is the schedule of the SNELL, SPT and SNELLA codes: constant within an epoch,
         one epoch late (epochs 0 and 1 both run at ``warmup_lr``), and a cosine that the warm-up
-        does not shift, so the peak is never reached.
+        does not shift, so the peak is never reached; ``timm`` is the same in time, as SSF and GPS
+        run it. ``stepping: epoch`` keeps the rate of an epoch's beginning (VPT). The last
+        ``cooldown_epochs`` stay at ``min_lr``; ``epochs`` counts them.
         """
         if self.schedule == "constant":
             return 1.0
-        total = epochs or self.epochs
+        total = (epochs or self.epochs) - self.cooldown_epochs
         warmup_lr, min_lr = min(self.warmup_lr, self.lr), min(self.min_lr, self.lr)
-        released = self.schedule == "released"
-        t = float(max(epoch - 1, 0)) if released else epoch + progress
+        released = self.schedule in ("released", "timm")
+        late = self.schedule == "released"
+        whole = released or self.stepping == "epoch"
+        t = float(max(epoch - late, 0)) if whole else epoch + progress
+        if t >= total:
+            return min_lr / self.lr
         if t < self.warmup_epochs:
             return (warmup_lr + t * (self.lr - warmup_lr) / self.warmup_epochs) / self.lr
         start = 0 if released else self.warmup_epochs

@@ -83,13 +83,14 @@ class Run(Strict):
         return validate(self.task.settings, self.settings, f"protocol {self.protocol_name!r}")
 
     def canonical(self) -> dict[str, Any]:
-        """What moves the number, without names that only label it and without local paths."""
+        """What training depends on, without names that only label it and without local paths."""
         skip = {"selection", "hyperparameters", "checkpoint_every"}
+        settings = self.task_settings
         return {
-            "backbone": {"arch": self.backbone.arch, "kwargs": self.backbone.kwargs},
+            "backbone": self.backbone.model_dump(exclude={"name", "file"}, exclude_defaults=True),
             "dataset": {"name": self.dataset.name, "task": self.dataset.task},
             "hyperparameters": self.method.hyperparameters,
             "protocol": self.protocol.model_dump(mode="json", exclude=skip),
-            "settings": self.task_settings.model_dump(mode="json"),
+            "settings": settings.model_dump(mode="json", exclude=set(settings.scoring)),
             "seed": [self.base_seed, self.seed],
         }

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from snella.data.prepared import Prepared
-from snella.errors import CannotMerge, UserError, one_line
+from snella.errors import CannotMerge, one_line
 from snella.files import atomic, digest_file, digest_tree, write_json
 from snella.methods.base import Batch, Method, build_method, prepare_model
-from snella.models.parameters import count_parameters, seed_everything
+from snella.models.backbone_files import RANDOM, file_digest, require, weights_path
+from snella.models.parameters import seed_everything
 from snella.records import now, provenance
 from snella.runs.identity import identity
 from snella.runs.measure import gflops
@@ -62,26 +63,21 @@ def run_identity(run: Run, data: Prepared) -> dict[str, Any]:
 
 
 def backbone_digest(run: Run) -> str:
-    """SHA-256 of the weights' file, or of all files of a folder; empty without a file.
+    """SHA-256 of the weights' file, or of a folder's weights; ``random`` for random weights.
 
     Raises :class:`~snella.errors.UserError` if there is no such file.
     """
-    name = run.backbone.file
-    if not name or name == "random":
-        return name or ""
-    path = Path(name)
-    if not path.exists():
-        raise UserError(
-            f"Backbone file {path} is missing; download it (docs/backbones.md) or "
-            "correct `file:` of the backbone."
-        )
+    path = weights_path(run.backbone.entry)
+    if path is None:
+        return RANDOM
+    require(path)
     stat = path.stat()
     return _digest(path, stat.st_size, stat.st_mtime_ns)
 
 
 @cache
 def _digest(path: Path, size: int, changed: int) -> str:
-    return digest_tree(path) if path.is_dir() else digest_file(path)
+    return file_digest(path)
 
 
 def load_run(run: Run, data: Prepared | None = None) -> Loaded:
@@ -144,7 +140,7 @@ def _train(loaded: Loaded, ids: dict[str, Any], folder: Path, report: Report) ->
         ids["training"], report, _validator(loaded),
     )  # fmt: skip
     progress = trainer.fit()
-    counts = count_parameters(loaded.model)
+    counts = loaded.method.count(loaded.model)
     _write_adapter(folder, loaded.method.state(loaded.model), ids["training"])
     _write_history(folder, progress.history)
     chosen = [int(row["epoch"]) for row in progress.history if "predicted" in row]

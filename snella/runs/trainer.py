@@ -123,9 +123,21 @@ class Trainer:
 
     def _calibrate(self) -> None:
         seed_everything(derive_seed(self.seed, "calibration", 0))
-        split = self.protocol.train_split
-        batches = _Reiterable(lambda: self._on_device(self.task.batches(split, None)))
+        batches = _Reiterable(lambda: self._on_device(self._calibration_batches()))
         self.method.calibrate(self.model, batches, self.task.loss)
+
+    def _calibration_batches(self) -> Iterator[Batch]:
+        """Training batches in the order, and with the views, that the method asks for."""
+        split, method = self.protocol.train_split, self.method
+        shuffled = method.calibration_order == "shuffled"
+        seed = derive_seed(self.seed, "calibration order", 0) if shuffled else None
+        plain = getattr(self.task, "plain_batches", self.task.batches)
+        batches: Iterator[Batch] = plain(split, seed)
+        views = getattr(self.task, "views", None)
+        if not method.calibration_views or views is None:
+            return batches
+        augmented = views(split, seed, method.calibration_views)
+        return ({**b, "views": v} for b, v in zip(batches, augmented, strict=True))
 
     def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
         seed = derive_seed(self.seed, "epoch", epoch)

@@ -8,31 +8,100 @@ the key and the closest match.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 
 from snella.errors import UserError
+from snella.suite.overlays import clean, difference, expand, overlay
+from snella.suite.reading import COMMAND_LINE, Origins, lines_of, read_yaml
 from snella.tasks.base import DatasetSpec
-from snella.validation import Strict, validate
+from snella.validation import Strict, check_distinct, check_name, validate
 
 SECTIONS = ("backbones", "datasets", "methods", "protocols", "suites")
-Name = str
 DEFAULT = Path("config/config.yaml")
 CHECKOUT = Path(__file__).resolve().parents[2]
-"""The repository this package runs from: what it ships serves calls from other directories."""
+"""The repository this package runs from; what it ships is found from other directories too."""
+LARGEST_SEED = 2**31 - 1
+
+Reference = str
+"""A name defined elsewhere; an unknown one is reported with the closest match when it is used."""
+Name = Annotated[str, AfterValidator(check_name)]
+"""A row, backbone or protocol: part of paths."""
+Column = Annotated[str, AfterValidator(partial(check_name, dots=False))]
+"""A data set, group or suite: part of paths, and of file names that Snakemake takes apart."""
+TableName = Annotated[str, AfterValidator(partial(check_name, dots=False, hyphens=False))]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED, strict=True)]
+
+
+def _place(path: str) -> str:
+    """A folder's path, ``~`` expanded."""
+    if not path.strip() or set(path) & set("{}*?\n\t\"'"):
+        raise ValueError("a folder's path is not empty and has no quotes, braces or wildcards")
+    return Path(path).expanduser().as_posix()
+
+
+def _without_null(groups: Any) -> Any:
+    """Groups set to null are left out: a suite shipped here may have more than one wants."""
+    if not isinstance(groups, dict):
+        return groups
+    return {name: members for name, members in groups.items() if members is not None}
+
+
+def _groups(groups: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Groups of data sets, each of which stands once in the suite."""
+    for name, members in groups.items():
+        if not members:
+            raise ValueError(
+                f"group {name!r} has no data set; name one, or write `{name}: null` to leave it out"
+            )
+    if not groups:
+        raise ValueError("a suite needs a group with a data set")
+    check_distinct([member for members in groups.values() for member in members])
+    return groups
+
+
+Place = Annotated[str, AfterValidator(_place)]
+Groups = Annotated[
+    dict[Column, list[Reference]], BeforeValidator(_without_null), AfterValidator(_groups)
+]
 
 
 class BackboneEntry(Strict):
-    """A pre-trained model: timm architecture and keyword arguments, and the weights' file."""
+    """A pre-trained model: timm architecture and keyword arguments, and the weights' file.
+
+    ``file`` is a weights file, a transformers folder, ``timm`` (the tag's weights in the local
+    cache) or ``random``. ``key`` chooses one of several containers in a file; ``ignore`` and
+    ``fresh`` list beginnings of tensors that only the file and only the model may have;
+    ``holds``, ``lacks``, ``md5`` and ``sha256`` tell releases of one architecture apart. A file of
+    an installed package is ``package:name/path``, where ``package`` says what to install.
+    """
 
     arch: str
     kwargs: dict[str, Any] = {}
     file: str | None = None
+    key: str | None = None
+    ignore: list[str] = []
+    fresh: list[str] = []
+    holds: list[str] = []
+    lacks: list[str] = []
+    md5: str | None = None
+    sha256: str | None = None
+    package: str | None = None
     title: str = ""
+    source: str = ""
+    licence: str = ""
+    normalisation: str | None = None
     demo: bool = False
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """How the file is read and recognised: what differs from the defaults."""
+        names = {"key", "ignore", "fresh", "holds", "lacks", "md5", "sha256", "package"}
+        return self.model_dump(include=names, exclude_defaults=True)
 
 
 class MethodEntry(Strict):
@@ -56,14 +125,16 @@ class SuiteEntry(Strict):
 
     title: str
     demo: bool = False
-    backbone: Name
-    protocol: Name
+    backbone: Reference
+    protocol: Reference
     overrides: dict[str, Any] = {}
-    seeds: list[int] = Field([0], min_length=1)
-    base_seed: int = 0
-    groups: dict[str, list[Name]]
-    methods: list[Name] | None = None
-    method_overrides: dict[Name, MethodOverride] = {}
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(check_distinct)] = [0]
+    base_seed: Seed = 0
+    groups: Groups
+    methods: (
+        Annotated[list[Reference], Field(min_length=1), AfterValidator(check_distinct)] | None
+    ) = None
+    method_overrides: dict[Reference, MethodOverride] = {}
 
     @property
     def datasets(self) -> list[str]:
@@ -71,24 +142,63 @@ class SuiteEntry(Strict):
         return [name for group in self.groups.values() for name in group]
 
 
+def _table(spec: dict[str, Any]) -> dict[str, Any]:
+    """What planning needs of a table: the task, and rows as lists of methods."""
+    rows = spec.get("rows", [])
+    if not isinstance(rows, list):
+        raise ValueError("`rows` is a list of groups, each `{methods: [...]}`")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"group {number} of `rows` is no mapping; write `{{methods: [...]}}`")
+        methods = row.get("methods")
+        if not (isinstance(methods, list) and all(isinstance(m, str) for m in methods)):
+            close = next((key for key in row if key not in ("group", "methods")), None)
+            hint = f" (it has {close!r})" if close else ""
+            raise ValueError(f"group {number} of `rows` needs `methods`, a list of names{hint}")
+    if not isinstance(spec.get("task", ""), str):
+        raise ValueError("`task` is the name of a task family")
+    return spec
+
+
+class FigureEntry(Strict):
+    """Examples of a task's predictions: which rows, in printed order, of which task's suite."""
+
+    task: str
+    methods: list[Reference] = Field(min_length=1)
+
+
 class Config(Strict):
     """The merged configuration."""
 
-    suite: Name
-    results: str = "results"
-    data: str = "data"
-    baselines: str = "baselines"
-    tasks: str = "tasks"
+    suite: Reference
+    results: Place = "results"
+    data: Place = "data"
+    baselines: Place = "baselines"
+    tasks: Place = "tasks"
     allow_missing: bool = False
     warm_workers: bool = True
-    task_suites: dict[str, Name] = {}
+    task_suites: dict[Name, Reference] = {}
     backbones: dict[Name, BackboneEntry]
-    datasets: dict[Name, DatasetSpec]
+    datasets: dict[Column, DatasetSpec]
     methods: dict[Name, MethodEntry]
     protocols: dict[Name, dict[str, Any]]
-    suites: dict[Name, SuiteEntry]
-    tables: dict[Name, dict[str, Any]]
-    released: dict[Name, dict[Name, MethodOverride]] = {}
+    suites: dict[Column, SuiteEntry]
+    tables: dict[TableName, Annotated[dict[str, Any], AfterValidator(_table)]]
+    figures: dict[Name, FigureEntry] = {}
+    released: dict[Reference, dict[Reference, MethodOverride]] = {}
+
+    _origins: Origins = PrivateAttr(default_factory=Origins)
+    _checked: set[tuple[str, ...]] = PrivateAttr(default_factory=set)
+
+    def first_time(self, *key: str) -> bool:
+        """Whether this is the first call with ``key``: a check of the whole is done once."""
+        done = key in self._checked
+        self._checked.add(key)
+        return not done
+
+    def where(self, path: Iterable[str]) -> str:
+        """The file and line that set a key, as "my.yaml, line 3", or an empty string."""
+        return self._origins.where(list(path))
 
 
 def locate(path: str) -> str:
@@ -98,25 +208,74 @@ def locate(path: str) -> str:
 
 
 def load(path: Path = DEFAULT, overrides: dict[str, Any] | None = None) -> Config:
-    """Read ``path``, the sections beside it, and ``overrides`` (as from ``--config``)."""
+    """Read ``path``, the sections beside it, and ``overrides`` (as from ``--config``).
+
+    Keys of ``overrides`` may be dotted.
+    """
     path = Path(locate(path.as_posix())) if path == DEFAULT else path
-    return merge(read_yaml(path), path, overrides or {})
+    origins = Origins()
+    base = _shipped(path, origins)
+    own = expand(read_yaml(path, origins), base, str(path))
+    above = expand(overrides or {}, base, COMMAND_LINE)
+    origins.add(lines_of(above, COMMAND_LINE))
+    return _merged(base, own, above, origins)
 
 
-def merge(own: dict[str, Any], path: Path, overrides: dict[str, Any]) -> Config:
+def from_snakemake(merged: dict[str, Any], files: Iterable[Path]) -> Config:
+    """The configuration from what Snakemake merged of ``files`` and its ``--config``."""
+    origins = Origins()
+    base = _shipped(DEFAULT, origins)
+    stated: dict[str, Any] = {}
+    for file in files:
+        stated = overlay(stated, read_yaml(file, origins))
+    own = expand(merged, base, COMMAND_LINE)
+    origins.add(lines_of(expand(difference(stated, merged), base, COMMAND_LINE), COMMAND_LINE))
+    return _merged(base, own, {}, origins)
+
+
+def _merged(
+    base: dict[str, Any], own: dict[str, Any], above: dict[str, Any], origins: Origins
+) -> Config:
     """Lay a user's configuration over the shipped sections and validate the whole."""
-    shipped = _shipped_folder(path)
-    base: dict[str, Any] = {name: read_yaml(shipped / f"{name}.yaml") for name in SECTIONS[:-1]}
-    base["suites"] = {p.stem: read_yaml(p) for p in sorted((shipped / "suites").glob("*.yaml"))}
-    base["tables"] = {}
-    for file in sorted((shipped / "tables").glob("*.yaml")):
-        base["tables"].update(read_yaml(file))
-    released = shipped / "released.yaml"
-    base["released"] = read_yaml(released) if released.exists() else {}
-    merged = overlay(overlay(base, own), overrides)
+    merged = overlay(overlay(base, own), above)
+    clean(merged, origins)
     if isinstance(merged["methods"], dict):
         merged["methods"] = {name: _row(name, row) for name, row in merged["methods"].items()}
-    return validate(Config, merged, str(path))
+    config = validate(Config, merged, "configuration", origins)
+    config._origins = origins
+    return config
+
+
+def _shipped(path: Path, origins: Origins) -> dict[str, Any]:
+    """The sections beside ``path``, one file each, and one file per suite."""
+    folder = _shipped_folder(path)
+    base: dict[str, Any] = {
+        name: read_yaml(folder / f"{name}.yaml", origins, name) for name in SECTIONS[:-1]
+    }
+    base["suites"] = {
+        file.stem: read_yaml(file, origins, "suites", file.stem)
+        for file in sorted((folder / "suites").glob("*.yaml"))
+    }
+    for section in ("tables", "figures"):
+        base[section] = {}
+        for file in sorted((folder / section).glob("*.yaml")):
+            base[section].update(read_yaml(file, origins, section))
+    base["released"] = _released(folder / "released", base["datasets"], origins)
+    return base
+
+
+def _released(folder: Path, datasets: dict[str, Any], origins: Origins) -> dict[str, Any]:
+    """Settings of the authors' scripts, by row and data set; one file per repository.
+
+    A set that is read from TFDS (`<name>-tfds`) has the settings of the set it is.
+    """
+    found: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.yaml")):
+        for row, sets in read_yaml(file, origins, "released").get("rows", {}).items():
+            twins = {f"{name}-tfds": entry for name, entry in sets.items()}
+            sets = {**sets, **{name: e for name, e in twins.items() if name in datasets}}
+            found[row] = {**found.get(row, {}), **sets}
+    return found
 
 
 def _row(name: str, entry: Any) -> Any:
@@ -125,32 +284,8 @@ def _row(name: str, entry: Any) -> Any:
 
 
 def _shipped_folder(path: Path) -> Path:
-    """The folder of the section files: beside ``path``, or ``config/`` of the checkout."""
+    """The folder of the section files: beside ``path``, ``config/`` here or of the checkout."""
     for folder in (path.parent, Path("config"), CHECKOUT / "config"):
         if (folder / "methods.yaml").exists():
             return folder
     raise UserError(f"No methods.yaml beside {path} or in config/; run from the repository's root.")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; missing or malformed files are the user's to mend."""
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise UserError(f"Cannot read the configuration {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a mapping of names to settings.")
-    return content
-
-
-def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``above`` laid over ``below``, key by key."""
-    result = dict(below)
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = overlay(result[key], value)
-        else:
-            result[key] = value
-    return result

@@ -12,8 +12,16 @@ from typing import Any
 from snella.errors import UserError, unknown
 from snella.runs.protocol import Protocol
 from snella.runs.run import Dataset, MethodChoice, Run
-from snella.suite.config import CHECKOUT, Config, MethodOverride, SuiteEntry, locate
-from snella.tasks import find_task
+from snella.suite.checks import Layers, check_hyperparameters, check_suite
+from snella.suite.config import (
+    CHECKOUT,
+    LARGEST_SEED,
+    Config,
+    MethodOverride,
+    SuiteEntry,
+    locate,
+)
+from snella.tasks import TaskInfo, find_task
 from snella.tasks.base import Backbone
 from snella.validation import validate
 
@@ -37,13 +45,19 @@ def plan(
 
 def current_suite(config: Config) -> SuiteEntry:
     """The configured suite; unknown names of its parts are reported here, before anything runs."""
-    suite = _look_up("suite", config.suite, config.suites)
-    _look_up("backbone", suite.backbone, config.backbones)
-    _look_up("protocol", suite.protocol, config.protocols)
-    for dataset in suite.datasets:
-        _look_up("data set", dataset, config.datasets)
+    suite = _look_up("suite", config.suite, config.suites, config.where(["suite"]))
+    if not config.first_time("suite", config.suite):
+        return suite
+    at = ("suites", config.suite)
+    _look_up("backbone", suite.backbone, config.backbones, config.where((*at, "backbone")))
+    _look_up("protocol", suite.protocol, config.protocols, config.where((*at, "protocol")))
+    for group, members in suite.groups.items():
+        for dataset in members:
+            place = config.where((*at, "groups", group, dataset))
+            _look_up("data set", dataset, config.datasets, place)
     for method in suite_methods(config):
-        _look_up("method", method, config.methods)
+        _look_up("method", method, config.methods, config.where((*at, "methods")))
+    check_suite(config, suite)
     return suite
 
 
@@ -56,10 +70,13 @@ def suite_methods(config: Config) -> list[str]:
 def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
     """All settings of one run: protocol preset < row < suite < the suite's word on the row."""
     suite = current_suite(config)
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"Seed {seed} is not in 0 to {LARGEST_SEED}.")
     row = _look_up("method", method, config.methods)
     data = _look_up("data set", dataset, config.datasets)
     entry = config.backbones[suite.backbone]
-    protocol, settings, hyperparameters, notes = _layers(config, suite, method, dataset)
+    file = method_path(config, row.file)
+    protocol, settings, hyperparameters, notes = _layers(config, suite, method, dataset, file)
     return Run(
         suite=config.suite,
         backbone=Backbone(
@@ -67,13 +84,12 @@ def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
             arch=entry.arch,
             kwargs=entry.kwargs,
             file=entry.file and locate(entry.file),
+            load=entry.load,
         ),
         dataset=Dataset(
             name=dataset, task=data.task, prepared=prepared_folder(config, dataset).as_posix()
         ),
-        method=MethodChoice(
-            name=method, file=method_path(config, row.file), hyperparameters=hyperparameters
-        ),
+        method=MethodChoice(name=method, file=file, hyperparameters=hyperparameters),
         protocol_name=suite.protocol,
         protocol=protocol,
         settings=settings,
@@ -86,32 +102,59 @@ def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
 
 
 def _layers(
-    config: Config, suite: SuiteEntry, method: str, dataset: str
+    config: Config, suite: SuiteEntry, method: str, dataset: str, file: str
 ) -> tuple[Protocol, dict[str, Any], dict[str, Any], tuple[str, ...]]:
     """The protocol, the task's settings, the hyper-parameters, and what a reader should know."""
     row = config.methods[method]
     special = suite.method_overrides.get(method, MethodOverride())
-    values = {**config.protocols[suite.protocol], **row.protocol, **suite.overrides}
-    values.update(special.protocol)
-    hyperparameters = {**row.hyperparameters, **special.hyperparameters}
+    at_suite, preset = ("suites", config.suite), suite.protocol
+    protocol = [
+        (("protocols", preset), config.protocols[preset]),
+        (("methods", method, "protocol"), row.protocol),
+        ((*at_suite, "overrides"), suite.overrides),
+        ((*at_suite, "method_overrides", method, "protocol"), special.protocol),
+    ]
+    hyperparameters = [
+        (("methods", method, "hyperparameters"), row.hyperparameters),
+        ((*at_suite, "method_overrides", method, "hyperparameters"), special.hyperparameters),
+    ]
     notes: tuple[str, ...] = ()
-    if values.get("hyperparameters") == "released":
+    if Layers(config, protocol).merged().get("hyperparameters") == "released":
         released = config.released.get(method, {}).get(dataset)
         if released is None:
             notes = (f"no released settings for {method} on {dataset}: the fixed ones were used",)
         else:
-            values.update(released.protocol)
-            hyperparameters.update(released.hyperparameters)
-    where = f"protocol {suite.protocol!r} of suite {config.suite!r} for {method}"
+            at = ("released", method, dataset)
+            protocol.append(((*at, "protocol"), released.protocol))
+            hyperparameters.append(((*at, "hyperparameters"), released.hyperparameters))
+    where = f"protocol {preset!r} of suite {config.suite!r} for {method}"
     info = find_task(config.datasets[dataset].task, config.tasks)
+    if config.first_time("layers", config.suite, info.name, method):
+        for layer in protocol[:-1]:  # a later one may hide its nonsense
+            _validated(info, Layers(config, [layer]), where, alone=True)
+    common, settings = _validated(info, Layers(config, protocol), where)
+    chosen = Layers(config, hyperparameters)
+    check_hyperparameters(file, chosen)
+    return common, settings, chosen.merged(), notes
+
+
+def _validated(
+    info: TaskInfo, layers: Layers, where: str, alone: bool = False
+) -> tuple[Protocol, dict[str, Any]]:
+    """The common fields and the task's, both typed; an unknown key is an error.
+
+    Of a layer ``alone`` only single fields are checked, not whether they agree.
+    """
+    values = layers.merged()
     common = {k: v for k, v in values.items() if k in Protocol.model_fields}
     own = {k: v for k, v in values.items() if k not in Protocol.model_fields}
     for name in own:
         if name not in info.settings.model_fields:
             known = [*Protocol.model_fields, *info.settings.model_fields]
-            raise unknown(f"key in {where}:", name, known)
-    settings = validate(info.settings, own, where).model_dump(mode="json")
-    return validate(Protocol, common, where), settings, hyperparameters, notes
+            error = unknown(f"key in {where}:", name, known)
+            raise UserError(f"{layers.where([name])}: {error}")
+    settings = validate(info.settings, own, where, layers, parts=alone)
+    return validate(Protocol, common, where, layers, parts=alone), settings.model_dump(mode="json")
 
 
 def prepared_folder(config: Config, dataset: str) -> Path:
@@ -138,10 +181,11 @@ def method_path(config: Config, file: str) -> str:
         if not Path(path).is_file():
             raise UserError(f"Method file {file} does not exist; correct `file:` of the method.")
         return path
-    found = method_files(config)
-    if file not in found:
-        raise unknown(f"method file in {config.baselines}/", file, found)
-    return found[file].as_posix()
+    for folder in (Path(config.baselines), CHECKOUT / config.baselines):
+        found = folder / f"{file}.py"
+        if file[:1] != "_" and found.is_file():
+            return found.as_posix()
+    raise unknown(f"method file in {config.baselines}/", file, method_files(config))
 
 
 def find_method(config: Config, name: str) -> tuple[Path, dict[str, Any]]:
@@ -158,9 +202,10 @@ def find_method(config: Config, name: str) -> tuple[Path, dict[str, Any]]:
     return _look_up("method", name, {**dict.fromkeys(config.methods), **files}), {}
 
 
-def _look_up(kind: str, name: str, known: dict[str, Any]) -> Any:
+def _look_up(kind: str, name: str, known: dict[str, Any], where: str = "") -> Any:
     if name not in known:
-        raise unknown(kind, name, known)
+        error = unknown(kind, name, known)
+        raise UserError(f"{where}: {error}") if where else error
     return known[name]
 
 
@@ -201,21 +246,34 @@ def with_suite(config: Config, suite: str) -> Config:
 
 
 def for_table(config: Config, table: str) -> Config:
-    """The configuration with the suite that a table shows.
-
-    That is the configured one where it is of the table's task family, and otherwise the one that
-    ``task_suites`` names for that family.
-    """
+    """The configuration with the suite that a table shows, as :func:`for_task` finds it."""
     spec = _look_up("table", table, config.tables)
-    task = spec.get("task", "classification")
+    return for_task(config, spec.get("task", "classification"), f"Table {table!r}")
+
+
+def for_task(config: Config, task: str, what: str) -> Config:
+    """The configuration with a suite of the family ``task``, for ``what`` is shown.
+
+    That is the configured one where it is of that family, and otherwise the one that
+    ``task_suites`` names for it.
+    """
     if suite_task(config) == task:
         return config
     if task not in config.task_suites:
         raise UserError(
-            f"Table {table!r} shows {task}, suite {config.suite!r} does not; "
+            f"{what} shows {task}, suite {config.suite!r} does not; "
             f"name a suite for it under `task_suites: {{{task}: ...}}`."
         )
     return with_suite(config, config.task_suites[task])
+
+
+def figure_runs(config: Config, figure: str) -> list[Run]:
+    """The runs that a figure shows: its methods on the suite's first data set and seed."""
+    spec = _look_up("figure", figure, config.figures)
+    config = for_task(config, spec.task, f"Figure {figure!r}")
+    suite, enabled = current_suite(config), suite_methods(config)
+    methods = [name for name in spec.methods if name in enabled]
+    return plan(config, methods=methods, datasets=suite.datasets[:1], seeds=suite.seeds[:1])
 
 
 def suite_task(config: Config) -> str:

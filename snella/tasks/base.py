@@ -12,10 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from snella.errors import UserError
 from snella.validation import Strict
 
 if TYPE_CHECKING:
@@ -43,15 +44,24 @@ class Metric:
 
 @dataclass(frozen=True)
 class Score:
-    """A metric's value, by group where there are groups, and per example (N,) for statistics."""
+    """A metric's value, by group where there are groups, and per example (N,) for statistics.
+
+    ``warnings`` are what a reader of the value should know; they go into the record.
+    """
 
     value: float
     per_group: dict[str, float] = field(default_factory=dict)
     per_example: np.ndarray | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class TaskSettings(Strict):
-    """A task's own part of the protocol: plain values beside the common ones."""
+    """A task's own part of the protocol: plain values beside the common ones.
+
+    Fields named in ``scoring`` concern scores alone: changing one costs no training.
+    """
+
+    scoring: ClassVar[frozenset[str]] = frozenset()
 
 
 class DatasetSpec(Strict):
@@ -66,12 +76,22 @@ class DatasetSpec(Strict):
 
 
 class Backbone(Strict):
-    """A pre-trained model: architecture, its keyword arguments, and the weights' file."""
+    """A pre-trained model: architecture, its keyword arguments, and the weights' file.
+
+    ``load`` says how the file is read and recognised (key, ignore, fresh, holds, lacks, md5).
+    """
 
     name: str
     arch: str
     kwargs: dict[str, Any] = {}
     file: str | None = None
+    load: dict[str, Any] = {}
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """All of it in one mapping, as :func:`~snella.models.backbones.build_backbone` takes it."""
+        flat = self.model_dump()
+        return {**flat, **flat.pop("load")}
 
 
 @dataclass(frozen=True)
@@ -81,7 +101,9 @@ class TaskInfo:
     ``prepare`` writes a data set's prepared folder from its raw form; ``sources`` names the files
     that make it stale; ``implementation`` and ``scorer`` are "module:class", and ``toy``
     is "module:function", from the name of a family of backbones to a :class:`Toy`: strings, so that
-    an edit of one makes only its own stage stale. ``families`` are those that the task trains. With
+    an edit of one makes only its own stage stale. ``families`` are those that the task trains.
+    ``figure``, "module:function", draws examples from (data, settings, folders of test predictions
+    by label, file without ending) for the figures of the configuration. With
     ``expensive_scoring`` the workflow scores in a job of its own, with its own resources.
     """
 
@@ -96,6 +118,7 @@ class TaskInfo:
     toy: str
     families: tuple[str, ...]
     expensive_scoring: bool = False
+    figure: str | None = None
 
     @property
     def primary(self) -> Metric:
@@ -111,6 +134,14 @@ class TaskInfo:
         """The class of :class:`Scorer`."""
         found: type[Scorer] = _resolve(self.scorer)
         return found
+
+    def draw_figure(
+        self, data: Prepared, settings: Any, predictions: dict[str, Path], file: Path
+    ) -> None:
+        """Draw examples of test predictions; raises ``UserError`` where the task has no figure."""
+        if self.figure is None:
+            raise UserError(f"The task {self.name} draws no figure of examples.")
+        _resolve(self.figure)(data, settings, predictions, file)
 
     def make_toy(self, family: str) -> Toy:
         """A tiny model of ``family`` with a batch to learn by heart; imports torch."""

@@ -1,7 +1,7 @@
 from snella.jobs.workflow import WorkflowPlan
 
 # All logic is in snella.suite.plan; a mistake in the configuration is one line here.
-PLAN = WorkflowPlan.from_snakemake(config)
+PLAN = WorkflowPlan.from_snakemake(config, workflow.configfiles)
 CONFIG = PLAN.config
 
 
@@ -11,4 +11,5 @@ wildcard_constraints:
     dataset=r"[A-Za-z0-9_.-]+",
     method=r"[A-Za-z0-9_.-]+",
     seed=r"\d+",
-    table=r"[A-Za-z0-9_]+",
+    table=r"(?!figure)[A-Za-z0-9_]+",
+    figure=r"figure[A-Za-z0-9_]+",

@@ -14,3 +14,21 @@ rule pretrain_backbone:
         runtime=120,
     shell:
         "python -m snella.quick.pretrain --out {output:q} > {log:q} 2>&1"
+
+
+# Remakes the quick segmentation suite's SAM: workflow/resources/sam_quick.safetensors.
+rule pretrain_sam:
+    output:
+        "<results>/pretrain/sam_quick.safetensors",
+    log:
+        "<logs>/pretrain_sam.log",
+    benchmark:
+        "<logs>/benchmarks/pretrain_sam.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    threads: 2
+    resources:
+        mem_mb=3000,
+        runtime=120,
+    shell:
+        "python -m snella.quick.pretrain_sam --out {output:q} > {log:q} 2>&1"

@@ -23,8 +23,8 @@ rule run:
         code=PLAN.code,
         warm=PLAN.warm,
     shell:
-        "snella execute {params.warm} --settings {params.settings:q}"
-        " > {log:q} 2>&1 || {{ tail -n 1 {log:q} >&2; exit 1; }}"
+        "snella execute {params.warm} --settings {params.settings:q} > {log:q} 2>&1"
+        " && {{ [ -t 2 ] || tail -n 1 {log:q} >&2; }} || {{ tail -n 1 {log:q} >&2; exit 1; }}"
 
 
 rule train:
@@ -45,6 +45,7 @@ rule train:
     params:
         settings=PLAN.settings,
         code=PLAN.training_code,
+        warm=PLAN.warm,
     shell:
-        "snella execute --stage train --settings {params.settings:q}"
+        "snella execute {params.warm} --stage train --settings {params.settings:q}"
         " > {log:q} 2>&1 || {{ tail -n 1 {log:q} >&2; exit 1; }}"

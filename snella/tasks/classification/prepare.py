@@ -17,9 +17,9 @@ def prepare(name: str, spec: DatasetSpec, folder: Path) -> dict[str, Any]:
 
     Raises :class:`~snella.errors.UserError` if it is not configured or damaged.
     """
-    if spec.options:
-        raise unknown(f"option of data set {name!r}", next(iter(spec.options)), ())
     if spec.kind == "quick":
+        if spec.options:
+            raise unknown(f"option of data set {name!r}", next(iter(spec.options)), ())
         splits, info = _quick(name)
     elif spec.kind == "folder":
         splits, info = _folder(name, spec)
@@ -29,10 +29,10 @@ def prepare(name: str, spec: DatasetSpec, folder: Path) -> dict[str, Any]:
 
 
 def sources(spec: DatasetSpec) -> list[Path]:
-    """The split lists of a folder."""
+    """The lists that say what a folder holds: text, json and .mat files beside the images."""
     if spec.kind != "folder" or spec.path is None:
         return []
-    return sorted(Path(spec.path).glob("*.txt"))
+    return sorted(f for kind in ("txt", "json", "mat") for f in Path(spec.path).glob(f"*.{kind}"))
 
 
 def write_labelled(
@@ -85,6 +85,6 @@ def _folder(name: str, spec: DatasetSpec) -> tuple[dict[str, Any], dict[str, Any
     if spec.path is None:
         raise UserError(
             f"Data set {name!r} has no folder; set `datasets.{name}.path` in the configuration "
-            "to a folder in the VTAB-1k layout (docs/data.md)."
+            "to a folder with its images (docs/data.md)."
         )
-    return read_folder(Path(spec.path), name, spec.num_classes)
+    return read_folder(Path(spec.path), name, spec.num_classes, spec.options)

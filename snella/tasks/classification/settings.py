@@ -12,7 +12,9 @@ PREDICTIONS = "top1.npy"
 
 
 class ClassificationSettings(PixelSettings, TaskSettings):
-    """Pixels, and the two regularisers of the published scripts that belong to the task."""
+    """Pixels, and the regularisers of the published scripts that belong to the task."""
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     drop_path: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0, le=100)
+    cutmix: float = Field(0.0, ge=0, le=100)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from snella.data.mixing import KEY, apply_mix, draw_mix
 from snella.data.prepared import Prepared
 from snella.data.transforms import (
     batches,
@@ -19,6 +20,7 @@ from snella.data.transforms import (
     open_split,
     train_transform,
 )
+from snella.data.views import view_batches
 from snella.files import atomic
 from snella.methods.base import Batch
 from snella.models.backbones import build_backbone
@@ -42,8 +44,7 @@ class Classification(Task):
         The head starts at truncated normal(0.02) with zero bias, as in the released codes: a
         zero head would give methods that calibrate on gradients nothing to look at.
         """
-        entry = backbone.model_dump()
-        model = build_backbone(entry, self.data.num_classes, self.settings.drop_path)
+        model = build_backbone(backbone.entry, self.data.num_classes, self.settings.drop_path)
         for module in (head(model) or nn.Identity()).modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -51,10 +52,25 @@ class Classification(Task):
         return model
 
     def batches(self, split: str, seed: int | None) -> Iterator[Batch]:
-        """Normalised images (B, 3, H, W) and labels (B,)."""
+        """Normalised images (B, 3, H, W) and labels (B,), and how a training batch is mixed."""
+        found = self.plain_batches(split, seed)
+        settings = self.settings
+        if seed is None or not (settings.mixup or settings.cutmix):
+            return found
+        return (
+            {**batch, KEY: draw_mix(settings.mixup, settings.cutmix, settings.image_size, seed, i)}
+            for i, batch in enumerate(found)
+        )
+
+    def plain_batches(self, split: str, seed: int | None) -> Iterator[Batch]:
+        """The batches without mixup and cutmix: what methods calibrate on."""
         source = self._split(split, training=True)
         labels = torch.from_numpy(np.array(self.data.labels(split)))
         return self._normalised(batches(source, labels, self.batch_size, seed))
+
+    def views(self, split: str, seed: int | None, count: int) -> Iterator[Tensor]:
+        """Augmented views (B, count, 3, S, S) of the images of :meth:`batches`, in their order."""
+        return view_batches(self.data.images(split), self.settings, count, self.batch_size, seed)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits (B, classes)."""
@@ -62,9 +78,16 @@ class Classification(Task):
         return logits
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross-entropy in single precision, with the protocol's label smoothing."""
-        logits = self.forward(model, batch).float()
+        """Cross-entropy in single precision, with the protocol's label smoothing and mixing."""
         smoothing = self.settings.label_smoothing
+        if KEY in batch:
+            classes = self.data.num_classes
+            images, targets = apply_mix(
+                batch["image"], batch["label"], classes, smoothing, batch[KEY]
+            )
+            mixed = self.forward(model, {**batch, "image": images}).float()
+            return F.cross_entropy(mixed, targets)
+        logits = self.forward(model, batch).float()
         return F.cross_entropy(logits, batch["label"], label_smoothing=smoothing)
 
     @torch.inference_mode()

@@ -1,0 +1,253 @@
+"""Honest checks of quick generation: the language is understood, and adapting a subject helps.
+
+1. CLIP names shape, colour and ground of scenes that it has not seen, above chance.
+2. The pre-trained SD3 paints the ground that a prompt asks for; one with random weights does not.
+   Measured twice: by CLIP, and by a probe that knows no network (a linear discriminant on colours
+   along the border, fitted on rendered scenes).
+3. Every method's images are closer to the subject's photographs than the unadapted model's
+   (CLIP-I), with every seed in the mean over subjects; still paint the ground that the prompt
+   asks for (probe and CLIP above chance); and are matched to their prompts above chance.
+
+Exit status 1 when a claim fails.
+
+    python benchmarks/quick_generation_checks.py --seeds 0 1 2 \
+        --out benchmarks/results/quick_generation_checks.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from snella.jobs.prepare import prepare_dataset
+from snella.quick import generation
+from snella.quick import generation_models as small
+from snella.quick import generation_scenes as scenes
+from snella.runs.execute import execute
+from snella.suite import config as configuration
+from snella.suite import plan
+from snella.tasks.generation.encode import encode_prompts
+from snella.tasks.generation.features import Clip
+from snella.tasks.generation.pipeline import PipelineFolder
+from snella.tasks.generation.sample import Sampling, generate, image_name, jobs, read_png
+
+GROUNDS = scenes.BACKGROUNDS
+ASKED = ("in the snow", "in the jungle", "on the beach", "on a brick wall", "at night",
+         "on pink fabric", "on a blue wall", "on a yellow wall")  # fmt: skip
+"""The ground that each of the subjects' prompts asks for."""
+
+
+class BorderProbe:
+    """Which ground a picture has: Fisher's linear discriminant on statistics of its border."""
+
+    def __init__(self, n: int = 6000) -> None:
+        drawn = scenes.draw_scenes(np.random.default_rng(11), n)
+        x, y = self._statistics(scenes.paint(drawn, seed=11).numpy()), drawn.background
+        self.means = np.stack([x[y == k].mean(0) for k in range(len(GROUNDS))])
+        within = x - self.means[y]
+        self.inverse = np.linalg.inv(within.T @ within / n + 1e-5 * np.eye(x.shape[1]))
+
+    @staticmethod
+    def _statistics(pixels: np.ndarray) -> np.ndarray:
+        """Mean and spread of the colours of four sides, (N, 3, 32, 32) -> (N, 24)."""
+        x = pixels.astype(np.float64) / 255
+        sides = (x[:, :, :4], x[:, :, -4:], x[:, :, 4:-4, :4], x[:, :, 4:-4, -4:])
+        return np.concatenate([f(s, axis=(2, 3)) for s in sides for f in (np.mean, np.std)], 1)
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """The number of the ground of each picture uint8 (N, 3, 32, 32)."""
+        gap = self._statistics(pixels)[:, None] - self.means[None]
+        return np.asarray(np.einsum("nkd,de,nke->nk", gap, self.inverse, gap).argmin(1))
+
+
+def clip_names(clip: Clip, images: list[np.ndarray], texts: list[str]) -> np.ndarray:
+    """The number of the text that CLIP finds closest to each image."""
+    return np.asarray((clip.images(images) @ clip.texts(texts).T).argmax(1))
+
+
+def check_clip(clip: Clip, n: int = 1000) -> dict[str, Any]:
+    """Zero-shot accuracies on unseen scenes."""
+    drawn = scenes.draw_scenes(np.random.default_rng(12), n)
+    images = list(scenes.paint(drawn, seed=12).permute(0, 2, 3, 1).numpy())
+    asked = {
+        "shape": ([f"a {s}" for s in scenes.SHAPES], drawn.shape),
+        "colour": ([f"a {c} {scenes.SHAPES[0]}" for c in scenes.COLOURS], drawn.colour),
+        "ground": ([f"a {scenes.SHAPES[0]} {g}" for g in GROUNDS], drawn.background),
+    }
+    found: dict[str, Any] = {}
+    for name, (texts, truth) in asked.items():
+        accuracy = float((clip_names(clip, images, texts) == truth).mean())
+        found[name] = {"accuracy": accuracy, "chance": 1 / len(texts)}
+    return found
+
+
+def check_language(
+    file: str, transformer: Any, clip: Clip, probe: BorderProbe, settings: Any, samples: int = 4
+) -> dict[str, float]:
+    """How often a picture has the ground, the shape's colour and the place that its prompt says."""
+    folder = PipelineFolder(file)
+    prompts = [f"a {colour} {shape} {ground}" for ground in GROUNDS
+               for colour, shape in (("red", "circle"), ("white", "star"))]  # fmt: skip
+    sides = [f"a red square on a white wall {side}" for side in ("on the left", "on the right")]
+    walls = [f"a {colour} circle on a white wall" for colour in scenes.COLOURS if colour != "white"]
+    with tempfile.TemporaryDirectory() as place:
+        texts = [*prompts, *sides, *walls, ""]
+        encoded = encode_prompts(folder, transformer, texts, 1, "fp32", Path(place))
+        wanted = jobs(Path(place), "probe", texts[:-1], samples)
+        sampling = Sampling(32, settings["inference_steps"], settings["guidance"], "", 16)
+        generate(folder, transformer, folder.vae(), encoded, wanted, sampling)
+        images = [read_png(job.file) for job in wanted]
+    ground = np.repeat(np.arange(len(GROUNDS)), 2 * samples)
+    first = len(ground)
+    named = clip_names(clip, images[:first], [f"a circle {g}" for g in GROUNDS])
+    seen = probe(np.stack(images[:first]).transpose(0, 3, 1, 2))
+    pixels = np.stack(images[first:]).astype(np.float64) / 255
+    red = pixels[: 2 * samples, :, :, 0] - pixels[: 2 * samples, :, :, 1]
+    centre = (red.clip(0).sum(1) * np.arange(32)).sum(1) / (red.clip(0).sum((1, 2)) + 1e-9) - 15.5
+    side = np.repeat([-1, 1], samples)
+    middle = pixels[2 * samples :, 13:19, 13:19].mean((1, 2))
+    table = {c: rgb for c, rgb in scenes.COLOURS.items() if c != "white"}
+    distance = np.abs(middle[:, None] - np.array(list(table.values()))[None]).sum(-1)
+    colour = np.repeat(np.arange(len(table)), samples)
+    return {
+        "ground_by_clip": float((named == ground).mean()),
+        "ground_by_probe": float((seen == ground).mean()),
+        "ground_chance": 1 / len(GROUNDS),
+        "side_by_pixels": float((np.sign(centre) == side).mean()),
+        "side_chance": 0.5,
+        "colour_by_pixels": float((distance.argmin(1) == colour).mean()),
+        "colour_chance": 1 / len(table),
+    }
+
+
+def check_run(run: plan.Run, record: Any, clip: Clip, probe: BorderProbe) -> dict[str, float]:
+    """What one run's images show."""
+    last = record["metrics"]["last"]
+    samples = run.settings["samples_per_prompt"]
+    (images,) = run.folder.glob("predictions/*/test/images")
+    found: dict[str, float] = {
+        k: last[k] for k in ("clip_i", "base_clip_i", "clip_t", "base_clip_t", "text_match",
+                             "vendi", "dino", "base_dino", "drift")
+    }  # fmt: skip
+    for name, folder in (("", images), ("base_", images.parent / "base" / "images")):
+        pictures = [
+            read_png(folder / image_name(p, s)) for p in range(len(ASKED)) for s in range(samples)
+        ]
+        truth = np.repeat([GROUNDS.index(g) for g in ASKED], samples)
+        word = generation.SUBJECTS[run.dataset.name].class_word
+        named = clip_names(clip, pictures, [f"a {word} {g}" for g in GROUNDS])
+        seen = probe(np.stack(pictures).transpose(0, 3, 1, 2))
+        found[f"{name}ground_by_clip"] = float((named == truth).mean())
+        found[f"{name}ground_by_probe"] = float((seen == truth).mean())
+    return found
+
+
+def adapted(options: argparse.Namespace, clip: Clip, probe: BorderProbe) -> list[dict[str, Any]]:
+    """All runs of the suite, made where they are missing."""
+    overrides = {"suite": "quick_generation", "results": options.results, "data": options.data}
+    config = configuration.load(overrides=overrides)
+    for name in generation.SUBJECTS:
+        prepare_dataset(config, name, missing_only=True)
+    rows = []
+    for run in plan.plan(config, methods=options.methods, seeds=options.seeds):
+        record = execute(run)
+        if record["status"] != "ok":
+            raise SystemExit(f"{run.key}: {record['status']}: {record['reason']}")
+        names = {"method": run.method.name, "subject": run.dataset.name, "seed": run.seed}
+        rows.append(names | check_run(run, record, clip, probe))
+        print(rows[-1], flush=True)  # noqa: T201
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Means over subjects and seeds by method, and the gain in CLIP-I of each seed."""
+    found: dict[str, dict[str, Any]] = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        numbers = [k for k in mine[0] if k not in ("method", "subject", "seed")]
+        means: dict[str, Any] = {k: float(np.mean([row[k] for row in mine])) for k in numbers}
+        means["gain_by_seed"] = {
+            str(seed): float(np.mean([r["clip_i"] - r["base_clip_i"] for r in mine
+                                      if r["seed"] == seed]))
+            for seed in sorted({r["seed"] for r in mine})
+        }  # fmt: skip
+        found[method] = means
+    return found
+
+
+def claims(result: dict[str, Any]) -> dict[str, bool]:
+    """What has to hold."""
+    language, random = result["language"], result["language_random_weights"]
+    means = result["methods"].values()
+    return {
+        "CLIP above 3x chance": all(
+            v["accuracy"] > 3 * v["chance"] for v in result["clip"].values()
+        ),
+        "prompts choose the ground (CLIP and probe)": min(
+            language["ground_by_clip"], language["ground_by_probe"]
+        ) > 3 * language["ground_chance"],
+        "prompts choose colour and side": language["colour_by_pixels"] > 0.5
+        and language["side_by_pixels"] > 0.75,
+        "random weights do not": random["ground_by_probe"] < 3 * random["ground_chance"],
+        "every method and seed beats the unadapted model": all(
+            gain > 0 for m in means for gain in m["gain_by_seed"].values()
+        ),
+        "adapted models still paint the ground": all(
+            min(m["ground_by_clip"], m["ground_by_probe"]) > 3 / len(GROUNDS) for m in means
+        ),
+        "text match above chance": all(m["text_match"] > 1.5 / len(ASKED) for m in means),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run all checks, write what was found, and say which claims hold."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--results", default="results/checks")
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+")
+    options = parser.parse_args()
+    begin = time.perf_counter()
+    config = configuration.load(overrides={"suite": "quick_generation"})
+    settings = config.protocols["quick-generation"]
+    file = configuration.locate(config.backbones["sd3-quick"].file or "")
+    clip, probe = Clip(settings["clip_model"], None), BorderProbe()
+    pretrained = PipelineFolder(file).transformer()
+    torch.manual_seed(0)
+    random = small.transformer().eval()
+    result: dict[str, Any] = {
+        "clip": check_clip(clip),
+        "language": check_language(file, pretrained, clip, probe, settings),
+        "language_random_weights": check_language(file, random, clip, probe, settings),
+    }
+    rows = adapted(options, clip, probe)
+    result |= {"methods": summary(rows), "runs": rows}
+    held = claims(result)
+    result |= {
+        "claims": held,
+        "seeds": options.seeds,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - begin),
+        "machine": {"processor": platform.processor(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for claim, holds in held.items():
+        print(f"{'holds' if holds else 'FAILS'}: {claim}")  # noqa: T201
+    sys.exit(not all(held.values()))
+
+
+if __name__ == "__main__":
+    main()

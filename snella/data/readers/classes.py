@@ -1,0 +1,61 @@
+"""Class folders, torchvision's ImageFolder: train/<class>/<image>, val/ and test/ likewise."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from snella.data.readers.listing import Line, Listing, Options, few
+from snella.errors import UserError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+def found(root: Path) -> bool:
+    """Whether ``root`` has a folder of training images with class folders in it."""
+    return any((root / n).is_dir() and any(_folders(root / n)) for n in NAMES["train"])
+
+
+def read(root: Path, options: Options) -> Listing:
+    """List the class folders; classes are numbered in sorted order of their names."""
+    folders = {role: next((root / n for n in names if (root / n).is_dir()), None)
+               for role, names in NAMES.items()}  # fmt: skip
+    if options.test:
+        folders["test"] = root / options.test
+        if folders["val"] == folders["test"]:
+            folders["val"] = None
+    if folders["test"] is None or not folders["test"].is_dir():
+        held = sorted(p.name for p in root.iterdir() if p.is_dir())
+        raise UserError(
+            f"{root} has class folders but no folder of test images (it has {few(held)}); name it: "
+            "`options: {test: val}` if the images of val/ are what the papers test on."
+        )
+    given = {role: folder for role, folder in folders.items() if folder is not None}
+    classes = {role: {p.name for p in _folders(folder)} for role, folder in given.items()}
+    names = sorted(classes["train"] | classes.get("val", set()))
+    unknown_classes = sorted(classes["test"] - set(names))
+    if unknown_classes:
+        raise UserError(
+            f"{given['test']} has classes that {given['train']} lacks: {few(unknown_classes)}."
+        )
+    lines = {}
+    for role, folder in given.items():
+        lines[role] = [
+            Line(str(folder), image.relative_to(root).as_posix(), names.index(class_folder.name))
+            for class_folder in sorted(_folders(folder))
+            for image in _images(class_folder)
+        ]
+        if not lines[role]:
+            raise UserError(f"{folder} has no images in its class folders.")
+    return Listing(
+        "classes", root, lines, class_names=names, sources=[folder for folder in given.values()]
+    )
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [Path(e.path) for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())

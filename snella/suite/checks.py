@@ -1,0 +1,174 @@
+"""What a configuration may get wrong that is known before any job: checked when runs are planned.
+
+Hyper-parameters are compared with the typed fields that a method's file declares. The file is
+parsed and not imported, since that costs torch; what its text does not tell is left to the job.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.fields import FieldInfo
+
+from snella.errors import UserError, unknown
+from snella.suite.config import Config, SuiteEntry
+from snella.validation import hyperparameter_error
+
+KNOWN: dict[str, Any] = {
+    "int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple,
+    "dict": dict, "Any": Any, "Literal": Literal, "Annotated": Annotated, "Field": Field,
+    **{
+        name: getattr(pydantic, name)
+        for name in ("PositiveInt", "PositiveFloat", "NonNegativeInt", "NonNegativeFloat")
+    },
+}  # fmt: skip
+"""What an annotation may be made of to be understood here."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers of settings, the last of which counts, with the path of each in the configuration."""
+
+    config: Config
+    stack: Sequence[tuple[tuple[str, ...], Mapping[str, Any]]]
+
+    def merged(self) -> dict[str, Any]:
+        """All layers as one."""
+        return {key: value for _, values in self.stack for key, value in values.items()}
+
+    def where(self, path: Sequence[int | str]) -> str:
+        """The file, line and full key that set a value."""
+        if not path:
+            return ""
+        for prefix, values in reversed(self.stack):
+            if path[0] in values:
+                full = (*prefix, *map(str, path))
+                place = self.config.where(full)
+                return f"{place} ({'.'.join(full)})" if place else ".".join(full)
+        return ""
+
+
+def check_suite(config: Config, suite: SuiteEntry) -> None:
+    """Names that a suite only mentions; raises :class:`~snella.errors.UserError`."""
+    path = ("suites", config.suite, "method_overrides")
+    _all_known(config, path, "method", suite.method_overrides, config.methods)
+    for table, spec in config.tables.items():
+        for number, row in enumerate(spec.get("rows", [])):
+            for method in row["methods"]:
+                where = config.where(("tables", table, "rows", str(number)))
+                if method not in config.methods and not _is_shipped(where):
+                    error = unknown(f"method in table {table}:", method, config.methods)
+                    raise _placed(where, error)
+
+
+def _is_shipped(where: str) -> bool:
+    """Whether a shipped table file is meant; those name rows still to come."""
+    return "tables/" in where
+
+
+def check_hyperparameters(file: str, layers: Layers) -> None:
+    """Names and values of hyper-parameters against the fields that the method's file declares.
+
+    Raises :class:`~snella.errors.UserError` that names file, line and field.
+    """
+    model = declared(file, Path(file).stat().st_mtime_ns)
+    values = layers.merged()
+    if model is None:
+        return
+    for name in values:
+        if name not in model.model_fields:
+            error = unknown(f"hyper-parameter of {file}", name, model.model_fields)
+            raise _placed(layers.where([name]), error)
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        place = layers.where(error.errors()[0]["loc"])
+        raise _placed(place, hyperparameter_error(Path(file), error)) from error
+
+
+def _all_known(
+    config: Config, path: tuple[str, ...], kind: str, names: Iterable[str], known: Iterable[str]
+) -> None:
+    choices = list(known)
+    for name in names:
+        if name not in choices:
+            where = config.where((*path, name))
+            raise _placed(where, unknown(f"{kind} in {'.'.join(path)}:", name, choices))
+
+
+def _placed(where: str, error: UserError) -> UserError:
+    return UserError(f"{where}: {error}") if where else error
+
+
+@cache
+def declared(file: str, changed: int) -> type[BaseModel] | None:
+    """The typed fields of a method file's one class, or None where its text does not tell."""
+    try:
+        tree = ast.parse(Path(file).read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return None  # the job says what is wrong, and other rows go on
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    own = [node for node in classes.values() if node.name[0] != "_" and _family(node, classes)]
+    if len(own) != 1:
+        return None
+    fields: dict[str, Any] = {}
+    for node in reversed(_family(own[0], classes) or []):
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                name = item.target.id
+                if "ClassVar" not in ast.unparse(item.annotation) and name[0] != "_":
+                    fields[name] = _field(item)
+    config = ConfigDict(extra="forbid", protected_namespaces=())
+    try:
+        return create_model(own[0].name, __config__=config, **fields)
+    except (TypeError, ValueError, NameError, pydantic.errors.PydanticUserError):
+        return None
+
+
+def _family(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.ClassDef] | None:
+    """The class and those of the file it inherits from, if they end in ``Method`` alone."""
+    line = [node]
+    for base in node.bases:
+        name = ast.unparse(base).rpartition(".")[2]
+        if name == "Method":
+            continue
+        above = _family(classes[name], classes) if name in classes and name != node.name else None
+        if above is None:
+            return None
+        line += above
+    return line if node.bases else None
+
+
+def _field(item: ast.AnnAssign) -> tuple[Any, Any]:
+    """The type and default of a field, as far as its text tells; every field may be left out."""
+    kind = _evaluate(item.annotation)
+    default = _evaluate(item.value) if item.value is not None else None
+    if kind is None:
+        return Any, None
+    if isinstance(default, FieldInfo) and default.is_required():
+        default = FieldInfo.merge_field_infos(default, default=None)
+    return kind, default
+
+
+def _evaluate(node: ast.expr) -> Any:
+    """The value of an expression of known names and ``Field`` calls; None for any other."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and part.id not in KNOWN:
+            return None
+        if isinstance(part, ast.Call) and ast.unparse(part.func) != "Field":
+            return None
+        if isinstance(part, ast.Attribute | ast.Lambda | ast.NamedExpr | ast.comprehension):
+            return None
+        if isinstance(part, ast.BinOp) and not isinstance(part.op, ast.BitOr):
+            return None
+    try:
+        return eval(compile(ast.Expression(node), "field", "eval"), {"__builtins__": {}, **KNOWN})
+    except Exception:
+        return None

@@ -1,0 +1,104 @@
+"""How a planned run stands: done, running, failed, stale and why, or not yet run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from snella.files import digest_json
+from snella.records import FINAL, Record, read_failure, read_record
+from snella.runs.identity import code_key
+from snella.runs.run import Run
+
+PARTS = {
+    "settings": "other settings",
+    "code": "other code",
+    "libraries": "other library versions",
+    "evaluation": "another scorer",
+    "merge": "another merge",
+    "data": "other data",
+}
+"""What a record's identity may differ in from the plan's, in words."""
+
+
+@dataclass(frozen=True)
+class State:
+    """``record`` is the finished one, if any; ``reason`` says why it does not count, or broke."""
+
+    name: Literal["done", "diverged", "stale", "failed", "running", "missing"]
+    reason: str
+    record: Record | None
+
+
+def state(run: Run) -> State:
+    """Compare a run's folder with the plan, as the workflow does.
+
+    Raises :class:`~snella.errors.UserError` for a record that cannot be read or was changed.
+    """
+    record = read_record(run.folder)
+    if is_running(run.folder):
+        return State("running", "", record)
+    broken = read_failure(run.folder)
+    if record is None or record["status"] not in FINAL:
+        if broken is None:
+            return State("missing", "not run", None)
+        return State("failed", f"{broken['status']}: {broken['reason']}", None)
+    differs = differences(run, record)
+    if differs:
+        why = f"made with {' and '.join(differs)}"
+        if broken is not None:
+            return State("failed", f"{broken['status']}: {broken['reason']}", record)
+        return State("stale", why, record)
+    return State("done" if record["status"] == "ok" else "diverged", record["reason"] or "", record)
+
+
+def differences(run: Run, record: Record) -> list[str]:
+    """In which parts a record's identity differs from the plan's, in words."""
+    known: dict[str, Any] = record.get("identity") or {}
+    if "settings" not in known:
+        return ["an earlier version, whose identity cannot be compared"]
+    training, evaluation, merge = code_key(run)
+    assert isinstance(training, dict)
+    planned = {**training, "evaluation": digest_json(evaluation), "merge": merge}
+    data = _data_digest(Path(run.dataset.prepared))
+    if data is not None:
+        planned["data"] = data
+    return [
+        words for part, words in PARTS.items() if part in planned and _moved(part, planned, known)
+    ]
+
+
+def _moved(part: str, planned: dict[str, Any], known: dict[str, Any]) -> bool:
+    return bool(planned[part] != known.get(part))
+
+
+def _data_digest(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / "manifest.json").read_text())["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the run's lock."""
+    try:
+        with open(folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def usable(run: Run, stale: bool = False) -> tuple[Record | None, State]:
+    """The record that a table may show for a run, and how the run stands.
+
+    A stale one counts only where ``stale`` ones are asked for.
+    """
+    found = state(run)
+    shown = found.name in ("done", "diverged") or (stale and found.name == "stale")
+    return (found.record if shown else None), found

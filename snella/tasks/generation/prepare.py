@@ -1,0 +1,145 @@
+"""From a subject's photographs and DreamBooth's prompt file to a prepared data set.
+
+A data set is one subject. Its photographs train; the same photographs are the sealed reference of
+the test split, as in DreamBooth's evaluation. Prompt templates and class word are in the manifest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from snella.errors import UserError, unknown
+from snella.tasks.base import DatasetSpec
+from snella.tasks.generation.prompts import NAME, PromptFile, check_template, read_prompts
+
+KINDS = ("dreambooth", "quick")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+OPTIONS = ("subject", "class_word", "prompts")
+
+
+def prepare(name: str, spec: DatasetSpec, folder: Path) -> dict[str, Any]:
+    """Read or render the subject, check it, and write its prepared folder.
+
+    Raises :class:`~snella.errors.UserError` if it is not configured, incomplete or damaged.
+    """
+    from snella.data.prepared import write_prepared
+
+    if spec.kind == "quick":
+        _no_options(name, spec)
+        images, info = _quick(name)
+    elif spec.kind == "dreambooth":
+        images, info = _photographs(name, spec)
+    else:
+        raise unknown(f"kind of data set {name!r}", spec.kind, KINDS)
+    columns = {"image": images}
+    described = {"num_classes": 1, "repeats_training_images": True, **info}
+    splits = {"train": columns, "test": columns}
+    return write_prepared(folder, splits, sealed=("image",), info=described)
+
+
+def sources(spec: DatasetSpec) -> list[Path]:
+    """The subject's photographs and the prompt file."""
+    if spec.kind != "dreambooth" or spec.path is None:
+        return []
+    root = _root(Path(spec.path))
+    subject = root / str(spec.options.get("subject", ""))
+    return [p for p in (root / NAME, *image_files(subject)) if p.is_file()]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """A subject's photographs, in the order of their names."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def _photographs(name: str, spec: DatasetSpec) -> tuple[list[bytes], dict[str, Any]]:
+    if spec.path is None:
+        raise UserError(
+            f"Data set {name!r} has no folder; set `datasets.{name}.path` in the configuration to "
+            "DreamBooth's dataset folder (docs/generation.md)."
+        )
+    options = dict(spec.options)
+    for option in options:
+        if option not in OPTIONS:
+            raise unknown(f"option of data set {name!r}", option, OPTIONS)
+    root = _root(Path(spec.path))
+    subject = str(options.get("subject", name))
+    class_word, templates = _prompts(name, root, subject, options)
+    files = image_files(root / subject)
+    if not files:
+        kind = "no images" if (root / subject).is_dir() else "no such folder"
+        raise UserError(
+            f"Subject {subject!r}: {kind} in {root / subject}; put its photographs there "
+            f"({', '.join(SUFFIXES)}) or correct `datasets.{name}`."
+        )
+    info = {
+        "subject": subject,
+        "class_word": class_word,
+        "prompts": templates,
+        "source": "DreamBooth (Ruiz et al., CVPR 2023), github.com/google/dreambooth",
+        "licence": "see references_and_licenses.txt of the data set",
+    }
+    return [_checked(path) for path in files], info
+
+
+def _prompts(name: str, root: Path, subject: str, options: dict[str, Any]) -> tuple[str, list[str]]:
+    """Class word and templates, from the options or else from the prompt file."""
+    own = options.get("prompts")
+    found = None
+    if own is None or "class_word" not in options:
+        path = root / NAME
+        if not path.is_file():
+            raise UserError(
+                f"{path} is missing; it gives the class word of each subject and the prompts. Copy "
+                f"it there, or set `class_word` and `prompts` in `datasets.{name}.options`."
+            )
+        found = read_prompts(path)
+    word = str(options.get("class_word") or _class_word(found, subject))
+    if own is None:
+        assert found is not None
+        return word, list(found.templates(subject) if subject in found.classes else found.objects)
+    if not isinstance(own, list) or not own:
+        raise UserError(f"`datasets.{name}.options.prompts` must be a list of templates.")
+    for template in own:
+        check_template(str(template), f"datasets.{name}.options.prompts")
+    return word, [str(template) for template in own]
+
+
+def _class_word(found: PromptFile | None, subject: str) -> str:
+    assert found is not None
+    return found.class_word(subject)
+
+
+def _root(path: Path) -> Path:
+    """DreamBooth's ``dataset`` folder; its parent is accepted too."""
+    inner = path / "dataset"
+    return inner if not (path / NAME).is_file() and inner.is_dir() else path
+
+
+def _checked(path: Path) -> bytes:
+    """A photograph's bytes, after decoding it once."""
+    import io
+
+    from PIL import Image
+
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            image.convert("RGB").load()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(
+            f"{path} is not a readable image ({' '.join(str(error).split())[:100]}); replace it."
+        ) from error
+    return data
+
+
+def _no_options(name: str, spec: DatasetSpec) -> None:
+    if spec.options:
+        raise unknown(f"option of data set {name!r}", next(iter(spec.options)), ())
+
+
+def _quick(name: str) -> tuple[Any, dict[str, Any]]:
+    from snella.quick import generation
+
+    return generation.make(name)

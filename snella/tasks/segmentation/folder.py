@@ -1,0 +1,110 @@
+"""A folder of images and masks: `images/NAME.*` and `masks/NAME.*`, one mask per image.
+
+Kvasir-SEG, CVC-ClinicDB, ETIS and CVC-300 are distributed so (or renamed so with two links). The
+JSON of bounding boxes that comes with Kvasir-SEG is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from snella.data.images import decode
+from snella.data.storage import hash_image
+from snella.errors import UserError
+from snella.tasks.segmentation.duplicates import perceptual_hash
+from snella.tasks.segmentation.masks import encode_mask, read_mask
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+DECODERS = 4
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image with its mask, read and checked."""
+
+    name: str
+    path: Path
+    size: tuple[int, int]
+    mask: bytes
+    """PNG of one bit."""
+    pixels: bytes
+    """Hash of the decoded pixels: equal images have equal hashes."""
+    hash: int
+    """Perceptual hash: near images have near hashes."""
+
+
+def pictures(folder: Path) -> dict[str, Path]:
+    """Picture files of ``folder`` by stem; raises for a missing folder or two files of one stem."""
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; a data set needs images/ and masks/.")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise UserError(f"{path} and {found[path.stem].name} have the same name; remove one.")
+        found[path.stem] = path
+    return found
+
+
+def read_pairs(root: Path, allow_empty: bool = False) -> dict[str, Pair]:
+    """All images of ``root`` with their masks, by name.
+
+    Raises :class:`~snella.errors.UserError` for the first thing wrong: no image, an image without
+    mask or a mask without image, sizes that differ, or a picture that cannot be read.
+    """
+    images, masks = pictures(root / "images"), pictures(root / "masks")
+    if not images:
+        raise UserError(f"{root / 'images'} holds no picture ({', '.join(sorted(SUFFIXES))}).")
+    for lone, other, where in ((images, masks, "mask"), (masks, images, "image")):
+        missing = [path for name, path in lone.items() if name not in other]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise UserError(f"{missing[0]} has no {where}{more}; add or remove it.")
+    with ThreadPoolExecutor(DECODERS) as pool:
+        pairs = pool.map(lambda name: _read(name, images[name], masks[name], allow_empty), images)
+        return {pair.name: pair for pair in pairs}
+
+
+def _read(name: str, image: Path, mask: Path, allow_empty: bool) -> Pair:
+    try:
+        pixels = decode(image.read_bytes())
+    except Exception as error:  # Pillow's decoders raise whatever went wrong inside them
+        raise UserError(f"{image}: the image cannot be decoded: {error}.") from error
+    truth = read_mask(mask, allow_empty)
+    if truth.shape != pixels.shape[:2]:
+        raise UserError(
+            f"{mask} is {truth.shape[1]} x {truth.shape[0]} pixels, its image "
+            f"{pixels.shape[1]} x {pixels.shape[0]}; they must be equal."
+        )
+    return Pair(
+        name, image, truth.shape, encode_mask(truth), hash_image(pixels.tobytes()),
+        perceptual_hash(pixels),
+    )  # fmt: skip
+
+
+def read_list(file: Path, known: Sequence[str]) -> list[str]:
+    """Names of a list file, one a line (with or without ending); raises for a name not known."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"List {file} is missing; correct `options:` of the data set.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"List {file} is not a text file in UTF-8.") from None
+    have, names = set(known), []
+    for number, line in enumerate(lines, start=1):
+        entry = line.strip()
+        if not entry:
+            continue
+        name = entry if entry in have else Path(entry).stem
+        if name not in have:
+            raise UserError(f"{file}:{number}: there is no image {entry!r}.")
+        if name in names:
+            raise UserError(f"{file}:{number}: {entry!r} stands in the list twice.")
+        names.append(name)
+    if not names:
+        raise UserError(f"List {file} is empty.")
+    return names

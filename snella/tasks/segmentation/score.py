@@ -1,0 +1,191 @@
+"""All metrics of predicted masks on disk, per image and pooled; no model, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from snella.errors import UserError
+from snella.tasks.base import Score, Scorer
+from snella.tasks.segmentation.collapse import collapsed
+from snella.tasks.segmentation.masks import resize_mask
+from snella.tasks.segmentation.metrics import (
+    Counts,
+    boundary_f,
+    mean_absolute_error,
+    s_measure,
+)
+from snella.tasks.segmentation.predictions import (
+    Prediction,
+    read_index,
+    read_predictions,
+)
+
+THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))
+
+Mask = NDArray[np.bool_]
+Outcome = tuple[Mask, Mask]
+"""Predicted and true mask of one image at its original size."""
+
+
+@dataclass
+class _Image:
+    """What one image contributes."""
+
+    original: Counts
+    model_size: Counts
+    values: dict[str, float] = field(default_factory=dict)
+    share: float = 0.0
+
+
+class SegmentationScorer(Scorer):
+    """Dice, IoU, the released foreground recall, boundaries, S-measure and MAE.
+
+    The value of a metric is over the data set's own test images; further test sets are groups.
+    Means are over images; the pooled metrics and the released ones are of pooled pixels.
+    """
+
+    def score(self, predictions: Path, split: str) -> dict[str, Score]:
+        """All metrics; S-measure and MAE only where probability maps are stored.
+
+        Raises :class:`~snella.errors.UserError` for predictions that do not fit the images.
+        """
+        cut = self._threshold(predictions, split)
+        images = [
+            self._image(prediction, truth, cut)
+            for prediction, truth in self._pairs(predictions, split)
+        ]
+        members = self._members(split)
+        own = np.flatnonzero(members == 0) if self._separate else np.arange(len(images))
+        groups = {
+            name: np.flatnonzero(members == i)
+            for i, name in enumerate(self.data.manifest.get("test_sets", []))
+            if split == "test"
+        }
+        scores = {}
+        for name in images[0].values:
+            values = np.array([image.values[name] for image in images], dtype=np.float32)
+            spread = {g: float(values[index].mean()) for g, index in groups.items() if len(index)}
+            scores[name] = Score(float(values[own].mean()), spread, values[own])
+        pooled = {g: _pooled([images[i] for i in index]) for g, index in groups.items()}
+        for name, value in _pooled([images[i] for i in own]).items():
+            scores[name] = Score(value, {g: found[name] for g, found in pooled.items()})
+        problem = collapsed([image.share for image in images])
+        if problem:
+            scores["dice"] = _with_warning(scores["dice"], problem)
+        return scores
+
+    def outcomes(self, predictions: Path, split: str = "test") -> Iterator[Outcome]:
+        """Predicted and true masks of a split, in order: what a figure shows."""
+        cut = self._threshold(predictions, split)
+        for prediction, truth in self._pairs(predictions, split):
+            yield _mask(prediction, truth.shape, cut), truth
+
+    def chance(self) -> dict[str, float]:
+        """What foreground everywhere reaches in Dice: 2 a / (1 + a) for a share a of foreground."""
+        shares = [float(truth.mean()) for truth in self._truths("test")]
+        return {"dice": float(np.mean([2 * a / (1 + a) for a in shares]))}
+
+    @property
+    def _separate(self) -> bool:
+        return not self.data.manifest.get("pool_test_sets", False)
+
+    def _members(self, split: str) -> NDArray[np.int64]:
+        if split != "test":
+            return np.zeros(self.data.size(split), dtype=np.int64)
+        return self.data.column(split, "test_set")
+
+    def _truths(self, split: str) -> Iterator[Mask]:
+        for picture in self.data.targets(split, "mask"):
+            yield picture[..., 0] > 127
+
+    def _pairs(self, predictions: Path, split: str) -> Iterator[tuple[Prediction, Mask]]:
+        sizes = self.data.column(split, "size").tolist()
+        found = read_predictions(predictions, sizes)
+        return zip(found, self._truths(split), strict=True)
+
+    def _image(self, prediction: Prediction, truth: Mask, cut: float | None) -> _Image:
+        mask = _mask(prediction, truth.shape, cut)
+        side = prediction.model_mask.shape[0]
+        small = _mask(prediction, (side, side), cut)
+        counts = Counts.of(mask, truth)
+        at_model_size = Counts.of(small, resize_mask(truth, side))
+        tolerance = self.settings.boundary_tolerance * float(np.hypot(*truth.shape))
+        values = {
+            "dice": counts.dice,
+            "iou": counts.iou,
+            "dice-model-size": at_model_size.dice,
+            "iou-model-size": at_model_size.iou,
+            "boundary-f": boundary_f(mask, truth, max(1.0, tolerance)),
+        }
+        if prediction.probabilities is not None:
+            level = enlarged(prediction.probabilities, truth.shape)
+            values |= {
+                "s-measure": s_measure(level, truth),
+                "mae": mean_absolute_error(level, truth),
+            }
+        return _Image(counts, at_model_size, values, float(mask.mean()))
+
+    # ------------------------------------------------------------------------- threshold
+
+    def _threshold(self, predictions: Path, split: str) -> float | None:
+        """The threshold to apply to the maps, or None: the masks are as stored, at 0.5."""
+        threshold = self.settings.threshold
+        if threshold == 0.5:
+            return None
+        chosen = threshold == "val" and split != "val"
+        place = predictions.parent / "val" if chosen else predictions
+        if not place.is_dir() or not read_index(place).map_size:
+            raise UserError(
+                f"threshold: {threshold} needs the probability maps of {place}, which are not "
+                "there; train with probabilities: true"
+                + (" and train_split: train." if chosen else ".")
+            )
+        return self._best(place) if threshold == "val" else float(threshold)
+
+    def _best(self, place: Path) -> float:
+        """The threshold with the best mean Dice on the validation split, nearest to 0.5."""
+        totals = np.zeros(len(THRESHOLDS))
+        for prediction, truth in self._pairs(place, "val"):
+            assert prediction.probabilities is not None
+            level = enlarged(prediction.probabilities, truth.shape)
+            totals += [Counts.of(level > t, truth).dice for t in THRESHOLDS]
+        best = np.flatnonzero(totals == totals.max())
+        return THRESHOLDS[int(best[np.abs(best - len(THRESHOLDS) // 2).argmin()])]
+
+
+def _mask(prediction: Prediction, shape: tuple[int, ...], cut: float | None) -> Mask:
+    """The mask at the original or the model's size, as stored or above ``cut``."""
+    if cut is not None:
+        assert prediction.probabilities is not None
+        return enlarged(prediction.probabilities, shape) > cut
+    return prediction.mask if prediction.mask.shape == shape else prediction.model_mask
+
+
+def enlarged(levels: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """A map of 256 levels at (H, W) pixels, bilinear, in [0, 1]."""
+    picture = Image.fromarray(levels.astype(np.float32))
+    size = (shape[1], shape[0])
+    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) / 255
+
+
+def _pooled(images: list[_Image]) -> dict[str, float]:
+    """Metrics of pooled pixels: ours at the original size, the released ones at the model's."""
+    zero = Counts(0, 0, 0)
+    counts = sum((image.original for image in images), zero)
+    dice, iou = sum((image.model_size for image in images), zero).foreground_recall
+    return {
+        "dice-pooled": counts.dice,
+        "iou-pooled": counts.iou,
+        "released-dice": dice,
+        "released-iou": iou,
+    }
+
+
+def _with_warning(score: Score, problem: str) -> Score:
+    return Score(score.value, score.per_group, score.per_example, (problem,))

@@ -1,0 +1,180 @@
+"""`snella data check`, and downloads that resume, check and unpack safely."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+import zipfile
+from types import SimpleNamespace
+
+import formats
+import pytest
+
+from snella.data.check import check, lines
+from snella.data.download import Download, File, download, fetch, load_downloads, unpack
+from snella.errors import UserError
+
+LABELS = {"train800": [0, 1, 2, 0, 1, 2], "val200": [0, 1, 2], "test": [0, 1, 2, 0]}
+from conftest import ROOT  # noqa: E402
+
+
+def entry(path, num_classes=None, **options):
+    return SimpleNamespace(path=str(path), num_classes=num_classes, options=options)
+
+
+def test_a_good_copy(tmp_path):
+    root = formats.community(tmp_path / "x", LABELS)
+    found = lines(check("birds", entry(root)))
+    assert found[0] == f"✓ vtab layout in {root}: 6 train, 3 val, 4 test images"
+    assert "✓ test: 3 of 3 classes, 1 to 2 images each" in found
+    assert (
+        "✓ pixels: 13 JPEG, JPEG quality 75, 4:2:0 in 100%; 20x24; variant community-jpeg" in found
+    )
+    assert found[-1] == "good"
+
+
+def test_what_is_odd(tmp_path):
+    root = formats.community(tmp_path / "x", LABELS)
+    formats.save(root / "images/test/999999.jpg", formats.pixels(99))
+    found = lines(check("svhn", entry(root, 10, official="vtab1k/svhn")))
+    assert "· 1 image files are in no list (e.g. images/test/999999.jpg)" in found
+    assert "! 4 test images, SVHN of VTAB-1k has 26,032" in found
+    assert any("SVHN of VTAB-1k is published without loss" in line for line in found)
+    assert found[-1].startswith("usable, ")
+
+
+def test_what_is_wrong_is_a_finding(tmp_path):
+    root = formats.community(tmp_path / "x", LABELS)
+    (root / "images/test/000001.jpg").unlink()
+    found = check("birds", entry(root))
+    assert found[-1].level == "error"
+    assert "000001.jpg is missing" in found[-1].text
+    assert lines(found)[-1] == "cannot be used as it is"
+    assert lines(check("birds", SimpleNamespace(path=None, num_classes=None, options={})))[0] == (
+        "✗ Data set 'birds' has no `path:`, so there is no folder to check."
+    )
+
+
+CONTENT = bytes(range(256)) * 2000
+
+
+@pytest.fixture
+def server():
+    """A local web server with byte ranges; `cut` makes it end a connection early, once."""
+    state = SimpleNamespace(ranges=[], cut=None, missing=set())
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path in state.missing:
+                self.send_error(404)
+                return
+            wanted = self.headers.get("Range")
+            state.ranges.append(wanted)
+            start = int(wanted[6:-1]) if wanted else 0
+            self.send_response(206 if wanted else 200)
+            self.send_header("Content-Length", str(len(CONTENT) - start))
+            self.end_headers()
+            body = CONTENT[start:]
+            if state.cut is not None:
+                body, state.cut = body[: state.cut], None
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        state.url = f"http://127.0.0.1:{running.server_port}"
+        yield state
+        running.shutdown()
+
+
+def file(server, *paths, **options):
+    sha = hashlib.sha256(CONTENT).hexdigest()
+    urls = [server.url + path for path in paths or ("/a.bin",)]
+    return File(urls=urls, **{"sha256": sha, "bytes": len(CONTENT), **options})
+
+
+def test_an_interrupted_download_goes_on(server, tmp_path):
+    server.cut = 1000
+    with pytest.raises(UserError, match=r"a\.bin could not be fetched"):
+        fetch(file(server), tmp_path)
+    assert (tmp_path / "a.bin.part").stat().st_size == 1000
+    seen = []
+    path = fetch(file(server), tmp_path, lambda name, done, total: seen.append((done, total)))
+    assert path.read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=1000-"]
+    assert seen[-1] == (len(CONTENT), len(CONTENT))
+    assert not (tmp_path / "a.bin.part").exists()
+    fetch(file(server), tmp_path)
+    assert len(server.ranges) == 2
+
+
+def test_mirrors_and_digests(server, tmp_path):
+    server.missing = {"/gone/a.bin"}
+    assert fetch(file(server, "/gone/a.bin", "/a.bin"), tmp_path).read_bytes() == CONTENT
+    with pytest.raises(UserError, match=r"sha256 begins .* not 000000"):
+        fetch(file(server, "/b.bin", sha256="0" * 64), tmp_path)
+    assert not list(tmp_path.glob("b.bin*"))
+    with pytest.raises(UserError, match="512,000 bytes instead of 5"):
+        fetch(file(server, "/b.bin", bytes=5, sha256=None), tmp_path)
+
+
+def test_gated_sets_say_how(tmp_path):
+    known = {"nabirds": Download(title="NABirds", licence="own", manual="accept the terms at …")}
+    with pytest.raises(UserError, match="NABirds cannot be fetched by a program: accept"):
+        download("nabirds", known, tmp_path)
+    with pytest.raises(UserError, match="Did you mean 'nabirds'"):
+        download("nabird", known, tmp_path)
+
+
+def test_the_shipped_list_is_valid():
+    known = load_downloads(ROOT / "config" / "downloads.yaml")
+    for name, entry_ in known.items():
+        assert entry_.manual or entry_.files, name
+        assert entry_.licence, name
+        for item in entry_.files:
+            assert item.file_name and all(u.startswith(("http://", "https://")) for u in item.urls)
+
+
+def make_tar(path, name, kind=tarfile.REGTYPE):
+    with tarfile.open(path, "w:gz") as archive:
+        info = tarfile.TarInfo(name)
+        info.type, info.size, info.linkname = kind, 2 if kind == tarfile.REGTYPE else 0, "/etc"
+        archive.addfile(info, io.BytesIO(b"hi"))
+    return path
+
+
+def test_archives_unpack(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    unpack(make_tar(tmp_path / "a.tgz", "data/x.txt"), out)
+    assert (out / "data/x.txt").read_bytes() == b"hi"
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("zip/y.txt", "hi")
+    assert unpack(tmp_path / "b.zip", out) == [out / "zip"]
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "..\\x"])
+def test_archives_never_write_outside(tmp_path, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(UserError, match="would write outside"):
+        unpack(make_tar(tmp_path / "a.tgz", name), out)
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr(name, "hi")
+    with pytest.raises(UserError, match="would write outside"):
+        unpack(tmp_path / "b.zip", out)
+    assert list(out.iterdir()) == []
+
+
+def test_links_and_damage(tmp_path):
+    with pytest.raises(UserError, match="a link or device"):
+        unpack(make_tar(tmp_path / "a.tgz", "x", tarfile.SYMTYPE), tmp_path)
+    whole = make_tar(tmp_path / "c.tgz", "x").read_bytes()
+    (tmp_path / "c.tgz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"damaged|no archive"):
+        unpack(tmp_path / "c.tgz", tmp_path)

@@ -1,0 +1,218 @@
+"""Generation through the very code of every run: train, generate, score, and killed at each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from generation_support import settings, subject, untrained_quick_pipeline
+from safetensors.torch import save_file
+
+from snella.data.prepared import SealedTargets
+from snella.errors import UserError
+from snella.quick import generation_models as small
+from snella.runs.execute import execute
+from snella.runs.run import Run
+from snella.runs.train import load_run
+from snella.tasks.generation.score import SubjectScorer
+
+ROOT = Path(__file__).resolve().parents[1]
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained models and a subject, shared by all runs; and with them what they cache."""
+    import timm
+
+    folder = tmp_path_factory.mktemp("generation")
+    untrained_quick_pipeline(folder / "sd3")
+    torch.manual_seed(0)
+    small.save_clip(folder / "clip", small.clip_model())
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+    save_file(model.state_dict(), folder / "vit.safetensors")
+    subject(folder / "data" / "prepared" / "thing")
+    return folder
+
+
+def make(place: Path, results: Path, method: str = "peft", **protocol: Any) -> Run:
+    vit = (place / "vit.safetensors").as_posix()
+    own = settings(
+        epoch_batches=2, clip_model=f"local-dir:{place / 'clip'}", lpips_net="dino",
+        dino_model="vit_tiny_patch16_224", dino_kwargs=VIT, dino_file=vit,
+        dinov2_model="vit_tiny_patch16_224", dinov2_kwargs=VIT, dinov2_file=vit,
+    )  # fmt: skip
+    common = {
+        "steps": 4, "batch_size": 2, "accumulation": 2, "lr": 1e-2, "schedule": "constant",
+        "warmup_epochs": 0, "evaluate_every": 1000, **protocol,
+    }  # fmt: skip
+    return Run.model_validate({
+        "suite": "test",
+        "backbone": {"name": "tiny", "arch": "sd3", "file": (place / "sd3").as_posix()},
+        "dataset": {
+            "name": "thing", "task": "generation",
+            "prepared": (place / "data" / "prepared" / "thing").as_posix(),
+        },
+        "method": {"name": method, "file": (ROOT / "baselines" / f"{method}.py").as_posix()},
+        "protocol_name": "test",
+        "protocol": common,
+        "settings": own.model_dump(mode="json"),
+        "results": results.as_posix(),
+    })  # fmt: skip
+
+
+def measured(record: dict[str, Any]) -> dict[str, Any]:
+    keep = ("identity", "status", "metrics", "groups", "parameters", "merge", "files")
+    return {name: record[name] for name in keep}
+
+
+@pytest.mark.parametrize("method", ["peft", "snella", "ssf", "full"])
+def test_a_run_leaves_images_and_scores(place: Path, tmp_path: Path, method: str) -> None:
+    run = make(place, tmp_path, method)
+    record = execute(run)
+    assert record["status"] == "ok" and record["metric"] == "clip_i"
+    last = record["metrics"]["last"]
+    assert {"clip_i", "vendi", "clip_t", "dino", "lpips", "drift"} < last.keys()
+    assert len(record["groups"]["last"]["clip_i"]) == 2
+    assert record["cost"]["gflops"] > 0 and record["cost"]["train_seconds"] > 0
+    assert record["merge"]["merged"] and record["merge"]["max_difference"] < 1e-3
+    images = sorted((run.folder / "predictions").rglob("*.png"))
+    assert len(images) == 2 * (2 * 2 + 2)
+    assert last["drift"] > 0  # the adapted model's images are not the unadapted one's
+
+
+def test_scoring_is_a_stage_of_its_own(place: Path, tmp_path: Path) -> None:
+    run = make(place, tmp_path)
+    execute(run, stage="train")
+    assert not run.record.exists() and (run.folder / "training.json").exists()
+    weights = run.folder / "adapter.safetensors"
+    stamp = weights.stat().st_mtime_ns
+    assert execute(run)["status"] == "ok"
+    assert weights.stat().st_mtime_ns == stamp
+
+
+def test_another_metric_costs_no_training(place: Path, tmp_path: Path) -> None:
+    run = make(place, tmp_path)
+    first = execute(run)
+    other = run.model_copy(update={"settings": {**run.settings, "clip_batch": 2}})
+    second = execute(other)
+    same, differs = first["identity"], second["identity"]
+    assert same["training"] == differs["training"] and same["run"] != differs["run"]
+    assert first["provenance"]["started"] == second["provenance"]["started"]
+
+
+@pytest.mark.parametrize("method", ["peft", "snella", "ssf", "s2ft", "full"])
+def test_half_precision_keeps_adapters_single(place: Path, tmp_path: Path, method: str) -> None:
+    """bf16 weights under bf16 autocast: what trains is float32, and the images are finite."""
+    run = make(place, tmp_path, method, precision="bf16", steps=2)
+    chosen = {**run.settings, "weights": "bf16"}
+    if method == "s2ft":
+        file = run.method.model_copy(update={"hyperparameters": {"reference_width": None,
+                                                                 "points": 20}})  # fmt: skip
+        run = run.model_copy(update={"method": file})
+    run = run.model_copy(update={"settings": chosen})
+    loaded = load_run(run)
+    dtypes = {p.requires_grad: p.dtype for p in loaded.model.parameters()}
+    assert dtypes[True] == torch.float32
+    assert method == "full" or dtypes[False] == torch.bfloat16
+    assert execute(run)["status"] == "ok"
+
+
+@pytest.mark.parametrize("method", ["peft", "snella", "s2ft"])
+def test_a_finished_run_opens_again(place: Path, tmp_path: Path, method: str) -> None:
+    """The reopened model generates the very images of the run."""
+    from snella.jobs.export import open_run
+
+    run = make(place, tmp_path, method)
+    with pytest.raises(UserError, match="holds no trained run"):
+        open_run(run.folder)
+    execute(run, stage="train")
+    _, model = open_run(run.folder)
+    task = load_run(run).task
+    task.predict(model, "test", tmp_path / "again")
+    made = tmp_path / "again" / "images"
+    first = next(run.folder.glob("predictions/*/test/images"))
+    names = sorted(p.name for p in first.iterdir())
+    assert [(made / n).read_bytes() for n in names] == [(first / n).read_bytes() for n in names]
+
+
+def killed(run: Run, when: Callable[[Path], bool]) -> None:
+    """Start the run in a process of its own and end it by SIGKILL once ``when`` its folder."""
+    command = [sys.executable, "-m", "snella.cli", "execute", "--settings", run.to_json()]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not when(run.folder) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert when(run.folder)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("moment", ["training", "generation", "evaluation"])
+def test_kill_dash_nine_resumes_exactly(place: Path, tmp_path: Path, moment: str) -> None:
+    long = {"steps": 60} if moment == "training" else {}
+    whole = execute(make(place, tmp_path / "whole", **long))
+    run = make(place, tmp_path / "killed", **long)
+    signs: dict[str, Callable[[Path], bool]] = {
+        "training": lambda folder: (folder / "checkpoint.pt").exists(),
+        "generation": lambda folder: len(list(folder.rglob("images/*.png"))) > 1,
+        "evaluation": lambda folder: (folder / "training.json").exists(),
+    }
+    killed(run, signs[moment])
+    assert measured(execute(run)) == measured(whole)
+
+
+def test_training_does_not_see_the_reference_images(place: Path, tmp_path: Path) -> None:
+    from snella.data.prepared import Prepared
+
+    data = Prepared.open(place / "data" / "prepared" / "thing")
+    with pytest.raises(SealedTargets):
+        data.column("test", "image")
+    scorer = SubjectScorer(data, settings())
+    assert len(scorer.data.targets("test", "image")) == 3
+
+
+def test_errors_of_a_run_are_one_line(place: Path, tmp_path: Path) -> None:
+    run = make(place, tmp_path)
+    file = run.backbone.model_copy(update={"file": (place / "clip").as_posix()})
+    with pytest.raises(UserError, match=r"has no model_index.json"):
+        execute(run.model_copy(update={"backbone": file}))
+    weights = {**run.settings, "clip_model": "local-dir:nowhere"}
+    with pytest.raises(UserError, match="CLIP local-dir:nowhere cannot be loaded"):
+        execute(run.model_copy(update={"settings": weights}))
+
+
+REAL = Path(os.environ.get("SNELLA_DREAMBOOTH", ROOT / "data" / "dreambooth"))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="DreamBooth's photographs are not here")
+@pytest.mark.parametrize("name", ["dog6", "backpack", "teapot"])
+def test_real_photographs_at_64_pixels(place: Path, tmp_path: Path, name: str) -> None:
+    """The official data and the official pipeline structure (three text encoders, VAE), tiny."""
+    from generation_support import official_pipeline
+
+    from snella.tasks.base import DatasetSpec
+    from snella.tasks.generation.prepare import prepare
+
+    spec = DatasetSpec(kind="dreambooth", path=str(REAL), options={"subject": name})
+    prepared = tmp_path / "data" / "prepared" / name
+    assert len(prepare(name, spec, prepared)["prompts"]) == 25
+    run = make(place, tmp_path, "snella")
+    changes = {"image_size": 64, "max_sequence_length": 16, "prompts": 2}
+    sd3 = official_pipeline(tmp_path / "sd3").as_posix()
+    run = run.model_copy(update={
+        "settings": {**run.settings, **changes},
+        "backbone": run.backbone.model_copy(update={"file": sd3}),
+        "dataset": run.dataset.model_copy(update={"prepared": prepared.as_posix()}),
+    })  # fmt: skip
+    record = execute(run)
+    assert record["status"] == "ok"
+    assert 0 < record["metrics"]["last"]["real_clip_i"] <= 1

@@ -1,0 +1,113 @@
+"""Released settings and protocol presets are valid, and do what the scripts do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+
+from snella.methods.base import build_method
+from snella.runs.protocol import Protocol
+from snella.suite.config import load
+from snella.suite.plan import method_path
+from snella.tasks.classification.settings import ClassificationSettings
+
+CONFIG = load(ROOT / "config" / "config.yaml")
+FILES = sorted((ROOT / "config" / "released").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_released_settings_are_valid(file):
+    content = yaml.safe_load(file.read_text())
+    assert content["source"]
+    for row, sets in content["rows"].items():
+        entry = CONFIG.methods[row]
+        for dataset, found in sets.items():
+            assert dataset in CONFIG.datasets, (row, dataset)
+            values = {**CONFIG.protocols["snella-released"], **found.get("protocol", {})}
+            common = {k: v for k, v in values.items() if k in Protocol.model_fields}
+            Protocol(**common)
+            rest = {k: v for k, v in values.items() if k not in common}
+            ClassificationSettings(**rest)
+            hyper = {**entry.hyperparameters, **found.get("hyperparameters", {})}
+            build_method(Path(method_path(CONFIG, entry.file)), hyper)
+
+
+def test_counts_of_released_scripts():
+    sizes = {row: len({d for d in sets if not d.endswith("-tfds")})
+             for row, sets in CONFIG.released.items()}  # fmt: skip
+    assert sizes["snell-8"] == sizes["snell-16"] == 5
+    assert (sizes["snell-32"], sizes["snella-32"]) == (24, 14)
+    assert (sizes["gps"], sizes["ssf"], sizes["noah"], sizes["fact-tt"]) == (24, 25, 19, 19)
+    twin = CONFIG.released["gps"]["patch_camelyon-tfds"]
+    assert twin == CONFIG.released["gps"]["patch_camelyon"]
+    assert CONFIG.released["gps"]["patch_camelyon"].hyperparameters == {"connections": 2}
+
+
+def test_mean_parameters_of_noahs_subnets_are_the_published_ones():
+    total = 0
+    for name, entry in CONFIG.released["noah"].items():
+        if not name.endswith("-tfds"):
+            p, lora, a = (entry.hyperparameters[k] for k in ("prompts", "lora", "adapter"))
+            assert len(p) == len(lora) == len(a) == 12
+            total += 768 * sum(p) + 3072 * sum(lora) + sum(1537 * w + 768 for w in a)
+    assert round(total / 19) == 360_134
+
+
+def test_mean_connections_of_gps_are_those_of_the_scripts():
+    counts = [
+        83_712 * (entry.hyperparameters["connections"] + 1)
+        for name, entry in CONFIG.released["gps"].items() if not name.endswith("-tfds")
+    ]  # fmt: skip
+    assert 0.33 < 100 * sum(counts) / len(counts) / 85_798_656 < 0.35
+
+
+@pytest.mark.parametrize("name", list(CONFIG.protocols))
+def test_presets_are_valid(name):
+    values = CONFIG.protocols[name]
+    common = {k: v for k, v in values.items() if k in Protocol.model_fields}
+    Protocol(**common)
+    rest = {k: v for k, v in values.items() if k not in common}
+    if not {"max_steps", "prompt"} & set(rest):
+        info = {k: v for k, v in rest.items() if k in ClassificationSettings.model_fields}
+        ClassificationSettings(**info)
+
+
+def rates(protocol):
+    return [protocol.lr * protocol.lr_factor(e, 0.5) for e in range(protocol.epochs)]
+
+
+def preset(name, **changes):
+    values = {**CONFIG.protocols[name], **changes}
+    return Protocol(**{k: v for k, v in values.items() if k in Protocol.model_fields})
+
+
+def test_schedules_meet_the_authors_codes():
+    golden = np.load(ROOT / "tests/golden/spt_gps/lr_schedules.npz")
+    np.testing.assert_allclose(rates(preset("spt")), golden["spt"], rtol=1e-12)
+    np.testing.assert_allclose(rates(preset("gps", lr=2e-3)), golden["gps"], rtol=1e-12)
+
+
+def test_vpt_changes_its_rate_once_per_epoch_from_zero():
+    protocol = preset("vpt")
+    assert protocol.lr_factor(0, 0.9) == 0
+    assert protocol.lr_factor(5, 0.0) == protocol.lr_factor(5, 0.9) == pytest.approx(0.5)
+    assert protocol.lr_factor(10, 0.0) == pytest.approx(1)
+    assert protocol.lr_factor(55, 0.3) == pytest.approx(0.5)
+
+
+def test_cool_down_counts_among_the_epochs():
+    with pytest.raises(ValueError, match="together must be below epochs"):
+        Protocol(epochs=15, warmup_epochs=5, cooldown_epochs=10)
+
+
+def test_numbers_of_looks_at_the_test_set():
+    def looks(name, **changes):
+        protocol = preset(name, **changes)
+        return sum(protocol.looks(e, protocol.epochs) for e in range(protocol.epochs))
+
+    assert (looks("snella-released"), looks("snella-released", evaluate_every=1)) == (19, 100)
+    assert (looks("fact"), looks("gps"), looks("ssf")) == (10, 110, 110)

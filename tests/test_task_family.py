@@ -1,0 +1,102 @@
+"""A task family is one folder: a third one, outside the package, reaches a table untouched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from snella.cli import main
+from snella.errors import UserError
+from snella.tasks import find_task, task_names
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILIES = ROOT / "tests" / "families"
+
+
+@pytest.fixture
+def mine(tmp_path) -> list[str]:
+    own = {
+        "suite": "spots",
+        "results": f"{tmp_path}/results",
+        "data": f"{tmp_path}/data",
+        "tasks": str(FAMILIES),
+        "backbones": {
+            "tiny": {
+                "arch": "vit_tiny_patch16_224", "file": "random", "title": "tiny ViT",
+                "kwargs": {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2,
+                           "num_heads": 2},
+            }
+        },
+        "datasets": {"spots": {"kind": "rendered", "task": "regression", "label": "Spots"}},
+        "protocols": {
+            "short": {
+                "train_split": "train", "epochs": 24, "warmup_epochs": 1, "batch_size": 16,
+                "evaluate_every": 8, "power": 1.0,
+            }
+        },
+        "methods": {
+            "full": {"protocol": {"lr": 5.0e-3}}, "linear": {}, "lora-8": {"protocol": {"lr": 0.01}}
+        },
+        "suites": {
+            "spots": {
+                "title": "Spots", "backbone": "tiny", "protocol": "short",
+                "groups": {"rendered": ["spots"]}, "methods": ["full", "linear", "lora-8"],
+            }
+        },
+        "tables": {
+            "spots": {
+                "caption": "{metric} on {suite}.", "metric": "rmse", "task": "regression",
+                "rows": [{"methods": ["full", "linear", "lora-8"]}],
+                "columns": [{"block": "Spots", "datasets_of": "rendered"}],
+            }
+        },
+    }  # fmt: skip
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(own))
+    return ["--configfile", str(path)]
+
+
+def test_a_family_outside_the_package_reaches_a_table(mine, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for method in ("full", "linear", "lora-8"):
+        assert main(["run", "--method", method, "--dataset", "spots", *mine]) == 0
+    assert main(["table", "spots", *mine]) == 0
+    record = json.loads(
+        (tmp_path / "results/runs/spots/tiny/spots/full/seed0/record.json").read_text()
+    )
+    metrics = record["metrics"]
+    assert record["metric"] == "rmse" and record["task"] == "regression"
+    # Lower is better: the best look at the test set has the smallest error.
+    assert metrics["best-test"]["rmse"] <= min(metrics["last"]["rmse"], metrics["val"]["rmse"])
+    assert metrics["last"]["rmse"] < 0.3 and 0 <= metrics["last"]["near"] <= 1
+    scores = np.load(tmp_path / "results/runs/spots/tiny/spots/full/seed0" / record["scores"])[
+        "last/rmse"
+    ]
+    assert np.sqrt((scores.astype(float) ** 2).mean()) == pytest.approx(metrics["last"]["rmse"])
+    text = (tmp_path / "results/spots.tex").read_text()
+    assert "Root mean squared error" in text and f"{metrics['last']['rmse']:.3f}"[:4] in text
+
+
+def test_settings_of_another_family_are_refused(mine, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    extra = ["--config", "protocols.short.label_smoothing=0.1"]
+    assert main(["run", "--method", "full", "--dataset", "spots", *mine, *extra]) == 2
+    assert "'label_smoothing'" in capsys.readouterr().err
+
+
+def test_families_are_found_like_methods(tmp_path):
+    assert {"classification", "regression"} <= set(task_names(str(FAMILIES)))
+    with pytest.raises(UserError, match="Did you mean 'classification'"):
+        find_task("clasification")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "__init__.py").write_text("TASK = 1\n")
+    with pytest.raises(UserError, match="must define TASK"):
+        find_task("broken", str(tmp_path))
+    (tmp_path / "worse").mkdir()
+    (tmp_path / "worse" / "__init__.py").write_text("import nowhere_at_all\n")
+    with pytest.raises(UserError, match=r"worse does not import: ModuleNotFoundError.*line 1"):
+        find_task("worse", str(tmp_path))

@@ -1,0 +1,24 @@
+# Figures of examples, drawn from the predictions that the runs left.
+rule figure:
+    input:
+        PLAN.figure_records,
+    output:
+        pdf="<results>/{figure}.pdf",
+        png=report(
+            "<results>/{figure}.png",
+            category="Figures",
+            caption="../report/figure.rst",
+        ),
+        csv="<results>/{figure}.csv",
+    log:
+        "<logs>/figures/{figure}.log",
+    benchmark:
+        "<logs>/benchmarks/figures/{figure}.tsv"
+    localrule: True
+    conda:
+        "../../envs/environment.yaml"
+    params:
+        overlay=PLAN.overlay,
+    shell:
+        "snella figure {wildcards.figure:q} --overlay {params.overlay:q} > {log:q} 2>&1"
+        " || {{ tail -n 1 {log:q} >&2; exit 1; }}"
