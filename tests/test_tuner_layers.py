@@ -164,3 +164,33 @@ def test_quantised_layers_keep_the_update_apart(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(layer.eval()(x), expected)
         layer.merge()
         torch.testing.assert_close(layer(x), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes(bits: int) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 96)
+    kind = bnb.nn.Linear8bitLt if bits == 8 else bnb.nn.Linear4bit
+    settings = {"has_fp16_weights": False} if bits == 8 else {"compute_dtype": torch.float32}
+    quantised = kind(64, 96, **settings)
+    quantised.load_state_dict(plain.state_dict())
+    model = nn.ModuleDict({"q": quantised.to("cpu")})
+    x = draw(4, 64)
+    base = model["q"](x)
+    model = get_peft_model(model, SnellaConfig(rank=4, allocation=False, target_modules=["q"]))
+    layer = model.get_base_model()["q"]
+    with torch.no_grad():
+        layer.snella_A["default"] *= 20
+    expected = base + x @ layer.get_delta_weight("default").T
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert layer.snella_A["default"].grad.any()
+    with torch.no_grad():
+        merged = copy.deepcopy(model).merge_and_unload()["q"]
+        assert (merged(x) - expected).abs().max() < (0.05 if bits == 8 else 0.5)  # quantised again
+        layer.eval()(x)
+        if bits == 4:
+            with pytest.raises(UserError, match="packed its weight for a CPU"):
+                layer.merge()

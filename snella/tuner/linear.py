@@ -233,6 +233,12 @@ class SnellaLinear(nn.Module, SnellaLayer):
                 f"{self.key}: its weight is kept by {backend.backend_name if backend else 'meta'}, "
                 "which cannot take an update in. Keep the adapter apart."
             )
+        state = getattr(self.base_layer.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise UserError(
+                f"{self.key}: bitsandbytes packed its weight for a CPU at the first evaluation, which "
+                "PEFT cannot unpack. Merge before the first forward in eval mode."
+            )
         weight: Tensor = backend.get_base_weight(self.get_base_layer())
         return weight
 
