@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from snella import SnellaConfig
+from snella import SnellaConfig, convert_to_lora
 from snella.errors import UserError
 from snella.tuner import SnellaLayer
 
@@ -114,6 +114,13 @@ def test_attention_takes_several_adapters_and_respects_exclusions() -> None:
         assert (p.grad is not None) == ("second" in name), name
     model = get_peft_model(make(), SnellaConfig(**settings, exclude_modules=["out_proj"]))
     assert len([m for m in model.modules() if isinstance(m, SnellaLayer)]) == 1
+
+
+def test_what_is_no_linear_layer_is_not_exported_as_lora() -> None:
+    model = nn.ModuleDict({"layer": nn.Conv2d(4, 6, 3)})
+    model = get_peft_model(model, SnellaConfig(rank=4, target_modules=["layer"]))
+    with pytest.raises(UserError, match=r"'base_model.model.layer' is no linear layer"):
+        convert_to_lora(model, 2)
 
 
 def test_unknown_quantisations_are_refused() -> None:

@@ -236,8 +236,8 @@ class SnellaLinear(nn.Module, SnellaLayer):
         state = getattr(self.base_layer.weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise UserError(
-                f"{self.key}: bitsandbytes packed its weight for a CPU at the first evaluation, which "
-                "PEFT cannot unpack. Merge before the first forward in eval mode."
+                f"{self.key}: bitsandbytes packed its weight for a CPU at the first evaluation, "
+                "which PEFT cannot unpack. Merge before the first forward in eval mode."
             )
         weight: Tensor = backend.get_base_weight(self.get_base_layer())
         return weight

@@ -112,9 +112,6 @@ class SnellaModel(BaseTuner):
         """Take in the gradients of the step just made; call before they are cleared."""
         allocator.on_step_end(self.model)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
     @classmethod
     def _get_adapter_state_dict(
         cls,

@@ -69,9 +69,6 @@ class SnellaConv1D(SnellaModule):
         weight: Tensor = self.base_layer.weight
         return weight.T
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
 
 class SnellaEmbedding(SnellaModule):
     """An embedding: input features are the entries of the table, output features its columns."""
