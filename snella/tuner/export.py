@@ -58,8 +58,8 @@ def convert_to_lora(
     for name, layer in layers.items():
         if not layer.supports_lora_conversion(adapter_name):
             raise UserError(
-                f"{name!r} is no linear layer, and cannot be converted to LoRA; leave it out of the "
-                "adapter with exclude_modules."
+                f"{name!r} is no linear layer, and cannot be converted to LoRA; leave it out "
+                "of the adapter with exclude_modules."
             )
     config, state = peft_convert_to_lora(model, rank, adapter_name)
     state = {name: value.clone().contiguous() for name, value in state.items()}
