@@ -180,7 +180,8 @@ class Importance:
         torch._foreach_abs_(current)
         usable = torch.ones_like(self._started)
         if self.skip_nonfinite:
-            usable = torch.stack(torch._foreach_norm(grads, float("inf"))).isfinite().all()
+            norms = torch._foreach_norm(grads, float("inf"))
+            usable = torch.stack([norm.to(usable.device) for norm in norms]).isfinite().all()
             self._skipped += ~usable
         for value in current:
             value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
@@ -197,6 +198,19 @@ class Importance:
         device = factors[0].device
         self._started = torch.tensor(not self.from_first, device=device)
         self._skipped = torch.zeros((), dtype=torch.long, device=device)
+
+    def follow(self, factors: list[Tensor]) -> None:
+        """Move the averages to where the matrices are, after ``model.to(...)``."""
+        if not self.sensitivity:
+            return
+        assert self._started is not None and self._skipped is not None
+        for averages in (self.sensitivity, self.uncertainty):
+            for i, (average, factor) in enumerate(zip(averages, factors, strict=True)):
+                if average.device != factor.device or average.dtype != factor.dtype:
+                    averages[i] = average.to(factor)
+        device = factors[0].device
+        if self._started.device != device:
+            self._started, self._skipped = self._started.to(device), self._skipped.to(device)
 
     def _rates(self, usable: Tensor) -> tuple[Tensor, Tensor]:
         """Smoothing rates as device scalars: (1, 0) at Eq. 8's first step, (0, 0) when skipped."""
@@ -246,5 +260,8 @@ class Importance:
 def _move_towards(averages: list[Tensor], values: list[Tensor], rate: Tensor) -> None:
     """averages += rate · (values − averages), in place."""
     steps = torch._foreach_sub(values, averages)
-    torch._foreach_mul_(steps, rate)
+    if all(step.device == rate.device for step in steps):
+        torch._foreach_mul_(steps, rate)
+    else:  # layers of one model on several devices
+        torch._foreach_mul_(steps, [rate.to(step) for step in steps])
     torch._foreach_add_(averages, steps)
