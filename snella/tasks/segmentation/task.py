@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -104,8 +105,8 @@ class Segmentation(Task):
         return float(original.float().mean())
 
     def _index(self, model: nn.Module, split: str) -> Index:
-        settings = self.settings
-        grid = model.prompt_encoder.image_embedding_size[0]
+        settings, encoder = self.settings, cast(Any, model.prompt_encoder)
+        grid = int(encoder.image_embedding_size[0])
         return Index(
             count=self.data.size(split),
             model_size=settings.image_size,
