@@ -357,11 +357,16 @@ def _subtract_initial(layer: BaseTunerLayer, undo: tuple[Tensor, Tensor] | None 
 def _look_at_inputs(
     model: nn.Module, layers: list[nn.Module], batches: Iterable[Batch], loss_fn: LossFn
 ) -> None:
-    """CorDA: the second moment of each layer's inputs, per image, inputs scaled to maximum 1."""
+    """CorDA: the second moment of each layer's inputs, every image scaled to maximum 1.
+
+    As PEFT does with one image at a time, whatever the size of the batches; Swin's windows of one
+    image are scaled together.
+    """
+    size = 1
 
     def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].float().flatten(0, -2)
-        x = x / x.max().abs()
+        x = inputs[0].float().reshape(size, -1, inputs[0].shape[-1])
+        x = (x / x.amax((1, 2), keepdim=True).abs()).flatten(0, 1)
         layer.covariance_matrix = layer.covariance_matrix + x.T @ x
 
     handles = [layer.register_forward_hook(add) for layer in layers]
@@ -369,8 +374,9 @@ def _look_at_inputs(
         layer.covariance_matrix = 0.0
     images = 0
     for batch in batches:
+        size = len(next(iter(batch.values())))
         loss_fn(model, batch)
-        images += len(next(iter(batch.values())))
+        images += size
     for layer, handle in zip(layers, handles, strict=True):
         handle.remove()
         layer.covariance_matrix = layer.covariance_matrix / images

@@ -7,7 +7,7 @@ competition of all matrices for a shrinking budget (Eq. 7-12, Algorithm 1). arXi
 SNELL: no competition, piecewise-linear kernel. KLoRA: dense as well. ViT-B/16, rank 8: 1,327,104
 entries of A and B and three scalars for each of 72 matrices. `variant="released"` follows the
 authors' code where it differs from the paper (hard squared threshold, fixed coefficients, learned
-temperature, dropout; docs/snella.md lists all).
+temperature, dropout; docs/snella.md lists all), and trains the class token of a ViT as they do.
 """
 
 from typing import Any, ClassVar, Literal
@@ -52,6 +52,10 @@ class Snella(Method):
         for module in model.modules():
             if isinstance(module, SnellaLayer):
                 module.train(model.training)
+        if self.variant == "released" and isinstance(
+            token := getattr(model, "cls_token", None), Tensor
+        ):
+            token.requires_grad_(True)
 
     def config(self, model: nn.Module) -> SnellaConfig:
         """The tuner's configuration for ``model``.

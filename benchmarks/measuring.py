@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -195,13 +195,21 @@ def medians(samples: dict[str, list[float]]) -> dict[str, float]:
 
 def facts(script: str, device: str) -> dict[str, Any]:
     """Date, command, hardware and versions, for the head of a results file."""
-    packages = ("torch", "timm", "peft", "numpy", "snella")
+    packages = ("torch", "triton", "timm", "peft", "numpy", "snella")
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
         "hardware": hardware(device),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "versions": {"python": platform.python_version()} | {p: installed(p) for p in packages},
     }
+
+
+def installed(package: str) -> str:
+    """Its version; of a source tree, nothing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def hardware(device: str) -> dict[str, Any]:

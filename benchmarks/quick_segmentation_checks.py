@@ -26,9 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from snella.method import Method, load_method, trainable
-from snella.quick.pretrain_sam import ARCHITECTURE
-from snella.quick.segmentation import make
-from snella.tasks.segmentation.sam import (
+from snella.models.sam import (
     build_sam,
     load_sam,
     mask_logits,
@@ -36,6 +34,8 @@ from snella.tasks.segmentation.sam import (
     pixel_statistics,
     upsample,
 )
+from snella.quick.pretrain_sam import ARCHITECTURE
+from snella.quick.segmentation import make
 
 Data = dict[str, tuple[Tensor, Tensor]]
 Options = argparse.Namespace

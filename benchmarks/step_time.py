@@ -1,84 +1,68 @@
 """Time and memory of one training step: SNELLA against full fine-tuning, LoRA and its reference.
 
-    python benchmarks/step_time.py --threads 2 --output benchmarks/results/step_time_cpu.json
+    python benchmarks/step_time.py --threads 2                    # CPU: ViT-B/16, batch 8, float32
+    python benchmarks/step_time.py --device cuda                  # GPU: five models, bfloat16
 
-Rows: full; lora (Hugging Face PEFT, rank 8); snella (paper variant, one product per layer, compiled
-arithmetic); plain (the same without compilation); kept (plain, keeping merged matrices for
-backward); released (the released variant with its dropout, plain); reference (the released
-algorithm as one would write it: see reference.py). A step is forward, backward, optimizer and
-SNELLA's hook. The rows take turns within one run, so that ratios compare like with like; medians
-are reported. Memory is measured in a process per row.
+Rows: full; lora (Hugging Face PEFT, rank 8, the same layers); snella (rank 8, its defaults); plain
+(the same by torch operations); reference (the released algorithm as one would write it, see
+reference.py). A step is forward, backward, AdamW and SNELLA's hook. The rows take turns, so that
+ratios compare like with like, and medians are reported; on a GPU once more as CUDA graphs. Peak
+memory is what a row allocates at most, its model included (CPU: bytes kept for backward).
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import gc
 import json
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from measuring import facts
 from peft import LoraConfig, get_peft_model
 from reference import adapt_reference
 from rich.console import Console
 from rich.table import Table
+from step_models import CASES, Case
 from torch import Tensor, nn
 
 from snella import SnellaConfig
+from snella.tuner import SnellaLayer
 
-RANK, CLASSES, SPARSITY = 8, 100, 0.5
-TARGETS = r".*blocks\.\d+\..*\.(qkv|proj|fc1|fc2)"
-
-
-def full(model: nn.Module) -> nn.Module:
-    return model
+RANK, SPARSITY = 8, 0.5
 
 
-def lora(model: nn.Module) -> nn.Module:
-    return get_peft_model(
-        model, LoraConfig(r=RANK, target_modules=TARGETS, modules_to_save=["head"])
-    )
-
-
-def adapted(model: nn.Module, **settings: Any) -> nn.Module:
-    config = SnellaConfig(
-        rank=RANK, modules_to_save=["head"], initial_sparsity=SPARSITY, **settings
-    )
-    peft_model = get_peft_model(model, config)
-    peft_model.on_epoch_start(0, 100)
-    return peft_model
-
-
-def snella(model: nn.Module) -> nn.Module:
-    return adapted(model, compile=True)
+def snella(model: nn.Module, **settings: Any) -> nn.Module:
+    config = SnellaConfig(rank=RANK, initial_sparsity=SPARSITY, **settings)
+    adapted = get_peft_model(model, config)
+    adapted.on_epoch_start(0, 100)
+    return adapted
 
 
 def plain(model: nn.Module) -> nn.Module:
-    return adapted(model, compile=False)
+    return snella(model, compile=False)
 
 
-def kept(model: nn.Module) -> nn.Module:
-    return adapted(model, keep_merged=True)
+def lora(model: nn.Module) -> nn.Module:
+    """On the layers that SNELLA adapts."""
+    probe = get_peft_model(model, SnellaConfig(rank=2))
+    layers = {m.key for m in probe.modules() if isinstance(m, SnellaLayer)}
+    model = probe.unload()
+    return get_peft_model(model, LoraConfig(r=RANK, target_modules=list(layers)))
 
 
-def released(model: nn.Module) -> nn.Module:
-    return adapted(model, variant="released")
+def full(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(True)
 
 
 def reference(model: nn.Module) -> nn.Module:
-    model = adapt_reference(model, RANK, SPARSITY)
-    model.head.requires_grad_(True)
-    return model
+    return adapt_reference(model, RANK, SPARSITY)
 
 
 ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -86,57 +70,39 @@ ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "lora": lora,
     "snella": snella,
     "plain": plain,
-    "kept": kept,
-    "released": released,
     "reference": reference,
 }
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Run:
     """One row: its model, optimizer and data."""
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
+    def __init__(self, row: str, case: Case, device: str) -> None:
+        self.device = device
+        self.before = torch.cuda.memory_allocated() if device == "cuda" else 0
         torch.manual_seed(0)
-        backbone = timm.create_model(options.model, num_classes=CLASSES)
-        size = backbone.patch_embed.img_size[0]
-        self.device = torch.device(options.device)
-        self.autocast = options.dtype == "bfloat16"
-        self.clock = CLOCKS[options.clock]
-        self.recorded: torch.cuda.CUDAGraph | None = None
-        self.model = ROWS[name](backbone).to(self.device).train()
+        with torch.device(device):
+            backbone = case.build()
+            self.batch = case.batch(device)
+        self.model = ROWS[row](backbone).to(device).train()
+        if hasattr(backbone, "head") and isinstance(backbone.head, nn.Linear):
+            backbone.head.requires_grad_(True)
+        self.case, self.amp = case, device == "cuda"
+        self.optimizer = self.adamw()
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def adamw(self, **settings: Any) -> torch.optim.Optimizer:
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.trainable = sum(p.numel() for p in trained)
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, capturable=options.graph)
-        self.images = torch.randn(options.batch, 3, size, size, device=self.device)
-        self.labels = torch.randint(CLASSES, (options.batch,), device=self.device)
+        return torch.optim.AdamW(trained, lr=1e-4, **settings)
 
     def loss(self) -> Tensor:
-        # A cache of casts would not live in the graph; every weight is cast once anyway.
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False
-        ):
-            logits = self.model(self.images)
-        return nn.functional.cross_entropy(logits.float(), self.labels)
-
-    def record(self) -> None:
-        """Capture a step in a CUDA graph, so that the device need not wait for the host."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        self.recorded = graph
+        # A cache of casts would not live in a graph; every weight is cast once anyway.
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.amp, cache_enabled=False):
+            return self.case.loss(self.model, self.batch)
 
     def step(self) -> None:
-        if self.recorded is not None:
-            self.recorded.replay()
+        if self.graph is not None:
+            self.graph.replay()
             return
         self.loss().backward()
         self.optimizer.step()
@@ -144,23 +110,30 @@ class Run:
             self.model.on_step_end()
         self.optimizer.zero_grad()
 
-    def seconds(self, action: Callable[[], Any]) -> float:
-        self.wait()
-        start = self.clock()
-        action()
-        self.wait()
-        return self.clock() - start
+    def record(self) -> None:
+        """Capture a step in a CUDA graph, so that the device need not wait for the host."""
+        self.optimizer = self.adamw(capturable=True)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        self.graph = graph
 
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def memory(self) -> int:
+        """Bytes at most in a step, the model included; on a CPU those kept for backward."""
+        if self.device == "cpu":
+            return self.kept()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.step()
+        return torch.cuda.max_memory_allocated() - self.before
 
-    @torch.no_grad()
-    def infer(self) -> None:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            self.model(self.images)
-
-    def saved_bytes(self) -> int:
+    def kept(self) -> int:
         """Bytes kept for backward, beyond the model's own parameters and buffers."""
         own = {t.untyped_storage().data_ptr() for t in self.model.state_dict().values()}
         storages: dict[int, int] = {}
@@ -179,167 +152,175 @@ class Run:
         return total
 
 
-def measure_memory(name: str, options: argparse.Namespace) -> dict[str, int]:
-    """Of this process, which runs one row only, and no graph."""
-    options.graph = False
-    run = Run(name, options)
-    run.step()
-    reset_peak(run.device)
-    run.step()
-    peak = peak_bytes(run.device)
-    return {"peak": peak, "saved": run.saved_bytes(), "trainable": run.trainable}
-
-
-def reset_peak(device: torch.device) -> None:
-    """Forget what building the model took."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Allocated on the device; resident in a CPU process (Linux) since ``reset_peak``."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    (line,) = [row for row in status.read_text().splitlines() if row.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
-
-
-def measure_steps(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds per step of every row, taking turns."""
-    runs = {name: Run(name, options) for name in options.rows}
-    for run in runs.values():
-        run.step()
-        run.step()  # the second may still compile
-        if options.graph:
-            run.record()
+def interleaved(runs: dict[str, Run], repeats: int, seconds: float) -> dict[str, float]:
+    """Median seconds of a step of every row; they take turns for about so long."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.repeats):
+    end = time.perf_counter() + seconds
+    for turn in range(repeats):
+        if turn >= 3 and time.perf_counter() > end:
+            break
         for name, run in runs.items():
-            samples[name].append(run.seconds(run.step))
-    return samples
+            wait(run.device)
+            start = time.perf_counter()
+            run.step()
+            wait(run.device)
+            samples[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def measure_inference(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds per batch of the backbone alone, of SNELLA merged, and of SNELLA as it is."""
-    runs = {"backbone": Run("full", options), "merged": Run("plain", options)}
-    runs["merged"].model = runs["merged"].model.merge_and_unload()
-    runs["adapted"] = Run("plain", options)
-    for run in runs.values():
-        run.model.eval()
-        run.infer()
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.repeats):
-        for name, run in runs.items():
-            samples[name].append(run.seconds(run.infer))
-    return samples
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def hardware(options: argparse.Namespace) -> dict[str, Any]:
-    facts: dict[str, Any] = {"machine": platform.platform(), "threads": torch.get_num_threads()}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        facts["cpu"] = names[0].partition(":")[2].strip() if names else ""
-        facts["capability"] = torch.backends.cpu.get_cpu_capability()
+def measure(case: Case, rows: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every row eagerly and as a graph, and memory."""
+    runs: dict[str, Run] = {}
+    memory, failed = {}, {}
+    for row in rows:
+        try:
+            run = Run(row, case, options.device)
+            for _ in range(3):
+                run.step()
+            memory[row] = run.memory()
+            runs[row] = run
+        except torch.OutOfMemoryError as error:
+            failed[row] = str(error).partition("\n")[0]
+    figures: dict[str, Any] = {"eager": interleaved(runs, options.repeats, options.seconds)}
+    figures["inference"] = inference(runs, options)
     if options.device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
+        # A step that computes its threshold on the host, as the reference, cannot be captured.
+        runs = {row: run for row, run in runs.items() if row in ("full", "lora", "snella")}
+        if options.profile and "snella" in runs:
+            figures["kernels"] = kernels(runs["snella"])
+        if case.graph:
+            for run in runs.values():
+                run.record()
+            figures["graph"] = interleaved(runs, options.repeats, options.seconds)
+    return figures | {"memory": memory, "failed": failed, "title": case.title}
 
 
-def report(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one run, ratios included."""
-    samples = measure_steps(options)
-    medians = {name: statistics.median(values) for name, values in samples.items()}
-    inference = {n: statistics.median(v) for n, v in measure_inference(options).items()}
-    memory = {name: in_own_process(name) for name in options.rows}
+def inference(runs: dict[str, Run], options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of a forward pass in evaluation."""
+    steps = {}
+    for name, run in runs.items():
+        run.model.eval()
+        steps[name] = run.step
+        run.step = torch.no_grad()(run.loss)  # type: ignore[method-assign]
+        run.step()
+    seconds = interleaved(runs, min(options.repeats, 8), options.seconds / 4)
+    for name, run in runs.items():
+        run.step = steps[name]  # type: ignore[method-assign]
+        run.model.train()
+    return seconds
 
-    def ratios(base: str) -> dict[str, float]:
-        return {name: round(value / medians[base], 3) for name, value in medians.items()}
 
-    packages = ("torch", "timm", "peft", "numpy", "snella")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
-        "hardware": hardware(options),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        "model": options.model,
-        "batch": options.batch,
-        "dtype": options.dtype,
-        "clock": options.clock,
-        "graph": options.graph,
-        "rank": RANK,
-        "sparsity": SPARSITY,
-        "step_seconds": medians,
-        "step_samples": samples,
-        "over_lora": ratios("lora") if "lora" in medians else {},
-        "over_full": ratios("full") if "full" in medians else {},
-        "over_reference": ratios("reference") if "reference" in medians else {},
-        "memory_bytes": memory,
-        "inference_seconds": inference,
-        "inference_over_backbone": {
-            name: round(value / inference["backbone"], 3) for name, value in inference.items()
-        },
+def kernels(run: Run) -> dict[str, list[float]]:
+    """Calls and device milliseconds per step of the kernels that take longest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(3):
+            run.step()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:24]
+    return {e.key[:60]: [e.count / 3, round(e.self_device_time_total / 3e3, 4)] for e in events}
+
+
+def ratios(figures: dict[str, Any]) -> dict[str, Any]:
+    """Every row over LoRA and over full fine-tuning."""
+    result: dict[str, Any] = {}
+    for base in ("lora", "full"):
+        for kind in ("eager", "graph", "memory"):
+            values = figures.get(kind, {})
+            if base in values:
+                shares = {row: round(value / values[base], 3) for row, value in values.items()}
+                result[f"{kind}_over_{base}"] = shares
+    return result
+
+
+def show(results: dict[str, Any], device: str) -> None:
+    table = Table(title=f"One training step, rank {RANK}, over LoRA-{RANK} of PEFT")
+    for column in ("model", "row", "ms", "x LoRA", "graph ms", "x LoRA", "MB", "x LoRA"):
+        table.add_column(column, justify="left" if column in ("model", "row") else "right")
+    for figures in results.values():
+        for row in figures["eager"]:
+            cells = [figures["title"], row]
+            for kind, unit in (("eager", 1e-3), ("graph", 1e-3), ("memory", 2**20)):
+                value = figures.get(kind, {}).get(row)
+                over = figures.get(f"{kind}_over_lora", {}).get(row)
+                cells.append("" if value is None else f"{value / unit:.1f}")
+                cells.append("" if over is None else f"{over:.2f}")
+            table.add_row(*cells)
+    Console(width=110).print(table)
+    sys.stdout.flush()
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Time and memory over LoRA, per model."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    kinds = {"eager": "time, eager", "graph": "time, CUDA graph", "memory": "peak memory"}
+    present = {
+        k: v for k, v in kinds.items() if any(f"{k}_over_lora" in f for f in results.values())
     }
-
-
-def in_own_process(name: str) -> dict[str, int]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def show(figures: dict[str, Any]) -> None:
-    table = Table(title=f"{figures['model']}, batch {figures['batch']}, {figures['dtype']}")
-    for column in ("row", "s/step", "x LoRA", "x full", "kept MB", "peak MB"):
-        table.add_column(column, justify="left" if column == "row" else "right")
-    for name, seconds in figures["step_seconds"].items():
-        memory = figures["memory_bytes"][name]
-        table.add_row(
-            name,
-            f"{seconds:.3f}",
-            f"{figures['over_lora'].get(name, float('nan')):.2f}",
-            f"{figures['over_full'].get(name, float('nan')):.2f}",
-            f"{memory['saved'] / 2**20:.0f}",
-            f"{memory['peak'] / 2**20:.0f}",
-        )
-    console = Console()
-    console.print(table)
-    console.print(f"inference over the backbone alone: {figures['inference_over_backbone']}")
+    figure, axes = pyplot.subplots(1, len(present), figsize=(3.6 * len(present), 3), sharey=True)
+    for axis, (kind, title) in zip(
+        [axes] if len(present) == 1 else axes, present.items(), strict=True
+    ):
+        for offset, row in ((-0.2, "full"), (0.2, "snella")):
+            values = [f.get(f"{kind}_over_lora", {}).get(row, 0) for f in results.values()]
+            places = [place + offset for place in range(len(results))]
+            bars = axis.barh(
+                places, values, 0.38, label={"full": "full", "snella": "SNELLA-8"}[row]
+            )
+            axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(f"{title}, over LoRA-8", fontsize=9)
+        axis.set_yticks(range(len(results)), [f["title"] for f in results.values()], fontsize=8)
+        axis.margins(x=0.12)
+    axis.invert_yaxis()
+    axis.legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="vit_base_patch16_224", help="a ViT of timm")
-    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all on a GPU")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that a case has")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu, with one thread, on a busy machine"
-    )
-    parser.add_argument(
-        "--graph", action="store_true", help="with CUDA: every row's step as one CUDA graph"
-    )
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
-    parser.add_argument("--memory-of", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=20, help="steps of a row at most")
+    parser.add_argument("--seconds", type=float, default=60, help="for all rows of a case, about")
+    parser.add_argument("--profile", action="store_true", help="also the longest kernels")
+    parser.add_argument("--output", type=Path, help="JSON; a plot is written beside it")
     options = parser.parse_args()
-    if options.graph and options.device != "cuda":
-        parser.error("--graph needs --device cuda.")
     torch.set_num_threads(options.threads)
-    if options.memory_of:
-        sys.stdout.write(json.dumps(measure_memory(options.memory_of, options)))
-        return
-    figures = report(options)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(figures, indent=2) + "\n")
-    show(figures)
+    results: dict[str, Any] = {}
+    default = [name for name in CASES if name.endswith("cpu") == (options.device == "cpu")]
+    names = options.cases or default
+    for name in names:
+        case = CASES[name]
+        rows = [row for row in case.rows if row in (options.rows or ROWS)]
+        try:
+            figures = measure(case, rows, options)
+        except Exception as error:
+            traceback.print_exception(error)
+            continue
+        results[name] = figures | ratios(figures)
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        if options.output:
+            record = facts("step_time.py", options.device) | {"rank": RANK, "sparsity": SPARSITY}
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(record | {"models": results}, indent=2) + "\n")
+    if options.output and results:
+        plot(results, options.output.with_suffix(".png"))
+    show(results, options.device)
 
 
 if __name__ == "__main__":

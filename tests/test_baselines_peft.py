@@ -314,12 +314,14 @@ def test_vera_shares_and_saves_its_projections_once() -> None:
         assert torch.equal(block.mlp.fc2.vera_A["default"], state[key])
 
 
-def test_corda_equals_peft() -> None:
-    """Image by image, our covariances and factors are those of PEFT's own preprocessing."""
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_corda_equals_peft(size: int) -> None:
+    """In batches of any size, covariances and factors are those of PEFT's, image by image."""
     single = [{k: v[i : i + 1] for k, v in batch().items()} for i in range(6)]
+    batches = [{k: v[i : i + size] for k, v in batch().items()} for i in range(0, 6, size)]
     method = make("corda", alpha=4, roles=["proj", "fc2"])
     model = prepared(method)
-    method.calibrate(model, single, loss_fn)
+    method.calibrate(model, batches, loss_fn)
 
     theirs = backbone().eval()
     config = peft.LoraConfig(
@@ -336,9 +338,10 @@ def test_corda_equals_peft() -> None:
             (block.attn.proj, other.attn.proj),
             (block.mlp.fc2, other.mlp.fc2),
         ):
-            torch.testing.assert_close(layer.weight, reference.weight)
+            close = {} if size == 1 else {"rtol": 1e-3, "atol": 1e-4}  # another order of the sums
+            torch.testing.assert_close(layer.weight, reference.weight, **close)
             a, b = reference.lora_A["default"].weight, reference.lora_B["default"].weight
-            torch.testing.assert_close(layer.initial_B @ layer.initial_A, b @ a)
+            torch.testing.assert_close(layer.initial_B @ layer.initial_A, b @ a, **close)
 
 
 def test_lora_ga_equals_peft(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from snella import SnellaConfig, load_adapter
+from snella import SnellaConfig
 from snella.errors import UserError
 from snella.tuner import (
     SnellaLayer,
@@ -109,7 +109,7 @@ def test_every_setting_trains_saves_and_merges(settings: dict[str, Any], tmp_pat
     after = logits(model)
     assert not after.allclose(before, atol=1e-3)
     model.save_pretrained(str(tmp_path))
-    reloaded = load_adapter(backbone(), tmp_path)
+    reloaded = PeftModel.from_pretrained(backbone(), str(tmp_path))
     assert logits(reloaded).equal(after)
     assert budgets(reloaded) == budgets(model)
     with model.disable_adapter():
@@ -141,31 +141,6 @@ def test_fused_qkv_has_one_kernel_and_budget_per_part() -> None:
     assert qkv.snella_B["default"].shape == (3, 2, 24, 2)
     assert qkv.snella_budget["default"].tolist() == [24 * 24] * 3
     assert qkv.snella_budget["default"].dtype == torch.int64
-
-
-def test_reload_in_a_fresh_process(tmp_path: Path) -> None:
-    model = adapted()
-    train(model)
-    expected = logits(model)
-    model.save_pretrained(str(tmp_path))
-    torch.save({"model": backbone().state_dict(), "expected": expected}, tmp_path / "check.pt")
-    script = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-from timm.models.vision_transformer import VisionTransformer
-import snella
-assert "torch" in sys.modules and "snella.tuner" not in sys.modules
-sizes = dict(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3)
-model = VisionTransformer(**sizes)
-saved = torch.load({str(tmp_path / "check.pt")!r}, weights_only=True)
-model.load_state_dict(saved["model"])
-model = snella.load_adapter(model, {str(tmp_path)!r}).eval()
-images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-with torch.no_grad():
-    difference = (model(images) - saved["expected"]).abs().max()
-assert difference == 0, difference
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_import_of_the_package_is_light() -> None:
@@ -313,15 +288,6 @@ def test_no_step_waits_for_the_device(settings: dict[str, Any]) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_budgets_are_read_once_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted()
-    read = []
-    tolist = Tensor.tolist
-    monkeypatch.setattr(Tensor, "tolist", lambda self: read.append(self.dtype) or tolist(self))
-    train(model, epochs=1, steps=3)
-    assert read.count(torch.int64) == len(layers(model))
-
-
 def test_bfloat16_autocast_and_weights() -> None:
     reference = adapted()
     train(reference)
@@ -434,7 +400,7 @@ WRONG = [
     ({"sparsify": "none"}, "also set allocation=False"),
     ({"layers_pattern": "blocks"}, "needs layers_to_transform"),
     ({"fused_parts": {"qkv": 5}}, "cannot cut into 5 equal parts"),
-    ({"target_modules": ["proj"]}, r"'patch_embed.proj' is Conv2d.*exclude_modules"),
+    ({"target_modules": ["norm1"]}, r"'blocks.0.norm1', LayerNorm: it is none of.*exclude_modules"),
     ({"target_modules": ["nothing"]}, "No modules were targeted for adaptation"),
 ]
 
@@ -450,8 +416,6 @@ def test_nothing_to_adapt() -> None:
         get_peft_model(nn.Sequential(nn.Linear(3, 3)), SnellaConfig())
     with pytest.raises(UserError, match="no SNELLA layer"):
         on_epoch_start(nn.Linear(3, 3), 0, 1)
-    with pytest.raises(UserError, match="holds no adapter"):
-        load_adapter(nn.Linear(3, 3), "/nonexistent")
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from snella import SnellaConfig, convert_to_lora, load_adapter
+from snella import SnellaConfig, convert_to_lora
 from snella.errors import UserError
 from snella.tuner import SnellaLayer
 
@@ -92,11 +94,74 @@ def segment_anything() -> tuple[nn.Module, Forward]:
     return model, lambda m: m(images)
 
 
+def of_transformers(kind: str, inputs: str, **settings: Any) -> Any:
+    """A tiny model of transformers; kind: its name without Config and Model."""
+
+    def make() -> tuple[nn.Module, Forward]:
+        import transformers
+
+        common = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = getattr(transformers, f"{kind}Config")(**{**common, **settings})
+        model = getattr(transformers, f"{kind}Model")(config)
+        if inputs == "images":
+            images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+            return model, lambda m: m(images).last_hidden_state
+        ids = torch.arange(8).view(2, 4) + 3
+        if kind == "T5":
+            return model, lambda m: m(input_ids=ids, decoder_input_ids=ids).last_hidden_state
+        return model, lambda m: m(input_ids=ids).last_hidden_state
+
+    return make
+
+
+def open_clip_model() -> tuple[nn.Module, Forward]:
+    from open_clip.model import CLIP
+
+    vision = {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}
+    text = {"context_length": 4, "vocab_size": 20, "width": 16, "heads": 2, "layers": 2}
+    model = CLIP(8, vision, text)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(8).view(2, 4) + 3
+    return model, lambda m: m.encode_image(images) + m.encode_text(ids)
+
+
+def flux() -> tuple[nn.Module, Forward]:
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(0)),
+        "encoder_hidden_states": torch.ones(1, 3, 16),
+        "pooled_projections": torch.ones(1, 16),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(4, 3),
+        "txt_ids": torch.zeros(3, 3),
+    }
+    return model, lambda m: m(**inputs).sample
+
+
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)}
+BERT = {"intermediate_size": 32, "vocab_size": 20}
+DINOV2 = {"image_size": 16, "patch_size": 8, "use_swiglu_ffn": True}
+LLAMA = {"intermediate_size": 32, "vocab_size": 20, "num_key_value_heads": 2}
+CLIP = {"image_size": 16, "patch_size": 8, "intermediate_size": 32}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 20, "n_positions": 8}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+
 MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Forward]], int]] = {
     "ViT": (timm_model("vit_tiny_patch16_224", **TINY), 8),
     "DeiT3": (timm_model("deit3_small_patch16_224", **TINY), 8),
     "Swin": (timm_model("swin_tiny_patch4_window7_224", **WINDOWS), 12),
-    "ConvNeXt": (timm_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 16, 16)), 8),
+    "ConvNeXt": (timm_model("convnext_tiny", **CONVNEXT), 8),
     "DINOv2": (timm_model("vit_small_patch14_dinov2", **TINY), 8),
     "CLIP-ViT": (timm_model("vit_base_patch16_clip_224", **TINY), 8),
     "SAM in timm": (timm_model("samvit_base_patch16", **TINY, global_attn_indexes=(1,)), 8),
@@ -107,6 +172,16 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Forward]], int]] = {
     "transformers ViT": (transformers_vit, 12),
     "SD3": (diffusion_transformer, 21),
     "segment-anything": (segment_anything, 8),
+    # Its MLPs are convolutions of one pixel.
+    "ConvNeXt by convolution": (timm_model("convnext_tiny", **CONVNEXT, conv_mlp=True), 8),
+    "BERT": (of_transformers("Bert", "text", **BERT), 12),
+    "CLIP": (of_transformers("CLIPVision", "images", **CLIP), 12),
+    "DINOv2 with SwiGLU": (of_transformers("Dinov2", "images", **DINOV2), 14),
+    "Llama": (of_transformers("Llama", "text", **LLAMA), 14),
+    "GPT-2": (of_transformers("GPT2", "text", **GPT2), 8),
+    "T5": (of_transformers("T5", "text", **T5, feed_forward_proj="gated-gelu"), 25),
+    "Flux": (flux, 17),
+    "open_clip": (open_clip_model, 16),
 }
 # The last block of SD3 drops its text stream, so the text queries have nothing to act on.
 WITHOUT_EFFECT = {"SD3": "transformer_blocks.1.attn.add_q_proj"}
@@ -141,7 +216,7 @@ def test_alive(name: str, variant: str, tmp_path: Path) -> None:
         model.save_pretrained(str(tmp_path))
         fresh, _ = make()
         fresh.load_state_dict(initial)
-        assert forward(load_adapter(fresh, tmp_path).eval()).equal(expected)
+        assert forward(PeftModel.from_pretrained(fresh, str(tmp_path)).eval()).equal(expected)
         merged = model.merge_and_unload()
         torch.testing.assert_close(forward(merged), expected, rtol=1e-4, atol=1e-5)
     assert merged.state_dict().keys() == initial.keys()
@@ -206,16 +281,27 @@ def test_lora_export_loads_in_diffusers(tmp_path: Path) -> None:
         export.save(tmp_path)
         fresh, _ = diffusion_transformer()
         fresh.load_state_dict(initial)
-        lora = load_adapter(fresh, tmp_path)
+        lora = PeftModel.from_pretrained(fresh, str(tmp_path))
         torch.testing.assert_close(forward(lora.eval()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_cannot_be_adapted_are_refused() -> None:
-    model = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8,) * 4, conv_mlp=True)
-    with pytest.raises(UserError, match="No linear layers to adapt were recognised in ConvNeXt"):
+    model = nn.ModuleDict({"0": nn.ModuleDict({"fc1": nn.ConvTranspose2d(3, 3, 1)})})
+    with pytest.raises(UserError, match="No linear layers to adapt were recognised in ModuleDict"):
         get_peft_model(model, SnellaConfig())
-    with pytest.raises(UserError, match=r"'stages.0.blocks.0.mlp.fc1' is Conv2d"):
-        get_peft_model(model, SnellaConfig(target_modules=["fc1", "fc2"]))
+    with pytest.raises(UserError, match=r"'0.fc1', ConvTranspose2d: .*exclude_modules"):
+        get_peft_model(model, SnellaConfig(target_modules=["fc1"]))
+
+
+def test_what_the_default_leaves_out_is_said() -> None:
+    block = nn.ModuleDict({"fc1": nn.Linear(4, 4), "norm_linear": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block])})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(copy.deepcopy(model), SnellaConfig(rank=2))
+    block["novel"] = nn.Linear(4, 4)
+    with pytest.warns(UserWarning, match=r"1 linear layer\(s\).*blocks.0.novel"):
+        get_peft_model(model, SnellaConfig(rank=2))
 
 
 def test_modules_that_read_the_weight_themselves() -> None:
@@ -224,7 +310,7 @@ def test_modules_that_read_the_weight_themselves() -> None:
     block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     model = get_peft_model(nn.Sequential(block), SnellaConfig(rank=4, allocation=False))
     adapted = [m for m in model.modules() if isinstance(m, SnellaLayer)]
-    assert len(adapted) == 3
+    assert len(adapted) == 4
     x = torch.randn(2, 5, 16)
     trained = model.train()(x)
     trained.square().sum().backward()
@@ -238,4 +324,4 @@ def test_modules_that_read_the_weight_themselves() -> None:
     with pytest.warns(UserWarning, match="'0.self_attn.out_proj' reads its weight") as log:
         settings.no_dropout = []
         get_peft_model(nn.Sequential(block), settings).train()(x)
-    assert len(log) == 1
+    assert len(log) == 2  # of the attention, and of its projection

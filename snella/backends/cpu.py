@@ -21,17 +21,17 @@ from collections.abc import Iterator
 from ctypes import byref, c_double, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from snella.backends.scratch import FreshMemory, Scratch
+from snella.backends.update import Found, Gradients, Update, compute_type, new_tensor
 from snella.equations.kernels import Kernel
 from snella.equations.sparsify import Selection, select_all_or_nothing
 
-if TYPE_CHECKING:
-    from snella.backends.update import Update
-
+SELECTION_TYPE = torch.float64
 SOURCE = Path(__file__).with_name("cpu.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 # Contraction of products is left to the source, so that all loops round alike.
@@ -64,7 +64,9 @@ class _Selection(ctypes.Structure):
 
 def usable(update: Update, a: Tensor) -> bool:
     """Whether there are loops for this kernel, and a compiler; the first call compiles them."""
-    if a.device.type != "cpu" or not update.kernel.is_piecewise:
+    if update.compile is False or update.keep or not update.kernel.is_piecewise:
+        return False
+    if a.device.type != "cpu":
         return False
     if _library(update.kernel, update.form, _number(a)) is not None:
         return True
@@ -153,9 +155,10 @@ def _build(settings: list[str]) -> Path:
 class _Layer:
     """A layer's tensors, in the form the loops take, and its slices one by one."""
 
-    def __init__(self, update: Update, a: Tensor, b: Tensor, scalars: Tensor) -> None:
-        self.number = _number(a)
-        self.dtype = torch.float64 if self.number == "double" else torch.float32
+    def __init__(
+        self, update: Update, a: Tensor, b: Tensor, scalars: Tensor, constants: Tensor
+    ) -> None:
+        self.number, self.dtype = _number(a), compute_type(a)
         library = _library(update.kernel, update.form, self.number)
         assert library is not None
         self.library: Any = library
@@ -163,15 +166,10 @@ class _Layer:
         self.a, self.b, self.scalars = (self.plain(t.detach()) for t in (a, b, scalars))
         self.slices, _, self.inputs, _ = a.shape
         self.outputs = b.shape[2]
-        if update.constants is None:  # the softmax's shift and normaliser, found by snella_merge
-            update.constants = self.a.new_empty(self.slices, 2, self.inputs)
+        self.constants = constants
 
     def plain(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype).contiguous()
-
-    def empty(self, s: int) -> bool:
-        """Whether nothing of this slice survives, so that there is nothing to compute."""
-        return self.update.form != "none" and not self.update.budgets[s]
 
     def part(self, tensor: Tensor | None, s: int) -> int | None:
         """Address of a slice's share of a tensor."""
@@ -191,7 +189,7 @@ class _Layer:
             block.copy_(base.view(shape)[s])
 
     def __iter__(self) -> Iterator[tuple[int, _Slice]]:
-        tensors = self.a, self.b, self.scalars, self.update.constants
+        tensors = self.a, self.b, self.scalars, self.constants
         # A small matrix is done before a second thread has woken up.
         threads = torch.get_num_threads() if self.outputs * self.inputs > 2**15 else 1
         sizes = self.outputs, self.inputs, threads
@@ -199,64 +197,86 @@ class _Layer:
             addresses = [self.part(tensor, s) for tensor in tensors]
             yield s, _Slice(*sizes, *addresses, self.update.scale)
 
-    def select(self, s: int, fields: _Slice, merged: Tensor) -> Selection:
-        """As ``equations.sparsify.select``."""
-        budget = self.update.budgets[s]
-        if budget in (0, self.outputs * self.inputs):
-            return select_all_or_nothing(budget > 0, merged)
+    def select(self, s: int, fields: _Slice, merged: Tensor, budget: int) -> Selection | None:
+        """As ``equations.sparsify.select``; None if nothing is kept."""
+        if self.update.form == "none" or budget >= self.outputs * self.inputs:
+            return select_all_or_nothing(True, merged)
+        if not budget:
+            return None
         found = _Selection()
         self.library.snella_select(byref(fields), self.part(merged, s), budget, byref(found))
         return Selection(found.threshold, found.cut, found.subtracted)
 
-    def selection(self, s: int) -> _Selection:
-        selections = self.update.selections
-        if selections is None:
-            return _Selection()
-        return _Selection(selections[s].threshold, selections[s].subtracted, selections[s].cut)
+
+def found_like(update: Update, a: Tensor, b: Tensor) -> Found:
+    """Uninitialised memory for what ``effective_weight`` finds.
+
+    The constants are the softmax's shift and normaliser.
+    """
+    constants = new_tensor(a, a.shape[0], 2, a.shape[2])
+    return Found(new_tensor(a, 3, a.shape[0], dtype=SELECTION_TYPE), constants)
 
 
 def effective_weight(
-    update: Update, weight: Tensor | None, a: Tensor, b: Tensor, scalars: Tensor, out: Tensor
-) -> None:
-    """Write W + S, or S alone, to ``out``, (out, in); see ``backends.update.effective_weight``."""
-    layer = _Layer(update, a, b, scalars)
+    update: Update,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scalars: Tensor,
+    budgets: Tensor,
+    dtype: torch.dtype,
+    transient: bool = False,
+) -> tuple[Tensor, Found]:
+    """See ``backends.dispatch.effective_weight``."""
+    found = found_like(update, a, b)
+    layer = _Layer(update, a, b, scalars, found.constants)
     base = None if weight is None else layer.plain(weight.detach())
-    selections = []
-    for s, fields in layer:
-        if not layer.empty(s):
+    scratch = Scratch.like(a, layer.dtype)
+    memory = scratch if transient else FreshMemory(a.device, layer.dtype)
+    out = memory.take("effective", layer.slices * layer.outputs, layer.inputs)
+    columns = []
+    for (s, fields), budget in zip(layer, budgets.tolist(), strict=True):
+        alive = update.form == "none" or budget
+        if alive:
             layer.library.snella_merge(byref(fields), layer.part(out, s))
-        if update.form != "none" and update.selections is None:
-            selections.append(layer.select(s, fields, out))
-    update.selections = selections or update.selections
-    for s, fields in layer:
-        if layer.empty(s):
+        kept = layer.select(s, fields, out, budget)
+        if kept is None:
+            columns.append((torch.inf, torch.inf, -1))
             layer.copy(base, out, s)
             continue
-        kept = layer.selection(s)
-        layer.library.snella_finish(
-            byref(fields), byref(kept), layer.part(out, s), layer.part(base, s)
-        )
+        columns.append((float(kept.threshold), float(kept.subtracted), int(kept.cut)))
+        addresses = [layer.part(tensor, s) for tensor in (out, base)]
+        layer.library.snella_finish(byref(fields), byref(_Selection(*columns[-1])), *addresses)
+    found.selection.copy_(torch.tensor(columns, dtype=SELECTION_TYPE).T)
+    return out.to(dtype), found
 
 
 def contract(
     update: Update,
+    found: Found,
     dense: Tensor,
     weight: Tensor | None,
     a: Tensor,
     b: Tensor,
     scalars: Tensor,
-    out: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of A, B and the scalars; W + S into ``out``. See ``backends.update.contract``."""
-    layer = _Layer(update, a, b, scalars)
+    needs_effective: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Gradients]:
+    """See ``backends.dispatch.contract``."""
+    layer = _Layer(update, a, b, scalars, found.constants)
+    out = None
+    if needs_effective:
+        shape = layer.slices * layer.outputs, layer.inputs
+        out = Scratch.like(a, layer.dtype).take("effective", *shape)
     base = None if weight is None or out is None else layer.plain(weight.detach())
     dense = layer.plain(dense)
     grads = [torch.zeros_like(tensor) for tensor in (layer.a, layer.b, layer.scalars)]
-    for s, fields in layer:
-        if layer.empty(s):
+    selections = found.selection.T.tolist()
+    for (s, fields), (threshold, subtracted, cut) in zip(layer, selections, strict=True):
+        if cut < 0:
             layer.copy(base, out, s)
             continue
-        kept = layer.selection(s)
+        kept = _Selection(threshold, subtracted, int(cut))
         addresses = [layer.part(tensor, s) for tensor in (dense, base, out, *grads)]
         layer.library.snella_backward(byref(fields), byref(kept), *addresses)
-    return grads[0], grads[1], grads[2]
+    return None if out is None else out.to(dtype), (grads[0], grads[1], grads[2])

@@ -1,184 +1,259 @@
 """The update of one layer on a GPU: W + S, and the way back to A, B and scalars, by Triton kernels.
 
-The same functions as ``effective_weight`` and ``contract`` of ``backends.update``, for the
-piecewise kernels in single precision, in few launches: a layer of a vision transformer keeps a GPU
-busy for microseconds, so that starting the work is what costs. The host never waits, so that a step
-can be captured in a CUDA graph, after a first one that compiles the kernels.
+For the piecewise kernels in single precision. A layer of a vision transformer keeps a GPU busy for
+microseconds, so that starting the work is what costs: launches are few and prepared, and the host
+never waits, so that a step can be captured in a CUDA graph after a first one that compiles.
 
-    forward, new parameters    prepare · merge · second, third, select (the threshold) · finish
-    forward, the same          apply
-    backward                   apply (not for piecewise-linear without ∂L/∂x) · contract · gather
+    forward     prepare · merge (with the selection) · finish; without sparsity prepare · apply
+    backward    apply (not for piecewise-linear without ∂L/∂x) · contract · gather
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from snella.backends.update import Found, Gradients, Update, new_tensor
 from snella.equations.kernels import Kernel
-from snella.equations.sparsify import Selection
 
-# Blocks of a matrix. With 64 × 64, each of a program's 128 threads has 32 entries: enough to share
-# the loads of A and B and the steps of a sum, and few enough for the registers. Where a program
-# walks down columns, narrow blocks and split columns make PROGRAMS, two for each core of an H100.
-ROWS, COLUMNS, NARROW = 64, 64, 32
-FLAT, GATHER = 4096, 64
-PROGRAMS = 256
-# Parts of a column at most, and integers of workspace per slice, as gpu_kernels has them.
-MAX_SPLITS, WORDS = 8, 6416
+SELECTION_TYPE = torch.int32
 
-# Whether CPU tensors are served too, by Triton's interpreter; for tests.
+# Rows, columns and warps of a program, by kernel: the fastest of several on an H100. prepare and
+# apply walk down their columns, which are split until there are PROGRAMS.
+BLOCKS = {
+    "prepare": (64, 32, 8),
+    "merge": (32, 64, 4),
+    "apply": (64, 32, 4),
+    "contract": (32, 32, 1),
+}
+FLAT, GATHER = 2048, 64
+PROGRAMS = 512
+# Parts of a column at most, and integers of workspace, as the package ``triton`` has them.
+MAX_SPLITS, HEADER, BUCKETS = 8, 2064, 2048 * 1024
+
+# Whether CPU tensors are taken too, by Triton's interpreter; for tests.
 interpreted = False
 _broken: list[str] = []
-
-Gradients = tuple[Tensor, Tensor, Tensor]
-
-
-class UpdateLike(Protocol):
-    """What is read of, and written to, a ``backends.update.Update``."""
-
-    kernel: Kernel
-    form: str
-    budgets: list[int]
-    scale: float
-    selections: list[Selection] | None
-    constants: Any
 
 
 class Broken(Exception):
     """Triton does not work on this machine; the message says what it said."""
 
 
-def usable(update: UpdateLike, a: Tensor) -> bool:
-    """Whether these kernels serve for an adapter with these parameters."""
-    if not a.is_cuda and not (interpreted and a.device.type == "cpu"):
+def usable(update: Update, a: Tensor) -> bool:
+    """Whether these kernels compute such an update for such parameters; says why not, once."""
+    if not (a.is_cuda or (interpreted and a.device.type == "cpu")) or update.compile is False:
         return False
-    if _broken or not update.kernel.is_piecewise or a.dtype == torch.float64:
-        return False
-    return _kernels() is not None
+    reason = _obstacle(update, a.dtype)
+    if reason is None:
+        return True
+    if not _broken:
+        _say(reason)
+    return False
+
+
+def _obstacle(update: Update, dtype: torch.dtype) -> str | None:
+    if update.keep:
+        return "keep_merged keeps the tiles of torch operations"
+    if not update.kernel.is_piecewise:
+        return f"there are none for the kernel {update.kernel.name!r}"
+    if dtype == torch.float64:
+        return "there are none for double precision"
+    if _kernels() is None and not _broken:
+        return "Triton is not installed"
+    return _broken[0] if _broken else None
+
+
+@lru_cache
+def _say(reason: str) -> None:
+    warnings.warn(f"SNELLA runs without Triton kernels ({reason}).", stacklevel=4)
 
 
 @cache
 def _kernels() -> Any:
-    """The package ``gpu_kernels``, or None where there is no Triton."""
+    """The package ``backends.triton``, or None where there is no Triton."""
     if find_spec("triton") is None:
         return None
     try:
-        from snella.backends import triton as gpu_kernels
+        from snella.backends import triton as kernels
     except Exception as error:
-        _warn(error)
+        _break(error)
         return None
-    return gpu_kernels
+    return kernels
 
 
-def _warn(error: Exception) -> str:
+def _break(error: Exception) -> str:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    reason = f"they failed here: {reason}"
     _broken.append(reason)
-    warnings.warn(f"SNELLA runs without Triton kernels: they failed here ({reason}).", stacklevel=3)
+    _say(reason)
     return reason
 
 
-def _launch(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start a kernel; ``Broken`` if that cannot be done here.
+class Launch:
+    """One kernel for layers of one shape: its grid and constants, and how to start it quickly.
 
-    Without implicit fused multiply-adds: see ``gpu_kernels``.
-    """
-    try:
-        kernel = getattr(_kernels(), name)
-        constants.setdefault("num_warps", 4)
-        kernel[grid](*arguments, **constants, enable_fp_fusion=False)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise Broken(_warn(error)) from error
-
-
-@dataclass
-class Constants:
-    """What holds until the parameters change.
-
-    turned: A with features last, (slices, P, r/P, in), so that loads are contiguous. softmax: (2 ·
-    splits + 2, slices, in), the largest logit and Σ exp of every part of a column, and both
-    ``combined``. ranks: (slices), entries to drop. numbers: (2, slices), threshold and subtracted
-    magnitude; cuts: (slices). These two are ``selections``, as the kernels read them.
+    Triton looks at every argument at every launch, which costs as much as a small kernel runs. So
+    the compiled kernel is kept by the types and alignment of the tensors, all that may differ.
     """
 
-    turned: Tensor
-    softmax: Tensor | None
-    combined: bool = False
-    ranks: Tensor | None = None
-    numbers: Tensor | None = None
-    cuts: Tensor | None = None
-    selections: list[Selection] | None = None
+    def __init__(
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        numbers: tuple[int, ...],
+        constants: dict[str, Any],
+        num_warps: int = 4,
+    ) -> None:
+        self.name, self.grid, self.numbers, self.constants = name, grid, numbers, constants
+        self.options = {"num_warps": num_warps, "enable_fp_fusion": False}
+        self.compiled: dict[Any, tuple[Any, ...]] = {}
+
+    def __call__(self, *tensors: Tensor | float | None, key: Any, stream: int | None) -> None:
+        """Start it; ``key`` tells the types and alignment of the tensors. Raises ``Broken``.
+
+        Without implicit fused multiply-adds: see ``backends.triton``.
+        """
+        known = self.compiled.get(key)
+        try:
+            if known is not None:
+                run, function, metadata, constants = known
+                pointers = [t.data_ptr() if isinstance(t, Tensor) else t for t in tensors]
+                run(
+                    *(*self.grid, stream, function, metadata, None, None, None),
+                    *(*pointers, *self.numbers, *constants),
+                )
+                return
+            kernel = getattr(_kernels(), self.name)
+            arguments = *tensors, *self.numbers
+            compiled = kernel[self.grid](*arguments, **self.constants, **self.options)
+            if stream is not None and hasattr(compiled, "packed_metadata"):
+                parts = compiled.run, compiled.function, compiled.packed_metadata
+                self.compiled[key] = *parts, tuple(self.constants.values())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise Broken(_break(error)) from error
 
 
-@dataclass(frozen=True)
 class Plan:
-    """How a layer is cut into programs.
+    """How layers of one shape are cut into programs, and the launches that do so."""
 
-    columns, blocks, flat: grids over parts of columns, blocks of rows and columns, and flat spans.
-    height: rows of a part. recipe: the kernel, as constants of the compiled code.
-    """
+    def __init__(self, kernel: Kernel, form: str, slices: int, inputs: int, outputs: int) -> None:
+        self.slices, self.inputs, self.outputs = slices, inputs, outputs
+        self.total, self.form = inputs * outputs, form
+        self.mixed = kernel.name == "mix-k"
+        self.recipe = {
+            "PIECES": kernel.pieces,
+            "COORDINATES": kernel.coordinates,
+            "MIXED": int(self.mixed),
+            "TEMPERATURE": int(self.mixed and kernel.temperature),
+            "LEARNED": int(kernel.learnable_coefficients),
+        }
+        self.scalars = len(kernel.scalars)
+        self.splits, self.height = self._walk("prepare")
+        self.parts = 2 * self.splits * slices * inputs
+        self.apply_splits, self.apply_height = self._walk("apply")
+        self.weighted = self.apply_splits * slices * inputs
+        # Floats: the merged matrices, and behind them the parts of columns.
+        self.matrices = slices * self.total
+        self.work = self.matrices + self.parts
+        # Integers.
+        self.workspace = slices * (HEADER + BUCKETS)
+        self.sizes = kernel.rank * inputs, kernel.rank * outputs
+        self.wide, self.tall = self._blocks("contract")[:2]
+        shares = self.tall * self.sizes[0] + self.wide * self.sizes[1]
+        self.shares = slices * (shares + self.wide * self.tall * self.scalars)
 
-    inputs: int
-    outputs: int
-    columns: tuple[int, int, int]
-    blocks: tuple[int, int, int]
-    flat: tuple[int, int]
-    height: int
-    recipe: dict[str, int] = field(hash=False)
+    def _walk(self, name: str) -> tuple[int, int]:
+        """Parts of a column, and rows of a part."""
+        rows, columns, _ = BLOCKS[name]
+        blocks = math.ceil(self.outputs / rows)
+        programs = math.ceil(self.inputs / columns) * self.slices
+        height = rows * math.ceil(blocks / min(blocks, MAX_SPLITS, math.ceil(PROGRAMS / programs)))
+        return math.ceil(self.outputs / height), height
 
-    @property
-    def total(self) -> int:
-        """Entries of a slice's matrix."""
-        return self.inputs * self.outputs
+    def _blocks(self, name: str) -> tuple[int, int, int]:
+        """Blocks of columns and of rows, and slices."""
+        rows, columns, _ = BLOCKS[name]
+        return math.ceil(self.inputs / columns), math.ceil(self.outputs / rows), self.slices
+
+    def _launch(
+        self, name: str, grid: tuple[int, int, int], *numbers: int, **constants: Any
+    ) -> Launch:
+        rows, columns, warps = BLOCKS[name]
+        blocks = self.recipe | constants | {"ROWS": rows, "COLUMNS": columns}
+        return Launch(name, grid, (self.inputs, self.outputs, *numbers), blocks, warps)
+
+    @cached_property
+    def prepare(self) -> Launch:
+        grid = self._blocks("prepare")[0], self.splits, self.slices
+        return self._launch("prepare", grid, self.height)
+
+    @cached_property
+    def merge(self) -> Launch:
+        return self._launch("merge", self._blocks("merge"), self.splits)
+
+    @cached_property
+    def apply(self) -> Launch:
+        """In backward, with the softmax's constants known."""
+        grid = self._blocks("apply")[0], self.apply_splits, self.slices
+        return self._launch("apply", grid, self.apply_splits, self.apply_height, FORM=self.form)
+
+    @cached_property
+    def apply_first(self) -> Launch:
+        """In forward, where the parts that ``prepare`` found are yet to be combined."""
+        rows, columns, warps = BLOCKS["prepare"]
+        blocks = self.recipe | {"FORM": self.form, "ROWS": rows, "COLUMNS": columns}
+        sizes = self.inputs, self.outputs, self.splits, self.height
+        return Launch("apply", self.prepare.grid, sizes, blocks, warps)
+
+    @cached_property
+    def contract(self) -> Launch:
+        grid = self._blocks("contract")
+        return self._launch("contract", grid, self.apply_splits, FORM=self.form)
+
+    @cached_property
+    def finish(self) -> Launch:
+        grid = math.ceil(self.total / FLAT), self.slices, 1
+        return Launch("finish", grid, (self.total,), {"FORM": self.form, "BLOCK": FLAT})
+
+    @cached_property
+    def gather(self) -> Launch:
+        programs = sum(math.ceil(size / GATHER) for size in self.sizes)
+        grid = programs + math.ceil(self.scalars / 8), self.slices, 1
+        constants = {"SCALARS": self.scalars, "BLOCK": GATHER}
+        return Launch("gather", grid, (*self.sizes, self.wide, self.tall), constants)
 
 
-@lru_cache(maxsize=256)
-def _plan(kernel: Kernel, slices: int, inputs: int, outputs: int) -> Plan:
-    """The plan for a layer of this shape."""
-    wide, narrow = math.ceil(inputs / COLUMNS), math.ceil(inputs / NARROW)
-    high = math.ceil(outputs / ROWS)
-    wanted = min(high, MAX_SPLITS, math.ceil(PROGRAMS / (narrow * slices)))
-    height = ROWS * math.ceil(high / wanted)
-    mixed = kernel.name == "mix-k"
-    recipe = {
-        "PIECES": kernel.pieces,
-        "COORDINATES": kernel.coordinates,
-        "MIXED": int(mixed),
-        "TEMPERATURE": int(mixed and kernel.temperature),
-        "LEARNED": int(kernel.learnable_coefficients),
-    }
-    columns = narrow, math.ceil(outputs / height), slices
-    flat = math.ceil(inputs * outputs / FLAT), slices
-    return Plan(inputs, outputs, columns, (wide, high, slices), flat, height, recipe)
+@lru_cache(maxsize=1024)
+def plan_of(kernel: Kernel, form: str, slices: int, inputs: int, outputs: int) -> Plan:
+    """The plan for layers of this shape."""
+    return Plan(kernel, form, slices, inputs, outputs)
 
 
-def _fill_ranks(budgets: tuple[int, ...], total: int, device: torch.device) -> Tensor:
-    ranks = torch.empty(len(budgets), dtype=torch.int32, device=device)
-    for rank, budget in zip(ranks.unbind(), budgets, strict=True):
-        rank.fill_(total - budget)
-    return ranks
+# Counters by layer, so that programs of layers on several streams are not counted together. Should
+# they be, a window is chosen too early or not at all, which costs time, and nothing else.
+_counters: OrderedDict[tuple[int, torch.device, int], Tensor] = OrderedDict()
 
 
-_remembered_ranks = lru_cache(maxsize=4096)(_fill_ranks)
-
-
-def _ranks(budgets: list[int], total: int, device: torch.device) -> Tensor:
-    """How many entries to drop of every slice; filled in on the device, as a copy would wait.
-
-    What is made during the capture of a graph belongs to the graph, and is not remembered.
-    """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return (_fill_ranks if capturing else _remembered_ranks)(tuple(budgets), total, device)
+def _counter(a: Tensor, slices: int) -> Tensor:
+    key = a.data_ptr(), a.device, slices
+    counter = _counters.get(key)
+    if counter is None:
+        with torch.inference_mode(False):
+            counter = _counters[key] = a.new_zeros(slices, dtype=torch.int32)
+        if len(_counters) > 4096:
+            _counters.popitem(last=False)
+    return counter
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -188,209 +263,74 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-class _Layer:
-    """The tensors of one call, and the launches on them."""
-
-    def __init__(self, update: UpdateLike, a: Tensor, b: Tensor, scalars: Tensor) -> None:
-        self.update, self.device = update, a.device
-        self.factors = tuple(t.detach().contiguous() for t in (a, b, scalars))
-        self.slices = a.shape[0]
-        self.plan = _plan(update.kernel, a.shape[0], a.shape[2], b.shape[2])
-        self.sizes = self.plan.inputs, self.plan.outputs
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        """Memory for the layer's matrix, (out, in)."""
-        return self.empty(self.slices * self.plan.outputs, self.plan.inputs, dtype=dtype)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing survives, so that there is nothing to compute."""
-        return self.update.form != "none" and not any(self.update.budgets)
-
-    def unchanged(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """W, or 0 without one."""
-        if weight is None:
-            return self.matrix(dtype).zero_()
-        return weight.detach().to(dtype, copy=True)
-
-    @cached_property
-    def ranks(self) -> Tensor | None:
-        if self.update.form == "none":
-            return None
-        return _ranks(self.update.budgets, self.plan.total, self.device)
-
-    def known(self) -> Constants | None:
-        """What earlier calls with the same parameters have found, if it is all that is needed."""
-        constants, selections = self.update.constants, self.update.selections
-        if self.update.form != "none" and selections is None:
-            return None
-        if not isinstance(constants, Constants):
-            constants = self.prepare(None)
-        if constants.selections is not selections and selections is not None:
-            constants.selections = selections
-            constants.numbers, constants.cuts = _as_tensors(selections, self.device)
-        self.update.constants = constants
-        return constants
-
-    def prepare(self, workspace: Tensor | None) -> Constants:
-        """What can be found before selection; the workspace is cleared at the same time."""
-        plan, a = self.plan, self.factors[0]
-        turned, softmax = self.empty(a.numel()), None
-        if plan.recipe["MIXED"]:
-            softmax = self.empty(2 * plan.columns[1] + 2, self.slices, plan.inputs)
-        words = 0 if workspace is None else workspace.numel()
-        _launch(
-            "prepare",
-            plan.columns,
-            *(*self.factors, self.ranks, turned, softmax, workspace, words),
-            *(*self.sizes, plan.height),
-            **plan.recipe,
-            ROWS=ROWS,
-            COLUMNS=NARROW,
-        )
-        return Constants(turned, softmax, ranks=self.ranks)
-
-    def find(self, weight: Tensor | None, out: Tensor) -> None:
-        """Merge and select, and write W + S to ``out``."""
-        update, plan = self.update, self.plan
-        workspace = self.empty(self.slices * WORDS, dtype=torch.int32)
-        constants = self.prepare(workspace)
-        merged = self.matrix(torch.float32)
-        _launch(
-            "merge",
-            plan.blocks,
-            *(constants.turned, *self.factors[1:], self.ranks, constants.softmax, merged),
-            *(workspace, *self.sizes, plan.columns[1]),
-            **plan.recipe,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
-        )
-        constants.combined = True
-        self.select(constants, merged, workspace, weight, out)
-        update.selections, update.constants = constants.selections, constants
-
-    def select(
-        self,
-        constants: Constants,
-        merged: Tensor,
-        workspace: Tensor,
-        weight: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        """Select from the merged matrices, whose first bits are counted, and write W + S."""
-        plan, matrix = self.plan, (merged, constants.ranks, workspace)
-        options = {"BLOCK": FLAT, "num_warps": 8}
-        for step in ("second", "third"):
-            _launch(step, plan.flat, *matrix, plan.total, **options)
-        numbers, cuts = self.empty(2, self.slices), self.empty(self.slices, dtype=torch.int32)
-        found = numbers, cuts, self.empty(*plan.flat, dtype=torch.int32)
-        _launch("select", plan.flat, *matrix, *found, plan.total, **options)
-        result = weight, out, self.update.scale, plan.total
-        _launch("finish", plan.flat, *matrix, *found, *result, FORM=self.update.form, **options)
-        columns = numbers[0].unbind(), cuts.unbind(), numbers[1].unbind()
-        constants.numbers, constants.cuts = numbers, cuts
-        constants.selections = [Selection(*values) for values in zip(*columns, strict=True)]
-
-    def function(self, constants: Constants) -> tuple[Tensor | None, ...]:
-        """All that determines S."""
-        factors = constants.turned, *self.factors[1:]
-        return *factors, constants.ranks, constants.softmax, constants.numbers, constants.cuts
-
-    def apply(
-        self,
-        constants: Constants,
-        weight: Tensor | None,
-        out: Tensor | None,
-        dense: Tensor | None = None,
-        weighted: Tensor | None = None,
-    ) -> None:
-        """Write W + S to ``out``, and Σ_o ∂L/∂merged · exp to ``weighted``, where given."""
-        plan, update = self.plan, self.update
-        _launch(
-            "apply",
-            plan.columns,
-            *self.function(constants),
-            *(weight, out, dense, weighted, update.scale, *self.sizes, plan.height),
-            **plan.recipe,
-            FORM=update.form,
-            COMBINE=not constants.combined,
-            ROWS=ROWS,
-            COLUMNS=NARROW,
-        )
-        constants.combined = True
-
-    def contract(self, constants: Constants, dense: Tensor, weighted: Tensor | None) -> Gradients:
-        """Gradients of A, B and the scalars from ∂L/∂S."""
-        plan, update, (a, b, scalars) = self.plan, self.update, self.factors
-        wide, high, slices = plan.blocks
-        count = scalars.numel() // slices
-        parts = (
-            self.empty(high, a.numel()),
-            self.empty(wide, b.numel()),
-            self.empty(wide * high, scalars.numel()),
-        )
-        _launch(
-            "contract",
-            plan.blocks,
-            *self.function(constants),
-            *(dense, weighted, *parts, update.scale, *self.sizes, plan.columns[1]),
-            **plan.recipe,
-            FORM=update.form,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
-        )
-        gradients = torch.empty_like(a), torch.empty_like(b), torch.empty_like(scalars)
-        sizes = a.numel() // slices, b.numel() // slices
-        programs = sum(math.ceil(size / GATHER) for size in sizes) + math.ceil(count / 8)
-        arguments = *parts, constants.ranks, *gradients, *sizes, wide, high, plan.total
-        _launch("gather", (programs, slices), *arguments, SCALARS=count, BLOCK=GATHER)
-        return gradients
+def _stream(device: torch.device) -> int | None:
+    """Of the launches; None under the interpreter."""
+    if device.type != "cuda":
+        return None
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
 
 
-def _as_tensors(selections: list[Selection], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(numbers, cuts) of ``Constants`` from selections that were found elsewhere."""
+def _key(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The types and alignment of tensors that come from elsewhere."""
+    return tuple(None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors)
 
-    def row(values: list[Any], dtype: torch.dtype) -> Tensor:
-        return torch.stack([torch.as_tensor(value, dtype=dtype, device=device) for value in values])
 
-    thresholds = row([selection.threshold for selection in selections], torch.float32)
-    subtracted = row([selection.subtracted for selection in selections], torch.float32)
-    cuts = row([selection.cut for selection in selections], torch.int32)
-    return torch.stack([thresholds, subtracted]), cuts
+def found_like(update: Update, a: Tensor, b: Tensor) -> Found:
+    """Uninitialised memory for what ``effective_weight`` finds."""
+    rows = update.kernel.rank + 2
+    selection = new_tensor(a, 4, a.shape[0], dtype=SELECTION_TYPE)
+    return Found(selection, new_tensor(a, a.shape[0], rows, a.shape[2]))
+
+
+def budgets_of(found: Found) -> Tensor:
+    """The entries to keep that a selection was made for."""
+    return found.selection[3]
 
 
 def effective_weight(
-    update: UpdateLike,
+    update: Update,
     weight: Tensor | None,
     a: Tensor,
     b: Tensor,
     scalars: Tensor,
+    budgets: Tensor,
     dtype: torch.dtype,
-) -> Tensor:
-    """W + S, or S alone without a weight, (out, in) in ``dtype``; not differentiable.
-
-    Shapes as in ``equations.kernels.merge``, with scalars (slices · K). Evaluated in single
-    precision and rounded once. Finds ``update.selections`` if none yet. Raises ``Broken``.
-    """
-    with _on(a.device):
-        layer = _Layer(update, a, b, scalars)
-        if layer.is_empty:
-            return layer.unchanged(weight, dtype)
-        base = None if weight is None else weight.detach().contiguous()
-        out = layer.matrix(dtype)
-        constants = layer.known()
-        if constants is None:
-            layer.find(base, out)
-        else:
-            layer.apply(constants, base, out)
-        return out
+    transient: bool = False,
+) -> tuple[Tensor, Found]:
+    """See ``backends.dispatch.effective_weight``. Raises ``Broken``."""
+    slices, _, inputs, _ = a.shape
+    plan = plan_of(update.kernel, update.form, slices, inputs, b.shape[2])
+    device = a.device
+    a, b, scalars = a.contiguous(), b.contiguous(), scalars.contiguous()
+    base = None if weight is None else weight.contiguous()
+    found = found_like(update, a, b)
+    work = torch.empty(plan.work, dtype=torch.float32, device=device)
+    out = torch.empty(slices * plan.outputs, inputs, dtype=dtype, device=device)
+    with _on(device):
+        start: dict[str, Any] = {
+            "key": (*_key(a, b, scalars, base, budgets), dtype),
+            "stream": _stream(device),
+        }
+        if update.form == "none":
+            nothing = None, found.constants, work, None, None
+            plan.prepare(a, b, scalars, *nothing, **start)
+            absent = None, base, out, None, None
+            plan.apply_first(b, scalars, found.constants, work, *absent, update.scale, **start)
+            return out, found
+        if budgets.device != device:
+            budgets = budgets.to(device)
+        workspace = torch.empty(plan.workspace, dtype=torch.int32, device=device)
+        shared = found.constants, work
+        plan.prepare(a, b, scalars, budgets, *shared, workspace, _counter(a, slices), **start)
+        places = workspace, found.selection
+        plan.merge(b, scalars, budgets, *shared, *places, **start)
+        plan.finish(work, found.selection, base, out, update.scale, **start)
+    return out, found
 
 
 def contract(
-    update: UpdateLike,
+    update: Update,
+    found: Found,
     dense: Tensor,
     weight: Tensor | None,
     a: Tensor,
@@ -399,25 +339,31 @@ def contract(
     needs_effective: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Gradients]:
-    """W + S again in ``dtype`` (if needed), and gradients of A, B and scalars in their own types.
-
-    dense: ∂L/∂(W + S), (out, in), of any type. Raises ``Broken``.
-    """
-    with _on(a.device):
-        layer = _Layer(update, a, b, scalars)
-        if layer.is_empty:
-            zeros = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(scalars)
-            return (layer.unchanged(weight, dtype) if needs_effective else None), zeros
-        base = None if weight is None else weight.detach().contiguous()
-        out = layer.matrix(dtype) if needs_effective else None
-        constants = layer.known()
-        if constants is None:
-            layer.find(None, layer.matrix(torch.float32))
-            constants = update.constants
-        dense, weighted = dense.contiguous(), None
-        if constants.softmax is not None:
-            weighted = layer.empty(layer.plan.columns[1], layer.slices, layer.plan.inputs)
-            layer.apply(constants, base, out, dense, weighted)
+    """See ``backends.dispatch.contract``; gradients in the parameters' types. Raises ``Broken``."""
+    slices, _, inputs, _ = a.shape
+    plan = plan_of(update.kernel, update.form, slices, inputs, b.shape[2])
+    device = a.device
+    a, b, scalars = a.contiguous(), b.contiguous(), scalars.contiguous()
+    base = None if weight is None else weight.contiguous()
+    dense = dense.contiguous()
+    selection = None if update.form == "none" else found.selection
+    out = weighted = None
+    if needs_effective:
+        out = torch.empty(slices * plan.outputs, inputs, dtype=dtype, device=device)
+    if plan.mixed:
+        weighted = torch.empty(plan.weighted, dtype=torch.float32, device=device)
+    parts = torch.empty(plan.shares, dtype=torch.float32, device=device)
+    gradients = torch.empty_like(a), torch.empty_like(b), torch.empty_like(scalars)
+    with _on(device):
+        key = *_key(a, b, scalars, base, dense), dtype, needs_effective
+        start: dict[str, Any] = {"key": key, "stream": _stream(device)}
+        function = b, scalars, found.constants
+        if plan.mixed:
+            places = selection, base, out, dense, weighted
+            plan.apply(*function, None, *places, update.scale, **start)
         elif out is not None:
-            layer.apply(constants, base, out)
-        return out, layer.contract(constants, dense, weighted)
+            absent = None, None
+            plan.apply(*function, None, selection, base, out, *absent, update.scale, **start)
+        plan.contract(*function, selection, dense, weighted, parts, update.scale, **start)
+        plan.gather(parts, selection, *gradients, **start)
+    return out, gradients

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from snella.quick.segmentation_shapes import Renderer
-from snella.tasks.segmentation.sam import (
+from snella.models.sam import (
     build_sam,
     mask_loss,
     pixel_statistics,
     positions,
 )
+from snella.quick.segmentation_shapes import Renderer
 
 log = logging.getLogger(__name__)
 

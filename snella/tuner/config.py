@@ -7,26 +7,30 @@ code: SNELL is ``allocation=False, kernel="piecewise-linear"``, KLoRA also ``spa
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from snella.equations.allocation import SCHEDULES, SCORES
 from snella.equations.kernels import Kernel
 from snella.equations.sparsify import BUDGET_RULES, FORMS
 from snella.errors import UserError, unknown
-
-
-class SnellaPeftType(enum.StrEnum):
-    """PEFT's own enum is closed; a str member equal to its name works wherever PEFT looks it up."""
-
-    SNELLA = "SNELLA"
-
+from snella.tuner.registration import peft_type
 
 # The released code gives dropout to the updates of all layers but these.
 _ATTENTION_OUTPUTS = ("proj", "o_proj", "out_proj", "to_out.0", "attention.output.dense")
+# Layers that stack several matrices along their output, and how many: timm, CLIP; GPT-2; Flux.
+FUSED_PARTS = {
+    "qkv": 3,
+    "kv": 2,
+    "to_qkv": 3,
+    "to_kv": 2,
+    "c_attn": 3,
+    "in_proj_weight": 3,
+}
 # name of the field: (paper, released)
 _VARIANTS: dict[str, tuple[Any, Any]] = {
     "coefficients": ("learnable", "fixed"),
@@ -54,6 +58,34 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "smoothing_start": ("first-step", "zero"),
     "nonfinite": ("skip-step", "zero-entries"),
 }
+# Fields of PEFT's other methods that SNELLA does not have, and what to do instead.
+_ELSEWHERE = {
+    "r": "the rank is called rank",
+    "lora_alpha": "SNELLA has no alpha; scale a trained adapter with set_scale",
+    "alpha_pattern": "SNELLA has no alpha",
+    "lora_dropout": "it is called dropout",
+    "init_lora_weights": "it is called init_weights",
+    "bias": "biases stay frozen; name modules to train in full in modules_to_save",
+    "use_dora": "DoRA is a method of its own",
+    "use_rslora": "SNELLA has no alpha to scale with the rank",
+    "fan_in_fan_out": "the layer's type decides",
+    "target_parameters": "SNELLA adapts modules; nn.MultiheadAttention is one",
+    "layer_replication": "layers that share their weights would share their budget",
+    "trainable_token_indices": "name the embedding in target_modules or modules_to_save",
+    "megatron_config": "parallel layers hold part of a matrix, whose entries compete as a whole",
+}
+_CARD = """## Loading
+
+This adapter is a SNELLA adapter. PEFT loads it once `snella` has been imported (without it, loading
+ends with `KeyError: 'SNELLA'`):
+
+```python
+import snella
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path or hub id of this adapter")
+```
+"""
 _FRACTIONS = ("initial_sparsity", "target_sparsity", "beta1", "beta2")
 
 
@@ -62,17 +94,21 @@ class SnellaConfig(PeftConfig):
     """Configuration of a SNELLA adapter.
 
     Which layers
-        target_modules: linear layers to adapt: names, a regular expression, or None for those of
-            the blocks of a ViT, Swin, ConvNeXt, SAM encoder or diffusion transformer.
-        exclude_modules, layers_to_transform, layers_pattern: as everywhere in PEFT.
+        target_modules: layers to adapt: names, a regular expression, "all-linear", or None for
+            those of attention and MLP in the numbered blocks of a transformer or ConvNeXt.
+        exclude_modules, layers_to_transform, layers_pattern: as everywhere in PEFT; they narrow
+            the default too.
         modules_to_save: modules trained in full and saved with the adapter, e.g. ``["head"]``.
         fused_parts: layers that stack several matrices along their output, and into how many equal
             parts they fall. Each part has its own kernel, budget and threshold.
     Merged matrix (Eq. 6, Table 14)
-        rank, pieces: r and P; the pieces share the rank.
+        rank, pieces: r and P; the pieces share the rank. rank_pattern: other ranks of layers by
+            name or regular expression, as in PEFT.
         kernel: mix-k, piecewise-linear, linear, sigmoid, rbf or rbf-normalised.
         coefficients: piece coefficients c_p "learnable", or "fixed" at ±0.1.
         temperature: a learnable temperature in the softmax of mix-k.
+        init_weights: False starts with the small random update of the paper; True at the
+            backbone's function, by a learned factor per matrix that starts at 0 (docs/snella.md).
     Sparsity (Eq. 13)
         sparsify: "paper" (Eq. 13), "released" (W·|W| above the threshold) or "none".
         initial_sparsity, target_sparsity: share of entries at zero when training starts and ends;
@@ -101,18 +137,20 @@ class SnellaConfig(PeftConfig):
     """
 
     rank: int = 8
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    fused_parts: dict[str, int] = field(default_factory=lambda: {"qkv": 3, "kv": 2})
+    fused_parts: dict[str, int] = field(default_factory=lambda: dict(FUSED_PARTS))
     variant: str = "paper"
 
     kernel: str = "mix-k"
     pieces: int = 2
     coefficients: str | None = None
     temperature: bool | None = None
+    init_weights: bool = False
 
     sparsify: str | None = None
     budget_rule: str | None = None
@@ -142,7 +180,7 @@ class SnellaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = SnellaPeftType.SNELLA
+        self.peft_type = peft_type()
         if self.variant not in ("paper", "released"):
             raise unknown("variant", self.variant, ("paper", "released"))
         for name, values in _VARIANTS.items():
@@ -170,16 +208,26 @@ class SnellaConfig(PeftConfig):
             raise UserError("layers_pattern needs layers_to_transform.")
         if self.sparsify == "none" and self.allocation:
             raise UserError('sparsify="none" keeps every entry: also set allocation=False.')
-        self.merge_kernel  # noqa: B018  raises the user's error for kernel, rank and pieces
+        if self.init_weights not in (True, False):
+            raise UserError(f"init_weights must be True or False, got {self.init_weights!r}.")
+        for key in ("", *self.rank_pattern):
+            self.kernel_of(key)  # raises the user's error for kernel, rank and pieces
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as saved, in a reproducible order."""
-        fields = super().to_dict()
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
+        values = super().to_dict()
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, and into the model card how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if card.is_file() and _CARD not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(text.rstrip() + "\n\n" + _CARD, encoding="utf-8")
 
     @property
     def merge_kernel(self) -> Kernel:
-        """The kernel as the mathematics sees it."""
+        """The kernel as the mathematics sees it, of layers that rank_pattern does not name."""
         return Kernel(
             self.kernel,
             self.rank,
@@ -188,6 +236,11 @@ class SnellaConfig(PeftConfig):
             temperature=bool(self.temperature),
         )
 
+    def kernel_of(self, key: str) -> Kernel:
+        """The kernel of the layer at path ``key``."""
+        pattern = get_pattern_key(list(self.rank_pattern), key)
+        return replace(self.merge_kernel, rank=self.rank_pattern.get(pattern, self.rank))
+
     @property
     def sparsity_at_start(self) -> float:
         """Of a fresh adapter; uniform sparsity and constant schedules start at the target."""
@@ -195,3 +248,27 @@ class SnellaConfig(PeftConfig):
             return self.target_sparsity
         assert self.initial_sparsity is not None
         return self.initial_sparsity
+
+
+def _refuse_unknown_fields(cls: type[SnellaConfig]) -> None:
+    """Let the constructor say what stands in for a field that SNELLA does not have.
+
+    The error is the TypeError that PEFT expects, so that files of later versions load.
+    """
+    generated, known = cls.__init__, {f.name for f in fields(cls)}
+
+    def __init__(self: SnellaConfig, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                reason = _ELSEWHERE.get(name) or str(unknown("field", name, known))
+                raise TypeError(
+                    f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}: "
+                    f"{reason}."
+                )
+        generated(self, *args, **kwargs)
+
+    setattr(__init__, "__wrapped__", generated)  # noqa: B010  the signature, for help()
+    setattr(cls, "__init__", __init__)  # noqa: B010
+
+
+_refuse_unknown_fields(SnellaConfig)

@@ -55,6 +55,12 @@ def convert_to_lora(
     }
     if not layers:
         raise UserError(f"The model has no SNELLA adapter called {adapter_name!r}.")
+    for name, layer in layers.items():
+        if not layer.supports_lora_conversion(adapter_name):
+            raise UserError(
+                f"{name!r} is no linear layer, and cannot be converted to LoRA; leave it out "
+                "of the adapter with exclude_modules."
+            )
     config, state = peft_convert_to_lora(model, rank, adapter_name)
     state = {name: value.clone().contiguous() for name, value in state.items()}
     errors, lost, total = {}, 0.0, 0.0

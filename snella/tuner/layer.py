@@ -8,59 +8,50 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from snella.backends.update import Update
 from snella.equations import sparsify
 from snella.equations.kernels import Kernel, initial_factor
-from snella.errors import UserError
+from snella.tuner.budget import Budgets
 from snella.tuner.config import SnellaConfig
+from snella.tuner.fold import Fold
 from snella.tuner.functional import merged_weight
-
-# Training steps seen without a hook before they are taken to be forgotten; a loaded state or a
-# learning-rate finder may change the parameters a few times before training begins.
-PATIENCE = 3
-
-
-def identity(tensor: Tensor) -> tuple[int, int]:
-    """Changes whenever the tensor is written to or replaced (except through ``.data``)."""
-    return tensor._version, tensor.data_ptr()
+from snella.tuner.identity import enlarge
 
 
 class SnellaLayer(BaseTunerLayer):
     """State of the SNELLA adapters of one linear layer, by adapter name."""
 
-    adapter_layer_names = ("snella_A", "snella_B", "snella_scalars")
+    adapter_layer_names = ("snella_A", "snella_B", "snella_scalars", "snella_gate")
     other_param_names = (
         "snella_budget",
         "settings",
         "kernels",
         "scaling",
         "allocators",
-        "_cache",
-        "_budgets",
     )
 
-    def __init__(self, base_layer: nn.Linear, slices: int) -> None:
+    base_layer: Any
+    key: str  # path of the layer in the model
+    parameter: str  # name of the adapted parameter in the base layer
+
+    def __init__(self, base_layer: nn.Module, slices: int, shape: tuple[int, int]) -> None:
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.out_features, self.in_features = shape
         self.slices = slices
         self.snella_A = nn.ParameterDict()
         self.snella_B = nn.ParameterDict()
         self.snella_scalars = nn.ParameterDict()
-        self.snella_budget = BufferDict(persistent=True)
+        self.snella_gate = nn.ParameterDict()
+        self.snella_budget = Budgets()
         self.settings: dict[str, SnellaConfig] = {}
         self.kernels: dict[str, Kernel] = {}
         self.scaling: dict[str, float] = {}
         self.allocators: dict[str, Any] = {}
-        self._cache: dict[str, tuple[tuple[Any, ...], Update]] = {}
-        self._budgets: dict[str, tuple[tuple[int, int], list[int]]] = {}
-        self._folded: tuple[tuple[Any, ...], Tensor] | None = None
-        self._generation = 0
-        self._trained: Update | None = None
-        self._unseen_steps = 0
+        self._updates: dict[str, Update] = {}
+        self._folded = Fold()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -73,18 +64,23 @@ class SnellaLayer(BaseTunerLayer):
         self, adapter_name: str, config: SnellaConfig, inference_mode: bool = False
     ) -> None:
         """Create a fresh adapter of this name."""
-        kernel = config.merge_kernel
+        kernel = config.kernel_of(self.key)
         self.settings[adapter_name] = config
         self.kernels[adapter_name] = kernel
         self.scaling[adapter_name] = 1.0
+        self._updates.pop(adapter_name, None)
         factor_a = initial_factor(kernel, self.slices, self.in_features)
         factor_b = initial_factor(kernel, self.slices, self.out_features // self.slices)
+        # One vector, so that optimizers that decay matrices only leave the scalars alone.
+        scalars = torch.tensor(list(kernel.scalars.values()) * self.slices)
+        if config.init_weights:
+            weight = getattr(self.base_layer, self.parameter)
+            enlarge(kernel, str(config.sparsify), factor_a, factor_b, scalars, weight)
+            self.snella_gate[adapter_name] = nn.Parameter(torch.zeros(self.slices))
         self.snella_A[adapter_name] = nn.Parameter(factor_a)
         self.snella_B[adapter_name] = nn.Parameter(factor_b)
         if kernel.scalars:
-            # One vector, so that optimizers that decay matrices only leave the scalars alone.
-            values = torch.tensor(list(kernel.scalars.values()) * self.slices)
-            self.snella_scalars[adapter_name] = nn.Parameter(values)
+            self.snella_scalars[adapter_name] = nn.Parameter(scalars)
         budget = sparsify.budget_from_sparsity(
             config.sparsity_at_start, self.slice_size, str(config.budget_rule)
         )
@@ -98,65 +94,49 @@ class SnellaLayer(BaseTunerLayer):
             budget = [min(b, self.slice_size - 1) for b in budget]
         self.snella_budget[adapter_name].copy_(torch.tensor(budget))
 
-    def hook_called(self) -> None:
-        """Note that training calls the hooks, and that the parameters may have changed."""
-        self._unseen_steps = 0
-        self._generation += 1
-
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The sparse update S, shape (out, in), differentiable; in the adapter's own precision."""
-        return merged_weight(None, *self._tensors(adapter_name), self._update(adapter_name))
+        delta = merged_weight(None, *self._tensors(adapter_name), self._update(adapter_name))
+        gate = self._gate(adapter_name)
+        return delta if gate is None else delta * self._per_output(gate).unsqueeze(1)
 
-    def _tensors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        a, b = self.snella_A[adapter_name], self.snella_B[adapter_name]
-        if adapter_name in self.snella_scalars:
-            return a, b, self.snella_scalars[adapter_name]
-        return a, b, a.new_zeros(0)
+    def _gate(self, adapter_name: str) -> Tensor | None:
+        """The learned factor on S of every slice, of adapters that start at the identity."""
+        gates = self.snella_gate
+        return gates[adapter_name] if adapter_name in gates else None  # noqa: SIM401  no .get
+
+    def _per_output(self, values: Tensor) -> Tensor:
+        """(slices,) to (out,)."""
+        return values.repeat_interleave(self.out_features // self.slices)
+
+    def _tensors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A, B, scalars and budgets."""
+        # Not by attributes: modules look those up slowly, which at every layer and step adds up.
+        own = self._modules
+        a, b = own["snella_A"][adapter_name], own["snella_B"][adapter_name]
+        scalars = own["snella_scalars"]
+        values = scalars[adapter_name] if adapter_name in scalars else a.new_zeros(0)
+        return a, b, values, own["snella_budget"][adapter_name]
 
     def _update(self, adapter_name: str) -> Update:
-        """The adapter's current function; its thresholds are found anew only after a change."""
-        # The generation covers optimizers that write through .data, which versions do not show.
-        state = (
-            self._generation,
-            self.scaling[adapter_name],
-            *map(identity, (*self._tensors(adapter_name), self.snella_budget[adapter_name])),
-        )
-        cached = self._cache.get(adapter_name)
-        if cached is not None and cached[0] == state:
-            return cached[1]
-        config = self.settings[adapter_name]
-        update = Update(
-            self.kernels[adapter_name],
-            str(config.sparsify),
-            self._host_budget(adapter_name),
-            self.scaling[adapter_name],
-            config.keep_merged,
-            config.compile,
-        )
-        self._cache[adapter_name] = (state, update)
+        """The choices that make the adapter's function."""
+        update, scale = self._updates.get(adapter_name), self.scaling[adapter_name]
+        if update is None or update.scale != scale:
+            config = self.settings[adapter_name]
+            update = self._updates[adapter_name] = Update(
+                self.kernels[adapter_name],
+                str(config.sparsify),
+                float(scale),
+                config.keep_merged,
+                config.compile,
+            )
         return update
 
-    def _host_budget(self, adapter_name: str) -> list[int]:
-        """Entries to keep per slice; read from the device only after they have changed."""
-        budget = self.snella_budget[adapter_name]
-        cached = self._budgets.get(adapter_name)
-        if cached is None or cached[0] != identity(budget):
-            cached = self._budgets[adapter_name] = (identity(budget), budget.tolist())
-        return cached[1]
-
-    def _check_hooks(self, adapter_name: str, update: Update) -> None:
-        """Raise if training goes on although nobody calls the hooks that allocation needs."""
-        if update is self._trained or not self.settings[adapter_name].allocation:
-            return
-        self._trained = update
-        self._unseen_steps += 1
-        if self._unseen_steps > PATIENCE:
-            raise UserError(
-                "SNELLA's budget allocation needs two calls that were never made: "
-                "model.on_epoch_start(epoch, epochs) before every epoch and model.on_step_end() "
-                "after every optimizer.step(), before zero_grad() (with transformers' Trainer: "
-                "callbacks=[SnellaCallback()]). To train without, set allocation=False."
-            )
+    def _watch(self, adapter_name: str) -> None:
+        """Note a forward pass in training, for an adapter whose allocation needs the hooks."""
+        factor, allocator = self.snella_A[adapter_name], self.allocators.get(adapter_name)
+        if allocator is not None and allocator.config.allocation and factor.requires_grad:
+            allocator.watch.on_forward(factor)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the update by ``scale`` (1 is as trained)."""

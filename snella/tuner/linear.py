@@ -9,22 +9,30 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
 
-from snella.backends.update import effective_weight
+from snella.backends.dispatch import effective_weight
 from snella.errors import UserError
+from snella.tuner import offloading
+from snella.tuner.calling import call_with
 from snella.tuner.config import SnellaConfig
 from snella.tuner.functional import merged_linear, merged_weight
-from snella.tuner.layer import SnellaLayer, identity
+from snella.tuner.layer import SnellaLayer
+from snella.tuner.shapes import shape_of
 
 
 class SnellaLinear(nn.Module, SnellaLayer):
     """``nn.Linear`` with SNELLA adapters."""
 
+    base_layer: Any
+
+    parameter = "weight"  # name of the adapted parameter in the base layer
+
     def __init__(
-        self, base_layer: nn.Linear, adapter_name: str, config: SnellaConfig, slices: int, key: str
+        self, base_layer: nn.Module, adapter_name: str, config: SnellaConfig, slices: int, key: str
     ) -> None:
         super().__init__()
-        SnellaLayer.__init__(self, base_layer, slices)
+        SnellaLayer.__init__(self, base_layer, slices, shape_of(base_layer))
         self.key = key
         self._active_adapter = adapter_name
         self._warned = False
@@ -36,23 +44,78 @@ class SnellaLinear(nn.Module, SnellaLayer):
         names = self._live_adapters()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        if self._folds(names):
-            return F.linear(x, self._fold(names), bias)
-        self._folded = None
-        y = None
+        with offloading.loaded(self):
+            return self._forward(names, x, *args, **kwargs)
+
+    def _forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer
+        absent = self._hidden()
+        if not absent and self._folds(names):
+            weight = self._fold(names)
+            if is_plain(base):
+                return F.linear(x, weight, base.bias)
+            return call_with(base, {"weight": weight}, (x, *args), kwargs)
+        self._begin(names)
+        inside = None if absent else next((n for n in names if self._joins(n)), None)
+        if inside is None:
+            y = base(x, *args, **kwargs)
+        elif is_plain(base):
+            tensors, update = self._tensors(inside), self._update(inside)
+            y = merged_linear(x, base.weight, base.bias, *tensors, update)
+        else:
+            weight = self._merged(base.weight, inside)
+            y = call_with(base, {"weight": weight}, (x, *args), kwargs)
         for name in names:
-            tensors, update = self._tensors(name), self._update(name)
-            if self.training:
-                self._check_hooks(name, update)
-            if y is None and not self._drops(name):
-                y = merged_linear(x, weight, bias, *tensors, update)
-                continue
-            y = self.base_layer(x) if y is None else y
-            product = merged_linear(self._dropout(x, name), None, None, *tensors, update)
-            y = y + self._drop_path(product, name).to(y.dtype)
-        assert y is not None
+            if name != inside:
+                y = y + self._product(x, name).to(y.dtype)
         return y
+
+    def _product(self, x: Tensor, name: str) -> Tensor:
+        """x Sᵀ of one adapter, with its dropout and its gate."""
+        tensors, update = self._tensors(name), self._update(name)
+        product = merged_linear(self._dropout(x, name), None, None, *tensors, update)
+        gate = self._gate(name)
+        if gate is not None:
+            product = product * self._per_output(gate)
+        return self._drop_path(product, name)
+
+    def _joins(self, name: str) -> bool:
+        """Whether the update shares the product with the frozen weight."""
+        return not self._drops(name) and self._gate(name) is None
+
+    def _hidden(self) -> bool:
+        """Whether the frozen weight cannot be read: offloaded until the base layer is called, or
+        quantised."""
+        weight: Tensor = self.base_layer.weight
+        return (
+            weight.is_meta
+            or self.quantization_backend is not None
+            or not weight.is_floating_point()
+        )
+
+    def _base_matrix(self) -> Tensor:
+        """The frozen weight as a matrix (out, in)."""
+        weight: Tensor = self.base_layer.weight
+        return weight
+
+    def _native(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the shape of the frozen weight."""
+        return matrix
+
+    def _begin(self, names: list[str]) -> None:
+        """Before a forward that does not fold."""
+        if torch.compiler.is_compiling():
+            return
+        self._folded.clear()
+        if torch.is_grad_enabled():
+            for name in names:
+                self._watch(name)
+
+    def _merged(self, weight: Tensor, name: str) -> Tensor:
+        """W + S, differentiable; the caller's product keeps it for backward."""
+        if self._gate(name) is not None:
+            return weight + self.get_delta_weight(name).to(weight.dtype)
+        return merged_weight(weight, *self._tensors(name), self._update(name))
 
     @property
     def weight(self) -> Tensor:
@@ -61,26 +124,32 @@ class SnellaLinear(nn.Module, SnellaLayer):
         Differentiable, but the caller's product keeps the merged matrix for backward, and dropout
         on the update does not act.
         """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         names = self._live_adapters()
-        weight = self.base_layer.weight
-        if not names:
-            return weight
-        if self._folds(names):
-            return self._fold(names)
-        self._folded = None
+        if not names or self._hidden():
+            return self._native(self._base_matrix())
+        self._warn_of_dropout(names)
+        return self._effective(names)
+
+    def _effective(self, names: list[str]) -> Tensor:
+        """W + S of these adapters, in the shape of the frozen weight."""
+        weight = self._base_matrix()
+        if names and self._folds(names):
+            return self._native(self._fold(names))
+        self._begin(names)
         for name in names:
-            update = self._update(name)
-            if self.training:
-                self._check_hooks(name, update)
-            if self._drops(name) and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"The module around {self.key!r} reads its weight instead of calling it: "
-                    "dropout on the SNELLA update has no effect there.",
-                    stacklevel=2,
-                )
-            weight = merged_weight(weight, *self._tensors(name), update)
-        return weight
+            weight = self._merged(weight, name)
+        return self._native(weight)
+
+    def _warn_of_dropout(self, names: list[str]) -> None:
+        if not self._warned and any(self._drops(name) for name in names):
+            self._warned = True
+            warnings.warn(
+                f"The module around {self.key!r} reads its weight instead of calling it: "
+                "dropout on the SNELLA update has no effect there.",
+                stacklevel=3,
+            )
 
     def _live_adapters(self) -> list[str]:
         """Adapters that act now, apart from those merged into the frozen weight."""
@@ -90,7 +159,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
 
     def _folds(self, names: list[str]) -> bool:
         """Whether one plain matrix does: no gradient for the update, and no dropout on it."""
-        if any(self._drops(name) for name in names):
+        if torch.compiler.is_compiling() or any(self._drops(name) for name in names):
             return False
         if torch.is_grad_enabled():
             return not any(t.requires_grad for name in names for t in self._tensors(name))
@@ -121,29 +190,28 @@ class SnellaLinear(nn.Module, SnellaLayer):
 
     def _fold(self, names: list[str]) -> Tensor:
         """W + S as a plain matrix, kept while nothing changes: evaluation costs what W does."""
-        weight = self.base_layer.weight
-        updates = [self._update(name) for name in names]
-        state = (identity(weight), *updates)
-        if self._folded is None or self._folded[0] != state:
-            with torch.inference_mode(False), torch.no_grad():
-                folded = weight
-                for name, update in zip(names, updates, strict=True):
-                    folded = effective_weight(update, folded, *self._tensors(name))
-                self._folded = (state, folded.to(weight.dtype))
-        return self._folded[1]
+        parts = []
+        for name in names:
+            gate = self._gate(name)
+            factor = None if gate is None else self._per_output(gate)
+            parts.append((self._update(name), self._tensors(name), factor))
+        return self._folded.of(self._base_matrix(), parts)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the active (or named) adapters into the frozen weight."""
-        self._folded = None
+        self._folded.clear()
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.snella_A:
                 continue
-            weight = self.get_base_weight()
-            merged = effective_weight(self._update(name), weight, *self._tensors(name))
+            weight = self._readable()
+            if self._gate(name) is None:
+                merged, _ = effective_weight(self._update(name), weight, *self._tensors(name))
+            else:
+                merged = weight + self.get_delta_weight(name)
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"{self.key}: adapter {name!r} is not finite; it was not merged.")
-            weight.copy_(merged)
+            self._write(merged)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -151,34 +219,47 @@ class SnellaLinear(nn.Module, SnellaLayer):
         """Subtract the merged adapters again."""
         if not self.merged:
             warnings.warn(f"{self.key} is not merged; nothing to do.", stacklevel=2)
-        weight = self.get_base_weight()
         while self.merged_adapters:
             delta = self.get_delta_weight(self.merged_adapters.pop())
-            weight.copy_(weight.to(delta.dtype) - delta)
+            self._write(self._readable().to(delta.dtype) - delta)
+
+    def _readable(self) -> Tensor:
+        """The frozen weight as a matrix, of a quantised layer dequantised."""
+        if not self._hidden():
+            return self._base_matrix()
+        backend = self.quantization_backend
+        if backend is None or not backend.supports_merge:
+            raise UserError(
+                f"{self.key}: its weight is kept by {backend.backend_name if backend else 'meta'}, "
+                "which cannot take an update in. Keep the adapter apart."
+            )
+        state = getattr(self.base_layer.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise UserError(
+                f"{self.key}: bitsandbytes packed its weight for a CPU at the first evaluation, "
+                "which PEFT cannot unpack. Merge before the first forward in eval mode."
+            )
+        weight: Tensor = backend.get_base_weight(self.get_base_layer())
+        return weight
+
+    def _write(self, matrix: Tensor) -> None:
+        """Set the frozen weight from a matrix."""
+        if self._hidden():
+            self.set_base_weight(matrix)
+        else:
+            getattr(self.base_layer, self.parameter).data.copy_(self._native(matrix))
 
     def __repr__(self) -> str:
         return f"snella.{super().__repr__()}"
 
 
-def slices_of(key: str, config: SnellaConfig) -> int:
-    """Number of matrices that the layer at path ``key`` stacks."""
-    return config.fused_parts.get(key.rpartition(".")[2], 1)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def create_layer(
-    target: nn.Module, adapter_name: str, config: SnellaConfig, key: str
-) -> SnellaLinear:
-    """Wrap one linear layer, or say which module cannot be adapted and why."""
-    if not isinstance(target, nn.Linear) or not target.weight.is_floating_point():
-        raise UserError(
-            f"SNELLA adapts torch.nn.Linear with floating-point weights; {key!r} is "
-            f"{type(target).__name__}. Name the linear layers in target_modules, or leave this one "
-            f"out with exclude_modules=[{key!r}]."
-        )
-    slices = slices_of(key, config)
-    if target.out_features % slices:
-        raise UserError(
-            f"{key!r} has {target.out_features} outputs, which fused_parts cannot cut into "
-            f"{slices} equal parts."
-        )
-    return SnellaLinear(target, adapter_name, config, slices, key)
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling a linear layer does no more than ``F.linear`` with its weight and bias."""
+    if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:
+        return False
+    if any(getattr(layer, name) for name in _HOOKS):
+        return False
+    return not any(getattr(torch_module, f"_global{name}") for name in _HOOKS)

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+import copy
+import types
+from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftModel
+import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from peft.utils.constants import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    MIN_TARGET_MODULES_FOR_OPTIMIZATION,
+)
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import Tensor, nn
 
 from snella.errors import UserError
-from snella.tuner import allocator
+from snella.tuner import allocator, saving
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
-from snella.tuner.linear import create_layer, slices_of
-
-# Linear layers of attention and MLP inside a numbered block, as timm, transformers, diffusers,
-# segment-anything and open_clip name them.
-_NAMES = (
-    r"qkv|kv|q|k|v|query|key|value|[qkvo]_proj|out_proj|proj|to_[qkv]|to_out\.0|to_add_out|"
-    r"add_[qkv]_proj|attention\.output\.dense|intermediate\.dense|output\.dense|"
-    r"fc1|fc2|w12|w3|lin1|lin2|linear1|linear2|c_fc|c_proj|net\.0\.proj|net\.2"
-)
-DEFAULT_TARGETS = re.compile(rf"(.*\.)?\d+\.(.*\.)?({_NAMES})")
+from snella.tuner.layers import create_layer, slices_of
+from snella.tuner.shapes import is_attention
+from snella.tuner.targets import check_layer_index, default_targets
 
 
 class SnellaModel(BaseTuner):
@@ -39,23 +38,36 @@ class SnellaModel(BaseTuner):
     tuner_layer_cls = SnellaLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Adapt ``model``; a configuration that PEFT completes is copied first.
+
+        So one ``SnellaConfig`` can adapt several models.
+        """
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, SnellaConfig)
+        if _will_be_written_to(config.target_modules):
+            self.peft_config[adapter_name] = copy.deepcopy(config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        allocator.attach(model, adapter_name)
+        if hasattr(type(model), "save_lora_adapter"):
+            # Bound, so that copies of the model have a method of their own.
+            bound = types.MethodType(saving.save_lora_adapter, model)
+            object.__setattr__(model, "save_lora_adapter", bound)
+
     def _prepare_adapter_config(
         self, peft_config: PeftConfig, model_config: dict[str, Any]
     ) -> PeftConfig:
         assert isinstance(peft_config, SnellaConfig)
         if peft_config.target_modules is None:
-            names = {
-                name
-                for name, module in self.model.named_modules()
-                if isinstance(module, nn.Linear | SnellaLayer) and DEFAULT_TARGETS.fullmatch(name)
-            }
-            if not names:
-                raise UserError(
-                    f"No linear layers to adapt were recognised in {type(self.model).__name__}; "
-                    "name them with SnellaConfig(target_modules=[...])."
-                )
-            peft_config.target_modules = sorted(names)
+            peft_config.target_modules = default_targets(self.model, peft_config)
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        assert isinstance(peft_config, SnellaConfig)
+        return check_layer_index(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -69,17 +81,28 @@ class SnellaModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, SnellaConfig)
         if isinstance(target, SnellaLayer):
-            if target.slices != slices_of(current_key, peft_config):
+            if target.settings.get(adapter_name) is peft_config:
+                return  # the projection after attention, which came with the attention
+            if target.slices != slices_of(current_key, target.get_base_layer(), peft_config):
                 raise UserError(
                     f"{current_key!r} holds an adapter that cuts it into {target.slices} part(s); "
                     "give all adapters of a model the same fused_parts."
                 )
             target.update_layer(adapter_name, peft_config, peft_config.inference_mode)
             return
-        layer = create_layer(target, adapter_name, peft_config, current_key)
+        quantization = get_quantization_kwargs(self.model)
+        layer = create_layer(target, adapter_name, peft_config, current_key, **quantization)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if is_attention(new_module):  # unloaded: PEFT would look for its weight
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def on_epoch_start(self, epoch: int, epochs: int, steps_per_epoch: int | None = None) -> None:
         """Lower the budget for this epoch (0 … ``epochs`` − 1) and share it out among layers."""
@@ -89,16 +112,62 @@ class SnellaModel(BaseTuner):
         """Take in the gradients of the step just made; call before they are cleared."""
         allocator.on_step_end(self.model)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What PEFT saves of this adapter; warns if it is denser than it was asked to be."""
+        allocator.check_density(model, adapter_name)
+        state: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return state
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """For this model; an adapter saved without gates (init_weights=False) has them at 1."""
+        state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        gates = {
+            f"{name}.snella_gate.{adapter_name}": layer.snella_gate[adapter_name]
+            for name, layer in model.named_modules()
+            if isinstance(layer, SnellaLayer) and adapter_name in layer.snella_gate
+        }
+        if gates and not any(".snella_gate." in name for name in state):
+            state |= {
+                name: torch.ones(gate.shape, dtype=gate.dtype) for name, gate in gates.items()
+            }
+        return state
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT passes ``adapter_names`` of mixed batches here."""
+        if kwargs.get("adapter_names") is not None:
+            raise UserError(
+                "SNELLA has no batches of mixed adapters: every adapter is a whole weight matrix. "
+                "Call the model once per adapter (set_adapter)."
+            )
+        yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not offered, see the message."""
+        raise UserError(
+            "SNELLA has no add_weighted_adapter: a sum of sparse updates is not the update of one "
+            "pair of factors. Activate several adapters (model.base_model.set_adapter([...])) and "
+            "weigh them with layer.set_scale(name, weight), or use convert_to_lora first."
+        )
 
 
-def load_adapter(model: nn.Module, path: str | Path, trainable: bool = False) -> PeftModel:
-    """Put a saved SNELLA adapter on its backbone, in a process that has not imported SNELLA yet.
-
-    The same as ``PeftModel.from_pretrained`` after ``import snella.tuner``. Raises ``UserError`` if
-    the folder holds no adapter.
-    """
-    if not (Path(path) / "adapter_config.json").is_file():
-        raise UserError(f"{path} holds no adapter: it has no adapter_config.json.")
-    return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+def _will_be_written_to(targets: Any) -> bool:
+    """Whether PEFT replaces ``target_modules`` by what it found, or by a shorter list."""
+    if isinstance(targets, str):
+        return targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    return targets is None or len(targets) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION

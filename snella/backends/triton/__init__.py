@@ -7,28 +7,15 @@ would keep other entries; hence the one ``evaluate``, fused multiply-adds only w
 sums over blocks in a fixed order. Only integers are added atomically: all results are
 deterministic.
 
-The threshold is found by its bits, 31 of a non-negative float, which order as integers: a histogram
-of the first 8 tells them, then one of the next 12 among entries that agree so far, then one of the
-last 11. Ties are then counted block by block in flat order. (snella.equations.sparsify.Selection)
-
-Names: a is A as ``prepare`` has turned it, (slices, pieces, coordinates, inputs); b is B, (slices,
-pieces, outputs, coordinates); scalars (slices · K); ranks (slices), how many entries are dropped,
-or None; softmax, numbers and cuts as in ``backends.gpu.Constants``; dense is ∂L/∂S, (slices,
-outputs, inputs); PIECES … LEARNED are the choices of ``equations.kernels.Kernel``.
+Names: a is A, b is B, (slices, pieces, features, coordinates); scalars (slices · K); budgets
+(slices), entries to keep, or None for all; constants (slices, pieces · coordinates + 2, inputs), A
+with features last, then shift and 1 / Σ exp of the softmax of every column; selection (4, slices),
+integers, the bits of the threshold and of the subtracted magnitude, the cut, and the entries kept,
+or None for all; dense is ∂L/∂S, (slices, outputs, inputs); PIECES … LEARNED are the choices of
+``equations.kernels.Kernel``. Absent arguments are None, which is known when a kernel is compiled.
 """
 
 from snella.backends.triton.backward import contract, gather
-from snella.backends.triton.forward import apply, merge, prepare
-from snella.backends.triton.selection import finish, second, select, third
+from snella.backends.triton.forward import apply, finish, merge, prepare
 
-__all__ = [
-    "apply",
-    "contract",
-    "finish",
-    "gather",
-    "merge",
-    "prepare",
-    "second",
-    "select",
-    "third",
-]
+__all__ = ["apply", "contract", "finish", "gather", "merge", "prepare"]

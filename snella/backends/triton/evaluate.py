@@ -1,4 +1,4 @@
-"""What the kernels share: the merged matrix, the factors of sparsification, the workspace."""
+"""What the kernels share: the merged matrix, the factors of sparsification, places in memory."""
 
 from __future__ import annotations
 
@@ -9,27 +9,21 @@ import triton.language as tl
 
 
 @triton.jit
-def histograms_of(workspace, s):
-    """The slice's histograms of 256, 4096 and 2048 bins. (The layout of gpu.WORDS.)"""
-    workspace += s * 6416
-    return workspace, workspace + 256, workspace + 4352
-
-
-@triton.jit
-def state_of(workspace, s):
-    """Where the search keeps the threshold's first 8 bits, the rank among entries that share them,
-    its first 20 bits, the rank among those, the largest magnitude below, and the kept ties."""
-    state = workspace + s * 6416 + 6400
-    return state, state + 1, state + 2, state + 3, state + 4, state + 5
-
-
-@triton.jit
-def rank_of(ranks, s):
+def rank_of(budgets, s, total):
     """How many entries of the slice are dropped."""
-    if ranks is None:
+    if budgets is None:
         return 0
     else:
-        return tl.load(ranks + s)
+        return tl.minimum(tl.maximum(total - tl.load(budgets + s), 0), total).to(tl.int32)
+
+
+@triton.jit
+def scalars_of(
+    scalars, s, PIECES: tl.constexpr, MIXED: tl.constexpr, TEMPERATURE: tl.constexpr,
+    LEARNED: tl.constexpr,
+):  # fmt: skip
+    """The slice's scalars."""
+    return scalars + s * (2 * MIXED + TEMPERATURE + PIECES * LEARNED)
 
 
 @triton.jit
@@ -74,6 +68,17 @@ def coefficient_of(
 
 
 @triton.jit
+def add_piece(
+    squares, linear, scalars, p,
+    MIXED: tl.constexpr, TEMPERATURE: tl.constexpr, LEARNED: tl.constexpr,
+):  # fmt: skip
+    """D + c_p d_p."""
+    coefficient = coefficient_of(scalars, p, MIXED, TEMPERATURE, LEARNED)
+    coefficients = tl.zeros_like(linear) + coefficient
+    return tl.fma(squares * tl.rsqrt(squares), coefficients, linear)
+
+
+@triton.jit
 def linear_of(
     a, b, scalars, rows, columns, inputs, outputs,
     PIECES: tl.constexpr, COORDINATES: tl.constexpr,
@@ -82,13 +87,11 @@ def linear_of(
     """D = Σ_p c_p d_p."""
     linear = tl.zeros((rows.shape[0], columns.shape[1]), tl.float32)
     for p in tl.static_range(PIECES):
-        piece_a, piece_b = a + p * inputs * COORDINATES, b + p * outputs * COORDINATES
         squares = squares_of(
-            piece_a, piece_b, rows, columns, inputs, outputs, COORDINATES, TURNED
+            a + p * inputs * COORDINATES, b + p * outputs * COORDINATES,
+            rows, columns, inputs, outputs, COORDINATES, TURNED,
         )  # fmt: skip
-        coefficient = coefficient_of(scalars, p, MIXED, TEMPERATURE, LEARNED)
-        coefficients = tl.zeros_like(linear) + coefficient
-        linear = tl.fma(squares * tl.rsqrt(squares), coefficients, linear)
+        linear = add_piece(squares, linear, scalars, p, MIXED, TEMPERATURE, LEARNED)
     return linear
 
 
@@ -101,35 +104,62 @@ def inverse_temperature(scalars, TEMPERATURE: tl.constexpr):
 
 
 @triton.jit
-def column_constants(softmax, columns, inputs, splits, stride, writes, COMBINE: tl.constexpr):
-    """(shift, 1 / Σ exp) of every column, which are combined, and kept if ``writes``, or known.
+def turned_of(constants, s, inputs, PIECES: tl.constexpr, COORDINATES: tl.constexpr):
+    """The slice's share of the constants: A with features last, (pieces, coordinates, inputs)."""
+    return constants + s * (PIECES * COORDINATES + 2) * inputs
 
-    Beyond the matrix the shift is infinite, so that exp is 0 there. At most 8 splits.
 
-    softmax: at the slice; stride: from row to row.
-    """
-    known = softmax + 2 * splits * stride + columns
-    if COMBINE:
-        shift = tl.full(columns.shape, float("-inf"), tl.float32)
-        for j in tl.static_range(8):
-            inside = columns < tl.where(j < splits, inputs, 0)
-            part = tl.load(softmax + j * stride + columns, inside, float("-inf"))
-            shift = tl.maximum(shift, part)
-        shift = tl.where(columns < inputs, shift, float("inf"))
-        total = tl.zeros(columns.shape, tl.float32)
-        for j in tl.static_range(8):
-            inside = columns < tl.where(j < splits, inputs, 0)
-            largest = tl.load(softmax + j * stride + columns, inside, float("-inf"))
-            part = tl.load(softmax + (splits + j) * stride + columns, inside, 0.0)
-            total = tl.fma(part, tl.exp(largest - shift), total)
-        normaliser = 1.0 / tl.where(columns < inputs, total, 1.0)
-        if writes:
-            tl.store(known, shift, columns < inputs)
-            tl.store(known + stride, normaliser, columns < inputs)
-        return shift, normaliser
+@triton.jit
+def known_columns(turned, columns, inputs, PIECES: tl.constexpr, COORDINATES: tl.constexpr):
+    """(shift, 1 / Σ exp) of columns; the shift is infinite beyond the matrix, so that exp is 0."""
+    place = turned + PIECES * COORDINATES * inputs + columns
+    shift = tl.load(place, columns < inputs, float("inf"))
+    return shift, tl.load(place + inputs, columns < inputs, 0.0)
+
+
+@triton.jit
+def combined_columns(parts, columns, inputs, splits, slices, s):
+    """The same from the parts of every column, at most 8: (shifts then sums, splits, slices)."""
+    stride = slices * inputs
+    parts += s * inputs
+    shift = tl.full(columns.shape, float("-inf"), tl.float32)
+    for j in tl.static_range(8):
+        inside = columns < tl.where(j < splits, inputs, 0)
+        part = tl.load(parts + j * stride + columns, inside, float("-inf"))
+        shift = tl.maximum(shift, part)
+    shift = tl.where(columns < inputs, shift, float("inf"))
+    total = tl.zeros(columns.shape, tl.float32)
+    for j in tl.static_range(8):
+        inside = columns < tl.where(j < splits, inputs, 0)
+        largest = tl.load(parts + j * stride + columns, inside, float("-inf"))
+        part = tl.load(parts + (splits + j) * stride + columns, inside, 0.0)
+        total = tl.fma(part, tl.exp(largest - shift), total)
+    return shift, 1.0 / tl.where(columns < inputs, total, 1.0)
+
+
+@triton.jit
+def keep_columns(
+    turned, columns, shift, normaliser, inputs, PIECES: tl.constexpr, COORDINATES: tl.constexpr
+):
+    """Write what ``known_columns`` reads."""
+    place = turned + PIECES * COORDINATES * inputs + columns
+    tl.store(place, shift, columns < inputs)
+    tl.store(place + inputs, normaliser, columns < inputs)
+
+
+@triton.jit
+def with_softmax(
+    linear, scalars, shift, normaliser, MIXED: tl.constexpr, TEMPERATURE: tl.constexpr
+):
+    """(exp of the shifted logits, merged) from D; the first has no use without a softmax."""
+    if MIXED:
+        scale = tl.load(scalars).to(tl.float32)
+        offset = tl.load(scalars + 1).to(tl.float32)
+        exponential = tl.exp(linear * inverse_temperature(scalars, TEMPERATURE) - shift)
+        weight = tl.zeros_like(linear) + normaliser * scale
+        return exponential, tl.fma(exponential, weight, linear + offset)
     else:
-        shift = tl.load(known, columns < inputs, float("inf"))
-        return shift, tl.load(known + stride, columns < inputs, 0.0)
+        return linear, linear
 
 
 @triton.jit
@@ -138,35 +168,38 @@ def evaluate(
     PIECES: tl.constexpr, COORDINATES: tl.constexpr,
     MIXED: tl.constexpr, TEMPERATURE: tl.constexpr, LEARNED: tl.constexpr,
 ):  # fmt: skip
-    """(D, exp of the shifted logits, merged); the second has no use without a softmax."""
+    """(exp of the shifted logits, merged) of a block."""
     linear = linear_of(
         a, b, scalars, rows, columns, inputs, outputs,
         PIECES, COORDINATES, MIXED, TEMPERATURE, LEARNED, True,
     )  # fmt: skip
-    if MIXED:
-        scale = tl.load(scalars).to(tl.float32)
-        offset = tl.load(scalars + 1).to(tl.float32)
-        exponential = tl.exp(linear * inverse_temperature(scalars, TEMPERATURE) - shift)
-        weight = tl.zeros_like(linear) + normaliser * scale
-        return linear, exponential, tl.fma(exponential, weight, linear + offset)
-    else:
-        return linear, linear, linear
+    return with_softmax(linear, scalars, shift, normaliser, MIXED, TEMPERATURE)
 
 
 @triton.jit
-def factors_of(merged, flat, numbers, cut, slices, s, FORM: tl.constexpr):
-    """(S / merged, ∂S/∂merged) as ``equations.sparsify.factors``; numbers as above.
+def is_alive(selection, s, slices):
+    """Whether anything of the slice is kept."""
+    if selection is None:
+        return True
+    else:
+        return tl.load(selection + 2 * slices + s) >= 0
+
+
+@triton.jit
+def factors_of(merged, flat, selection, slices, s, FORM: tl.constexpr):
+    """(S / merged, ∂S/∂merged) as ``equations.sparsify.factors``.
 
     Entries equal to the threshold are kept before flat index ``cut``.
     """
-    magnitude = tl.abs(merged)
     if FORM == "none":
         return tl.full(merged.shape, 1.0, tl.float32), tl.full(merged.shape, 1.0, tl.float32)
     else:
-        bits, threshold = bits_of(merged), tl.load(numbers + s).to(tl.int32, bitcast=True)
+        threshold, cut = tl.load(selection + s), tl.load(selection + 2 * slices + s)
+        magnitude, bits = tl.abs(merged), bits_of(merged)
         kept = (bits > threshold) | ((bits == threshold) & (flat < cut))
         if FORM == "paper":
-            amount = tl.where(kept, magnitude - tl.load(numbers + slices + s), 0.0)
+            subtracted = tl.load(selection + slices + s).to(tl.float32, bitcast=True)
+            amount = tl.where(kept, magnitude - subtracted, 0.0)
             return amount, tl.where(kept, magnitude + amount, 0.0)
         else:
             amount = tl.where(kept, magnitude, 0.0)

@@ -1,152 +1,174 @@
-"""Kernels of the exact selection: radix search for the threshold, ties in flat order, W + S."""
+"""The exact selection: a sample tells where to look, and what lies there is listed.
+
+The last program of ``prepare`` evaluates 2048 entries, and from them guesses a window of magnitudes
+that holds the threshold. ``merge`` counts the entries below the window, and lists those inside in
+buckets, by the bits of their magnitudes, which order as integers. The program of it that finishes
+last finds the threshold in one bucket. Should the guess be wrong, or a bucket overflow, it searches
+the whole matrix instead: the sample decides on time only.
+
+Workspace of a slice, integers: 2048 counts; entries below; programs done; the window's low end and
+the binary logarithm of a bucket's width; up to 2064, free. After all slices' 2064, the buckets:
+(slices, 2048, 1024) flat indices.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from snella.backends.triton.evaluate import (
-    add_update,
-    bits_of,
-    factors_of,
-    histograms_of,
-    state_of,
-)
+from snella.backends.triton.evaluate import bits_of, combined_columns, evaluate
 
 
 @triton.jit
-def _locate(histogram, rank, BINS: tl.constexpr):
-    """(the bin that holds the rank-th smallest entry, its rank among those of the bin)."""
-    cumulative = tl.cumsum(tl.load(histogram + tl.arange(0, BINS)), 0)
-    below = cumulative < rank
-    return tl.sum(below.to(tl.int32)), rank - tl.max(tl.where(below, cumulative, 0))
+def _value_of_rank(values, used, rank, start, width_bits):
+    """The largest v in start … start + 2^width_bits with fewer than ``rank`` used values below."""
+    found = start
+    for i in range(width_bits):
+        trial = found + (1 << (width_bits - 1 - i))
+        below = tl.sum((used & (values < trial)).to(tl.int32))
+        found = tl.where(below < rank, trial, found)
+    return found
 
 
 @triton.jit
-def second(merged, ranks, workspace, total, BLOCK: tl.constexpr):
-    """Count bits 9 to 20 of entries whose first 8 are the threshold's. Grid: (blocks, slices)."""
-    block, s = tl.program_id(0), tl.program_id(1)
-    rank = tl.load(ranks + s)
-    if (rank > 0) & (rank < total):
-        first, histogram, _ = histograms_of(workspace, s)
-        digit, rank = _locate(first, rank, 256)
-        if block == 0:
-            digit_place, rank_place, _, _, _, _ = state_of(workspace, s)
-            tl.store(digit_place, digit)
-            tl.store(rank_place, rank)
-        flat = block * BLOCK + tl.arange(0, BLOCK)
-        bits = bits_of(tl.load(merged + s.to(tl.int64) * total + flat, flat < total, 0.0))
-        agrees = (flat < total) & (bits >> 23 == digit)
-        tl.atomic_add(histogram + ((bits >> 11) & 4095), 1, agrees, sem="relaxed")
+def _values_of_ranks(values, first, last):
+    """Lower bounds of the values of two ranks, to 2^7, in one search."""
+    low, high = 0, 0
+    for i in range(24):
+        step = 1 << (30 - i)
+        below = (values < low + step).to(tl.int32) + 65536 * (values < high + step).to(tl.int32)
+        below = tl.sum(below)
+        low = tl.where((below & 65535) < first, low + step, low)
+        high = tl.where((below >> 16) < last, high + step, high)
+    return low, high
 
 
 @triton.jit
-def third(merged, ranks, workspace, total, BLOCK: tl.constexpr):
-    """Count bits 21 to 31 of entries whose first 20 are the threshold's; the largest below those.
-
-    Grid: (blocks, slices).
-    """
-    block, s = tl.program_id(0), tl.program_id(1)
-    rank = tl.load(ranks + s)
-    if (rank > 0) & (rank < total):
-        _, second, histogram = histograms_of(workspace, s)
-        digit, rank, prefix_place, rank_place, lower_place, _ = state_of(workspace, s)
-        bin, rank = _locate(second, tl.load(rank), 4096)
-        prefix = (tl.load(digit) << 12) | bin
-        if block == 0:
-            tl.store(prefix_place, prefix)
-            tl.store(rank_place, rank)
-        flat = block * BLOCK + tl.arange(0, BLOCK)
-        bits = bits_of(tl.load(merged + s.to(tl.int64) * total + flat, flat < total, 0.0))
-        agrees = (flat < total) & (bits >> 11 == prefix)
-        tl.atomic_add(histogram + (bits & 2047), 1, agrees, sem="relaxed")
-        lower = tl.max(tl.where((flat < total) & (bits >> 11 < prefix), bits, 0))
-        tl.atomic_max(lower_place, lower, sem="relaxed")
-
-
-@triton.jit
-def select(
-    merged, ranks, workspace, numbers, cuts, counts, total, BLOCK: tl.constexpr
+def choose_window(
+    turned, b, scalars, parts, header, buckets, dropped, inputs, outputs, splits, slices, s,
+    PIECES: tl.constexpr, COORDINATES: tl.constexpr,
+    MIXED: tl.constexpr, TEMPERATURE: tl.constexpr, LEARNED: tl.constexpr,
 ):  # fmt: skip
-    """Write threshold and subtracted magnitude; if entries tie there, count them in every block.
+    """Write the slice's window: 3.6 standard deviations around the rank in the sample.
 
-    counts: (slices, blocks). Grid: (blocks, slices).
+    The sample lies where the buckets will be.
     """
-    block, s = tl.program_id(0), tl.program_id(1)
-    blocks, slices = tl.num_programs(0), tl.num_programs(1)
-    rank = tl.load(ranks + s)
-    if (rank > 0) & (rank < total):
-        _, _, histogram = histograms_of(workspace, s)
-        _, _, prefix_place, rank_place, lower_place, surplus_place = state_of(workspace, s)
-        prefix = tl.load(prefix_place) << 11
-        digit, rank = _locate(histogram, tl.load(rank_place), 2048)
-        threshold = prefix | digit
-        surplus = tl.load(histogram + digit) - rank
-        if block == 0:
-            bins = tl.arange(0, 2048)
-            occurs = (bins < digit) & (tl.load(histogram + bins) > 0)
-            lower = tl.max(tl.where(occurs, prefix | bins, 0))
-            lower = tl.maximum(lower, tl.load(lower_place))
-            subtracted = tl.where(surplus > 0, lower, threshold)
-            tl.store(numbers + s, threshold.to(tl.float32, bitcast=True))
-            tl.store(numbers + slices + s, subtracted.to(tl.float32, bitcast=True))
-            tl.store(cuts + s, 0)
-            tl.store(surplus_place, surplus)
-        if surplus > 0:
-            flat = block * BLOCK + tl.arange(0, BLOCK)
-            bits = bits_of(tl.load(merged + s.to(tl.int64) * total + flat, flat < total, 0.0))
-            ties = (flat < total) & (bits == threshold)
-            tl.store(counts + s * blocks + block, tl.sum(ties.to(tl.int32)))
-    elif block == 0:
-        nothing = rank == total
-        tl.store(numbers + s, tl.where(nothing, float("inf"), -1.0))
-        tl.store(numbers + slices + s, tl.where(nothing, float("inf"), 0.0))
-        tl.store(cuts + s, 0)
+    total = inputs * outputs
+    stride = (total // 2048) | 1
+    for start in range(0, 2048, 512):  # not all at once, for the registers
+        flat = ((start + tl.arange(0, 512)[:, None]) * stride) % total
+        rows, columns = flat // inputs, flat % inputs
+        column_shift, normaliser = 0.0, 0.0
+        if MIXED:
+            column_shift, normaliser = combined_columns(parts, columns, inputs, splits, slices, s)
+        _, merged = evaluate(
+            turned, b, scalars, column_shift, normaliser, rows, columns, inputs, outputs,
+            PIECES, COORDINATES, MIXED, TEMPERATURE, LEARNED,
+        )  # fmt: skip
+        tl.store(buckets + start + tl.arange(0, 512)[:, None], bits_of(merged))
+    tl.debug_barrier()
+    bits = tl.load(buckets + tl.arange(0, 2048))
+    middle = 2048.0 * dropped / total
+    spread = 3.6 * tl.sqrt(middle * (1 - middle / 2048)) + 2
+    first = tl.maximum(middle - spread, 1.0).to(tl.int32)
+    last = tl.minimum(middle + spread, 2048.0).to(tl.int32)
+    low, high = _values_of_ranks(bits, first, last)
+    shift = 0
+    for i in range(20):
+        shift = tl.where((2048 << shift) < high - low + 128, i + 1, shift)
+    tl.store(header + 2050, low)
+    tl.store(header + 2051, shift)
 
 
 @triton.jit
-def _find_cut(merged, flat, total, numbers, cuts, counts, surplus, s):
-    """The flat index below which this block keeps ties; whoever holds the last kept one writes it.
-
-    counts: of the slice. merged: the block.
-    """
-    block = tl.program_id(0)
-    before = 0
-    for start in range(0, block, 1024):
-        earlier = start + tl.arange(0, 1024)
-        before += tl.sum(tl.load(counts + earlier, earlier < block, 0))
-    quota = surplus - before
-    threshold = tl.load(numbers + s).to(tl.int32, bitcast=True)
-    ties = ((flat < total) & (bits_of(merged) == threshold)).to(tl.int32)
-    cut = tl.max(tl.where((ties > 0) & (tl.cumsum(ties, 0) <= quota), flat + 1, 0))
-    if (quota > 0) & (quota <= tl.sum(ties)):
-        tl.store(cuts + s, cut)
-    return cut
+def count(header, buckets, bits, flat, inside):
+    """Count a block's entries below the window, and list those in it."""
+    low, shift = tl.load(header + 2050), tl.load(header + 2051)
+    below = tl.sum((inside & (bits < low)).to(tl.int32))
+    tl.atomic_add(header + 2048, below, sem="relaxed")
+    bucket = (bits - low) >> shift
+    listed = inside & (bits >= low) & (bucket < 2048)
+    bucket = tl.where(listed, bucket, 0)
+    slot = tl.atomic_add(header + bucket, 1, listed, sem="relaxed")
+    tl.store(buckets + bucket * 1024 + slot, flat, listed & (slot < 1024))
 
 
 @triton.jit
-def finish(
-    merged, ranks, workspace, numbers, cuts, counts, base, out, scale, total,
-    FORM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out = base + scale · S from the merged matrices. Grid: (blocks, slices)."""
-    block, s = tl.program_id(0), tl.program_id(1)
-    blocks, slices = tl.num_programs(0), tl.num_programs(1)
-    rank = tl.load(ranks + s)
-    flat = block * BLOCK + tl.arange(0, BLOCK)
-    index = s.to(tl.int64) * total + flat
-    value = tl.zeros((BLOCK,), tl.float32)
-    amount = tl.zeros((BLOCK,), tl.float32)
-    if rank < total:
-        value = tl.load(merged + index, flat < total, 0.0)
-        surplus = 0
-        if rank > 0:
-            _, _, _, _, _, surplus_place = state_of(workspace, s)
-            surplus = tl.load(surplus_place)
-        cut = 0
-        if surplus > 0:
-            cut = _find_cut(
-                value, flat, total, numbers, cuts, counts + s * blocks, surplus, s
-            )  # fmt: skip
-        amount, _ = factors_of(value, flat, numbers, cut, slices, s, FORM)
-    tl.store(out + index, add_update(base, value, amount, scale, index, flat < total), flat < total)
+def _histogram(merged, total, prefix, shift):
+    """Of 8 bits from ``shift`` on, of entries whose higher bits are ``prefix``."""
+    result = tl.zeros((256,), tl.int32)
+    bins = tl.arange(0, 256)
+    for start in range(0, total, 2048):
+        flat = start + tl.arange(0, 2048)
+        bits = bits_of(tl.load(merged + flat, flat < total, 0.0)) >> shift
+        agrees = (flat < total) & ((bits >> 8) == prefix)
+        outside = 2048 - tl.sum(agrees.to(tl.int32))
+        counts = tl.histogram(tl.where(agrees, bits & 255, 0), 256)
+        result += counts - tl.where(bins == 0, outside, 0)
+    return result
+
+
+@triton.jit
+def _search(merged, dropped, total):
+    """(threshold, subtracted, cut), by one program's passes over the whole matrix."""
+    prefix, rank = 0, dropped
+    for digit in range(4):
+        cumulative = tl.cumsum(_histogram(merged, total, prefix, 24 - 8 * digit), 0)
+        below = cumulative < rank
+        prefix = (prefix << 8) | tl.sum(below.to(tl.int32))
+        rank -= tl.max(tl.where(below, cumulative, 0))
+    lower, kept_below = 0, 0
+    for start in range(0, total, 2048):
+        flat = start + tl.arange(0, 2048)
+        bits = bits_of(tl.load(merged + flat, flat < total, 0.0))
+        kept_below += tl.sum(((flat < total) & (bits <= prefix)).to(tl.int32))
+        lower = tl.maximum(lower, tl.max(tl.where((flat < total) & (bits < prefix), bits, 0)))
+    surplus, cut = kept_below - dropped, 0
+    if surplus > 0:
+        before = 0
+        for start in range(0, total, 2048):
+            flat = start + tl.arange(0, 2048)
+            bits = bits_of(tl.load(merged + flat, flat < total, 0.0))
+            ties = ((flat < total) & (bits == prefix)).to(tl.int32)
+            kept = (ties > 0) & (before + tl.cumsum(ties, 0) <= surplus)
+            cut = tl.maximum(cut, tl.max(tl.where(kept, flat + 1, 0)))
+            before += tl.sum(ties)
+    return prefix, tl.where(surplus > 0, lower, prefix), cut
+
+
+@triton.jit
+def _search_bucket(merged, bucket, used_count, rank, start, shift):
+    """(threshold, subtracted, cut); the last is −1 if one bucket does not tell."""
+    index = tl.arange(0, 1024)
+    used = index < used_count
+    flat = tl.load(bucket + index, used, 0)
+    bits = bits_of(tl.load(merged + flat, used, 0.0))
+    threshold = _value_of_rank(bits, used, rank, start, shift)
+    surplus = tl.sum((used & (bits <= threshold)).to(tl.int32)) - rank
+    subtracted, cut = threshold, 0
+    if surplus > 0:
+        subtracted = tl.max(tl.where(used & (bits < threshold), bits, -1))
+        ties = used & (bits == threshold)
+        cut = _value_of_rank(flat, ties, surplus, 0, 31) + 1
+        cut = tl.where(subtracted < 0, -1, cut)
+    return threshold, subtracted, cut
+
+
+@triton.jit
+def select(merged, header, buckets, dropped, total):
+    """(threshold, subtracted, cut) of the slice, once all programs have counted."""
+    low, shift = tl.load(header + 2050), tl.load(header + 2051)
+    below = tl.load(header + 2048)
+    cumulative = tl.cumsum(tl.load(header + tl.arange(0, 2048)), 0)
+    smaller = cumulative < dropped - below
+    bucket = tl.sum(smaller.to(tl.int32))
+    rank = dropped - below - tl.max(tl.where(smaller, cumulative, 0))
+    used_count = tl.load(header + tl.minimum(bucket, 2047))
+    threshold, subtracted, cut = 0, 0, -1
+    if (below < dropped) & (bucket < 2048) & (used_count <= 1024):
+        threshold, subtracted, cut = _search_bucket(
+            merged, buckets + bucket * 1024, used_count, rank, low + (bucket << shift), shift
+        )
+    if cut < 0:
+        threshold, subtracted, cut = _search(merged, dropped, total)
+    return threshold, subtracted, cut

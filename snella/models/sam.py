@@ -202,7 +202,8 @@ def mask_logits(model: Any, image: Tensor) -> Tensor:
 def positions(model: Any) -> Tensor:
     """The decoder's position encoding (1, C, h, w), in float32 also under autocast."""
     with torch.autocast(model.device.type, enabled=False):
-        return model.prompt_encoder.get_dense_pe()
+        table: Tensor = model.prompt_encoder.get_dense_pe()
+        return table
 
 
 def upsample(low: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,97 @@
+"""Budgets that averaging does not mix: an averaged model keeps the integers of the live one.
+
+Wrappers that average a model (``torch.optim.swa_utils.AveragedModel`` with buffers, timm's
+``ModelEmaV2``) average whatever is in its state. A mean of the numbers of entries to keep, at
+different times, is no number of entries to keep: the average would be denser than either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor
+
+# Without underscores, as functions, methods and operators are called.
+_ARITHMETIC = {"mul", "rmul", "add", "radd", "sub", "rsub", "div", "truediv", "lerp", "addcdiv"}
+
+
+class Budget(Tensor):
+    """Integers; arithmetic yields the operand that it is not written to."""
+
+    _sources: list[Tensor]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "copy_" and hasattr(args[1], "_sources"):
+            return _take(args[0], args[1]._sources)
+        if name.removeprefix("_foreach_").strip("_") not in _ARITHMETIC:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        in_place = name.endswith("_") and not name.endswith("__")
+        if name.startswith("_foreach_"):
+            columns = [a if isinstance(a, list | tuple) else [a] * len(args[0]) for a in args]
+            results = [_combine(row, in_place) for row in zip(*columns, strict=True)]
+            return None if in_place else results
+        return _combine(args, in_place)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        memo[id(self)] = copied = self.detach().as_subclass(Tensor).clone().as_subclass(Budget)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Files hold plain tensors."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _combine(operands: tuple[Any, ...], in_place: bool) -> Tensor:
+    sources = list(_sources(operands))
+    if in_place:
+        return _take(operands[0], sources)
+    result: Budget = sources[-1].as_subclass(Tensor).clone().as_subclass(Budget)
+    result._sources = sources
+    return result
+
+
+def _sources(operands: tuple[Any, ...]) -> Iterator[Tensor]:
+    for operand in operands:
+        if isinstance(operand, Budget):
+            yield from getattr(operand, "_sources", [operand])
+
+
+def _take(target: Tensor, sources: list[Tensor]) -> Tensor:
+    """Write the source that is not the target itself."""
+    plain = target.as_subclass(Tensor)
+    others = [s for s in sources if s.data_ptr() != target.data_ptr()]
+    if others:
+        plain.copy_(others[-1].as_subclass(Tensor))
+    return target
+
+
+class _Entries(dict[str, Tensor]):
+    """Plain tensors; those who iterate (averaging wrappers, ``state_dict``) see budgets."""
+
+    def items(self) -> Any:
+        return [(name, _budget(value)) for name, value in super().items()]
+
+    def values(self) -> Any:
+        return [_budget(value) for value in super().values()]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        super().__setitem__(name, value.as_subclass(Tensor) if type(value) is Budget else value)
+
+
+def _budget(value: Tensor) -> Tensor:
+    """A view of a plain tensor as a budget; not of those that stand in for it in an export."""
+    return value.as_subclass(Budget) if type(value) is Tensor else value
+
+
+class Budgets(BufferDict):
+    """The numbers of entries to keep, (slices,), by adapter; saved with it."""
+
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
+        object.__setattr__(self, "_buffers", _Entries())

@@ -1,0 +1,49 @@
+"""Files of adapters in models adapted in place (diffusers, ``inject_adapter_in_model``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from snella.errors import UserError
+from snella.tuner.config import SnellaConfig
+
+_PREFIX = "base_model.model."
+
+
+def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
+    """Write an adapter for ``PeftModel.from_pretrained``, also from a model without ``PeftModel``.
+
+    For models that ``add_adapter`` of diffusers or ``peft.inject_adapter_in_model`` adapted in
+    place. Raises ``UserError`` if there is no such SNELLA adapter.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, SnellaConfig):
+        raise UserError(f"The model has no SNELLA adapter called {adapter_name!r}.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state = {
+        _PREFIX + name.removeprefix(_PREFIX): value.contiguous() for name, value in state.items()
+    }
+    save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    inference_mode, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = inference_mode
+
+
+def save_lora_adapter(
+    model: Any, save_directory: str | Path, adapter_name: str = "default", **kwargs: Any
+) -> None:
+    """diffusers' method of this name, kept from writing a SNELLA adapter under LoRA's name."""
+    if isinstance(getattr(model, "peft_config", {}).get(adapter_name), SnellaConfig):
+        raise UserError(
+            f"Adapter {adapter_name!r} is SNELLA's, which a LoRA file cannot hold: save it with "
+            "snella.save_adapter(model, folder, adapter_name), or its best low-rank approximation "
+            "with snella.convert_to_lora(model, rank, adapter_name).save(folder)."
+        )
+    type(model).save_lora_adapter(model, save_directory, adapter_name=adapter_name, **kwargs)

@@ -1,0 +1,127 @@
+"""Which layers SNELLA adapts when ``target_modules`` is not given; what it leaves out, it says."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from snella.errors import UserError
+from snella.tuner.config import SnellaConfig
+from snella.tuner.layer import SnellaLayer
+from snella.tuner.shapes import is_attention
+
+# Matrices of attention and MLP inside a numbered block, as timm, transformers, diffusers,
+# segment-anything and open_clip name them.
+_ATTENTION = (
+    r"qkv|kv|q|k|v|o|query|key|value|[qkvo]_(proj|lin)|c_attn|out_proj|out_lin|proj|to_qkv|to_kv|"
+    r"to_[qkv]|to_out(\.0)?|to_add_out|add_[qkv]_proj|attention\.output\.dense|attention\.dense"
+)
+_MLP = (
+    r"fc1|fc2|fc1_g|fc1_x|w12|w1|w2|w3|weights_in|weights_out|lin1|lin2|linear1|linear2|c_fc|c_proj|"
+    r"gate_proj|up_proj|down_proj|gate_up_proj|wi|wi_0|wi_1|wo|intermediate\.dense|output\.dense|"
+    r"dense_h_to_4h|dense_4h_to_h|net\.0\.proj|net\.2|pwconv1|pwconv2"
+)
+# Flux joins the MLP and the attention's output of its single blocks in two matrices.
+_FLUX = r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
+DEFAULT_TARGETS = re.compile(rf"(.*\.)?\d+\.(.*\.)?({_ATTENTION}|{_MLP})|(.*\.)?{_FLUX}")
+# Matrices of a block that are neither attention nor MLP: modulation and normalisation, merging of
+# patches, position biases, gates of squeeze-and-excitation and of experts.
+_OTHERS = re.compile(
+    r".*(norm|ada_?ln|modulation|downsample|reduction|cpb_mlp|rel_pos|position|relative|\bse\b|"
+    r"\bgate\b|router|expert|time_?emb|head|classifier).*",
+    re.IGNORECASE,
+)
+_BLOCK = re.compile(r"(.*?\.)?\d+(?=\.)")
+_TYPES = (nn.Linear, Conv1D, SnellaLayer)
+
+
+def default_targets(model: nn.Module, config: SnellaConfig) -> set[str]:
+    """Paths of the layers to adapt; ``layers_to_transform`` and exclusions of ``config`` apply.
+
+    Warns about linear layers in an adapted block whose names it does not know. Raises ``UserError``
+    if it recognises none.
+    """
+    modules = dict(_outside_adapters(model))
+    attentions = {n for n, m in modules.items() if _is_attention(m) and _BLOCK.match(f"{n}.")}
+    inside = {f"{name}.out_proj" for name in attentions}
+    linear = {name for name, module in modules.items() if _is_matrix(module)} - inside
+    matched = {name for name in linear if DEFAULT_TARGETS.fullmatch(name)} | attentions
+    if not matched:
+        raise UserError(
+            f"No linear layers to adapt were recognised in {type(model).__name__}; "
+            "name them with SnellaConfig(target_modules=[...])."
+        )
+    _warn_of_the_rest(linear - matched, matched)
+    chosen = {name for name in matched if matches_layers(config, name)}
+    if not chosen:
+        raise UserError(
+            f"None of the {len(matched)} layers recognised in {type(model).__name__} is left by "
+            f"layers_to_transform={config.layers_to_transform}, exclude_modules and "
+            "modules_to_save."
+        )
+    return chosen
+
+
+def matches_layers(config: SnellaConfig, key: str) -> bool:
+    """Whether the exclusions and layer indices of ``config`` admit the layer at path ``key``."""
+    probe = copy.copy(config)
+    probe.target_modules = {key.rpartition(".")[2]}
+    return bool(check_layer_index(probe, key))
+
+
+def check_layer_index(config: SnellaConfig, key: str) -> bool | re.Match[str] | None:
+    """PEFT's rule, which without layers_pattern does not see an index at the root (timm's blocks).
+
+    PEFT looks for ``parent.blocks.3.``; here ``blocks.3.`` counts too.
+    """
+    found: bool | re.Match[str] | None = check_target_module_exists(config, key)
+    indices, listed = config.layers_to_transform, not isinstance(config.target_modules, str)
+    if found or indices is None or config.layers_pattern or not listed:
+        return found
+    if re.match(r"[^.]*\.\d+\.", key) is None:
+        return found
+    return bool(check_target_module_exists(config, f"model.{key}"))
+
+
+def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but those inside an adapter layer, such as the layer that it wraps."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if not name.startswith(tuple(inside)):
+            yield name, module
+        if isinstance(module, BaseTunerLayer):
+            inside.append(f"{name}.")
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether query, key and value of this module are one parameter that can be adapted."""
+    return is_attention(module.get_base_layer() if isinstance(module, SnellaLayer) else module)
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):  # ConvNeXt with conv_mlp, which writes its MLP so
+        return module.kernel_size == (1, 1) and module.groups == 1
+    return isinstance(module, _TYPES) and not _is_attention(module)
+
+
+def _warn_of_the_rest(left: set[str], adapted: set[str]) -> None:
+    """One warning for matrices of adapted blocks that the default neither knows nor excludes."""
+    blocks = {match.group() for name in adapted if (match := _BLOCK.match(name))}
+    missed = sorted(
+        name
+        for name in left
+        if (match := _BLOCK.match(name)) and match.group() in blocks and not _OTHERS.fullmatch(name)
+    )
+    if missed:
+        names = ", ".join(missed[:3]) + (", …" if len(missed) > 3 else "")
+        warnings.warn(
+            f"SNELLA's default leaves {len(missed)} linear layer(s) of the adapted blocks out, "
+            f"whose names it does not know: {names}. Name all layers to adapt in target_modules.",
+            stacklevel=2,
+        )

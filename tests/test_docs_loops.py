@@ -1,0 +1,38 @@
+"""Every example of docs/snella_in_your_loop.md runs, and ends at the sparsity asked for."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PAGE = Path(__file__).parents[1] / "docs" / "snella_in_your_loop.md"
+EXAMPLES = dict(
+    re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)```", PAGE.read_text("utf-8"), re.M | re.S)
+)
+
+
+def test_the_page_has_its_examples() -> None:
+    assert len(EXAMPLES) == 5
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from snella.tuner import SnellaLayer
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    space: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*SNELLA.*")
+        exec(compile(EXAMPLES[name], name, "exec"), space)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    model = space.get("transformer", space.get("model"))
+    layers = [m for m in model.modules() if isinstance(m, SnellaLayer)]
+    if layers:  # timm's example unloads them
+        kept = sum(sum(layer.snella_budget["default"].tolist()) for layer in layers)
+        assert kept == int(0.3 * sum(layer.slice_size * layer.slices for layer in layers))

@@ -1,0 +1,78 @@
+"""Averages of adapted models: parameters are averaged, budgets are those of the live model."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from test_tuner import IMAGES, LABELS, adapted, budgets, layers, logits, trainable
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+
+
+def averaged(model: nn.Module, **settings: Any) -> tuple[nn.Module, Callable[[], None]]:
+    average = AveragedModel(model, **settings)
+    return average.module, lambda: average.update_parameters(model)
+
+
+def timm_ema(kind: Any, model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
+    average = kind(model, decay=0.5)
+    return average.module, lambda: average.update(model)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], tuple[nn.Module, Callable[[], None]]]] = {
+    "parameters": lambda m: averaged(m),
+    "buffers": lambda m: averaged(m, use_buffers=True),
+    "EMA": lambda m: averaged(m, use_buffers=True, avg_fn=get_ema_avg_fn(0.5)),
+    "EMA of many": lambda m: averaged(m, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.5)),
+    "timm v2": lambda m: timm_ema(ModelEmaV2, m),
+    "timm v3": lambda m: timm_ema(ModelEmaV3, m),
+}
+
+
+def train(model: PeftModel, after_step: Callable[[], None] = lambda: None) -> None:
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    for epoch in range(4):
+        model.on_epoch_start(epoch, 4)
+        for _ in range(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
+            optimizer.step()
+            model.on_step_end()
+            after_step()
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
+def test_averages_keep_integer_budgets(wrapper: Any) -> None:
+    model = adapted(target_sparsity=0.7)
+    average, update = wrapper(model)
+    train(model, update)
+    assert budgets(average) == budgets(model)
+    for layer in layers(average):
+        kept = (layer.get_delta_weight("default").view(layer.slices, -1) != 0).sum(1)
+        assert kept.tolist() == layer.snella_budget["default"].tolist()
+    assert not logits(average).equal(logits(model))
+    assert layers(average)[0].snella_A["default"].is_floating_point()
+
+
+def test_budgets_are_plain_integers_elsewhere() -> None:
+    model = adapted()
+    snapshot = copy.deepcopy(model)
+    train(model)
+    assert budgets(snapshot) != budgets(model), "a copy is a copy"
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert all(type(value) is torch.Tensor for value in state.values())
+    snapshot.load_state_dict(state)
+    assert logits(snapshot).equal(logits(model))
+    moved = copy.deepcopy(model).double().float()
+    assert budgets(moved) == budgets(model)
+    assert logits(moved).equal(logits(model))

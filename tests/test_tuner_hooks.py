@@ -1,0 +1,205 @@
+"""The hooks in every order and with every optimizer: right ones train, wrong ones are errors."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from test_tuner import IMAGES, LABELS, adapted, backbone, budgets, layers, logits, trainable
+from torch import nn
+
+from snella import (
+    SnellaConfig,
+    load_training_state,
+    on_epoch_start,
+    on_step_end,
+    training_state,
+)
+from snella.errors import UserError
+
+OPTIMIZERS = {
+    "plain": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+def loop(
+    order: str, model: PeftModel | None = None, epochs: int = 3, **optimizer: Any
+) -> PeftModel:
+    """Train; a round in order: F forward and backward, S step, H hook, Z and z clear gradients."""
+    model = model or adapted(target_sparsity=0.7)
+    update = torch.optim.AdamW(trainable(model), lr=1e-2, **optimizer)
+    for epoch in range(epochs):
+        model.on_epoch_start(epoch, epochs)
+        for _ in range(4):
+            for event in order:
+                if event == "F":
+                    nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
+                elif event == "S":
+                    update.step()
+                elif event == "H":
+                    model.on_step_end()
+                else:
+                    update.zero_grad(set_to_none=event == "Z")
+    return model
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_right_orders_train(optimizer: dict[str, bool], mode: bool) -> None:
+    results = [
+        loop(order, adapted(target_sparsity=0.7).train(mode), **optimizer)
+        for order in ("FSHZ", "ZFSH", "FSHz")
+    ]
+    assert len({tuple(budgets(model)) for model in results}) == 1
+    assert sum(budgets(results[0])) == int(
+        0.3 * sum(b.slice_size * b.slices for b in layers(results[0]))
+    )
+    loop("FFSHZ", **optimizer)  # two micro-batches
+
+
+WRONG = {
+    "FHSZ": "before optimizer.step",
+    "ZFHS": "before optimizer.step",
+    "FHFSHZ": "without an optimizer step",
+    "FSHHZ": "called twice for one step",
+    "FSzH": "All gradients that on_step_end.* were zero",
+    "FSZH": "found no gradients",
+    "FSZ": "two calls that were never made",
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("order", WRONG)
+def test_wrong_orders_are_errors(order: str, optimizer: dict[str, bool]) -> None:
+    with pytest.raises(UserError, match=WRONG[order]):
+        loop(order, **optimizer)
+
+
+def test_without_hooks_where_none_are_needed() -> None:
+    model = adapted(allocation=False, target_sparsity=0.9)
+    update = torch.optim.AdamW(trainable(model), lr=1e-2, fused=True)
+    for _ in range(6):
+        update.zero_grad()
+        nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
+        update.step()
+    for layer in layers(model):
+        kept = (layer.get_delta_weight("default").view(layer.slices, -1) != 0).sum(1)
+        assert kept.tolist() == layer.snella_budget["default"].tolist()
+
+
+def test_a_step_that_the_scaler_skips_is_no_wrong_order() -> None:
+    model = adapted()
+    model.on_epoch_start(0, 2)
+    update = torch.optim.SGD(trainable(model), lr=1e-2)
+    for step in range(3):
+        update.zero_grad()
+        model(IMAGES).sum().backward()
+        if step == 1:
+            trainable(model)[0].grad.fill_(float("inf"))
+        else:
+            update.step()
+        model.on_step_end()
+
+
+def test_a_denser_adapter_than_asked_for_is_reported(tmp_path: Any) -> None:
+    model = adapted(target_sparsity=0.7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(str(tmp_path))  # a fresh one
+    for epoch in range(2):  # of four: stopped early
+        model.on_epoch_start(epoch, 4)
+        model(IMAGES).sum().backward()
+        model.on_step_end()
+    with pytest.warns(
+        UserWarning, match=r"not the [\d,]+ of target_sparsity=0.7.*epoch 1 of 0 … 3"
+    ):
+        model.save_pretrained(str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop("FSHZ").save_pretrained(str(tmp_path))
+
+
+def test_adapters_that_cannot_train_are_named() -> None:
+    model = adapted()
+    model.add_adapter("frozen", SnellaConfig(rank=4, inference_mode=True))
+    model.base_model.set_adapter(["default", "frozen"])
+    for layer in layers(model):
+        layer.set_requires_grad("frozen", False)
+    loop("FSHZ", model)  # the frozen one is left alone
+    model.base_model.set_adapter("default")
+    model.on_epoch_start(0, 2)
+    model(IMAGES).sum().backward()
+    model.merge_adapter()
+    with pytest.raises(UserError, match="'default' is merged"):
+        model.on_step_end()
+    model.unmerge_adapter()
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match="No active SNELLA adapter of the model trains"):
+        model.on_epoch_start(1, 2)
+
+
+def test_training_on_does_not_raise_the_budget(tmp_path: Any) -> None:
+    model = loop("FSHZ")
+    kept = sum(budgets(model))
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(backbone(), str(tmp_path), is_trainable=True)
+    for epoch in range(3):
+        again.on_epoch_start(epoch, 3)
+        assert sum(budgets(again)) == kept
+        again(IMAGES).sum().backward()
+        again.on_step_end()
+
+
+def test_resuming_in_mid_epoch_keeps_the_shares() -> None:
+    def step(model: PeftModel, update: torch.optim.Optimizer) -> None:
+        update.zero_grad()
+        nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
+        update.step()
+        on_step_end(model)
+
+    through = adapted()
+    update = torch.optim.AdamW(trainable(through), lr=1e-2)
+    saved: list[Any] = []
+    for epoch in range(3):
+        on_epoch_start(through, epoch, 3)
+        for i in range(3):
+            step(through, update)
+            if (epoch, i) == (1, 0):
+                saved = [through.state_dict(), update.state_dict(), training_state(through)]
+                saved = copy.deepcopy(saved)
+    resumed = adapted()
+    resumed.load_state_dict(saved[0])
+    update = torch.optim.AdamW(trainable(resumed), lr=1e-2)
+    update.load_state_dict(saved[1])
+    load_training_state(resumed, saved[2])
+    for epoch in (1, 2):
+        on_epoch_start(resumed, epoch, 3)
+        for i in range(3):
+            if (epoch, i) != (1, 0):
+                step(resumed, update)
+    assert budgets(resumed) == budgets(through)
+    assert logits(resumed).equal(logits(through))
+
+
+def test_a_state_of_another_adapter_is_refused() -> None:
+    state = {f"other/{key.partition('/')[2]}": v for key, v in training_state(loop("FSHZ")).items()}
+    with pytest.raises(UserError, match=r"adapter 'other'.*it trains 'default'"):
+        load_training_state(adapted(), state)
+
+
+def test_the_averages_follow_the_model() -> None:
+    model = loop("FSHZ", epochs=2)
+    model = model.double()
+    images = IMAGES.double()
+    model.on_epoch_start(2, 3)
+    model(images).sum().backward()
+    torch.optim.SGD(trainable(model), lr=1e-3).step()
+    model.on_step_end()
+    allocator = layers(model)[0].allocators["default"]
+    assert {t.dtype for t in allocator.importance.sensitivity} == {torch.float64}
