@@ -168,7 +168,7 @@ def prompted_loss(
     return loss + functional.mse_loss(quality.float(), iou), iou[:, 0].mean()
 
 
-def unprompted_loss(model: nn.Module, embeddings: Tensor, masks: Tensor) -> Tensor:
+def unprompted_loss(model: Any, embeddings: Tensor, masks: Tensor) -> Tensor:
     """Loss of the single mask without a prompt: embeddings (B, C, h, w), masks (B, S, S)."""
     nothing = embeddings.new_zeros(len(embeddings), 0, embeddings.shape[1])
     low, _ = decode(model, embeddings, nothing)
