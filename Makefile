@@ -9,13 +9,18 @@ unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SNAKEMAKE := snakemake --profile workflow/profiles/local --cores $(CORES) --quiet rules host reason
 
-.PHONY: table1 table6 test lint unit smoke environment requirements pretrain clean
+.PHONY: table1 table5 table6 test lint unit smoke environment requirements pretrain clean
 
 table1: environment
 	$(SNAKEMAKE) -- results/table1.tex
 	@if command -v pdflatex >/dev/null; then $(SNAKEMAKE) -- results/table1.pdf; \
 	else echo "No LaTeX here: results/table1.pdf is left out."; fi
 	@snella show table1
+
+# Quick segmentation: Table 5 and its examples, Figure 8
+table5: environment
+	$(SNAKEMAKE) -- results/table5.tex results/figure8.pdf
+	@snella show table5
 
 # Quick generation: Table 6, its sample grid and trade-offs
 table6: environment

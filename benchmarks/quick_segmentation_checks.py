@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snella.method import load_method, trainable
+from snella.method import Method, load_method, trainable
 from snella.quick.pretrain_sam import ARCHITECTURE
 from snella.quick.segmentation import make
 from snella.tasks.segmentation.sam import (
@@ -45,8 +45,8 @@ WEIGHTS = ROOT / "workflow" / "resources" / "sam_quick.safetensors"
 SIDE = ARCHITECTURE["image_size"]
 RATES = {
     "untrained": (1.0,),
-    "decoder": (1e-3, 3e-3),
-    "snella": (3e-3, 1e-2),
+    "decoder": (3e-4, 1e-3),
+    "snella": (1e-3, 3e-3),
     "full": (5e-4, 1e-3),
     "scratch": (5e-4, 1e-3),
 }
@@ -59,24 +59,27 @@ def tensors(split: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
     return (images - mean) / std, torch.from_numpy(split["mask"]).float()
 
 
-def adapted(way: str, seed: int) -> nn.Module:
-    """The model of one way, with what trains marked."""
+def adapted(way: str, seed: int) -> tuple[nn.Module, Method | None]:
+    """The model of one way with what trains marked, and the method whose hooks it needs."""
     torch.manual_seed(seed)
     if way == "scratch":
         model = build_sam("sam_vit", ARCHITECTURE)
     else:
         model = load_sam("sam_vit", ARCHITECTURE, SIDE, WEIGHTS.as_posix())
     model.requires_grad_(False)
+    method = None
     if way == "snella":
         method = load_method(ROOT / "baselines" / "snella.py")(rank=8)
         method.adapt(model)
     model.mask_decoder.requires_grad_(True)
     if way in ("full", "scratch"):
         model.image_encoder.requires_grad_(True)
-    return model
+    return model, method
 
 
-def train(model: nn.Module, data: Data, rate: float, seed: int, options: Options) -> None:
+def train(
+    model: nn.Module, method: Method | None, data: Data, rate: float, seed: int, options: Options
+) -> None:
     """AdamW with one epoch of warm-up, then a cosine to zero; half of the images mirrored."""
     images, masks = data["train"]
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=rate, weight_decay=1e-4)
@@ -85,7 +88,9 @@ def train(model: nn.Module, data: Data, rate: float, seed: int, options: Options
         optimizer, rate, total_steps=steps, pct_start=1 / options.epochs, cycle_momentum=False
     )
     shuffle = torch.Generator().manual_seed(seed)
-    for _ in range(options.epochs):
+    for epoch in range(options.epochs):
+        if method is not None:
+            method.on_epoch_start(model, epoch, options.epochs)
         for batch in torch.randperm(len(images), generator=shuffle).split(options.batch):
             image, mask = images[batch], masks[batch]
             flip = torch.rand(len(batch), generator=shuffle) < 0.5
@@ -94,6 +99,8 @@ def train(model: nn.Module, data: Data, rate: float, seed: int, options: Options
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if method is not None:
+                method.on_step_end(model)
             schedule.step()
 
 
@@ -112,9 +119,9 @@ def dice(model: nn.Module, split: tuple[Tensor, Tensor]) -> float:
 
 def trained(way: str, rate: float, data: Data, seed: int, options: Options) -> tuple[float, float]:
     """Train one way from the start; Dice on the validation and on the test split."""
-    model = adapted(way, seed)
+    model, method = adapted(way, seed)
     if way != "untrained":
-        train(model.train(), data, rate, seed, options)
+        train(model.train(), method, data, rate, seed, options)
     return dice(model, data["val"]), dice(model, data["test"])
 
 

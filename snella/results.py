@@ -42,17 +42,35 @@ def frame(
     ``selected`` rows are of the selection that the run's protocol names. A failed run has one
     row without a value. With ``subsets`` there are further rows for the groups of a record.
 
-    ``config`` (:func:`snella.suite.config.load`) adds labels and groups, and the runs of the
-    configured suite that are missing as rows of status "not run". Raises
+    ``config`` (:func:`snella.suite.config.load`) adds labels and groups, says in ``stale`` in what
+    a record of the configured suite differs from what is planned now, and adds the runs of the
+    suite that are missing as rows of status "not run". ``stale`` may be another judge. Raises
     :class:`~snella.errors.UserError` for a record that cannot be read.
     """
     folders = list(record_folders(Path(results)))
+    if config is not None and stale is None:
+        stale = _against(config)
     return tidy(
         _records(folders, config, stale),
         subsets=subsets,
         labels=None if config is None else labels(config),
         groups=None if config is None else groups(config),
     )
+
+
+def _against(config: Config) -> Stale:
+    """Compare records with the plan of the configured suite."""
+    from snella.suite import plan
+    from snella.suite.status import differences
+
+    planned = {run.folder.resolve(): run for run in plan.plan(config)}
+
+    def judge(folder: Path, record: Mapping[str, Any]) -> str:
+        run = planned.get(folder.resolve())
+        found = [] if run is None else differences(run, dict(record))
+        return f"made with {' and '.join(found)}" if found else ""
+
+    return judge
 
 
 def record_folders(results: Path) -> Iterator[Path]:

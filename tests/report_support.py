@@ -33,7 +33,7 @@ VTAB = {
     ],
 }
 FGVC = ["cub", "nabirds", "oxford_flowers", "stanford_dogs", "stanford_cars"]
-FULL_IMAGE = ["cifar100_full", "svhn_full", "food101"]
+FULL_IMAGE = ["cifar100-full", "svhn-full", "food101-full"]
 PAPER = SuiteInfo(
     "paper",
     "FGVC and VTAB-1k",

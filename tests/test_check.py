@@ -239,7 +239,9 @@ def test_a_sound_method_answers_the_same_in_a_new_process(tmp_path: Path) -> Non
     subject = Subject(build_method(path, {}), "vit")
     answers = restore_elsewhere(path, {}, {"vit": subject.state, "swin": subject.state})
     assert compare_restored(subject, *answers("vit")) == ""
-    with pytest.raises(Failure, match="in a new process failed: Unsupported: Mine cannot serve"):
+    with pytest.raises(
+        Failure, match="in a new process failed: Unsupported: Mine does not support"
+    ):
         answers("swin")
 
 

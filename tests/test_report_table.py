@@ -136,7 +136,7 @@ def test_a_group_that_the_suite_lacks_is_an_error_unless_optional():
     columns[1]["optional"] = True
     assert len(expand_columns(spec(columns=columns), REAL)) == 2
     empty = SuiteInfo("s", "S", {})
-    with pytest.raises(UserError, match="none of the groups"):
+    with pytest.raises(UserError, match="none of its groups"):
         expand_columns(spec(columns=columns[1:]), empty)
 
 
@@ -204,3 +204,9 @@ def test_rows_of_no_method_and_spread_over_data_sets():
     assert "standard deviation over data sets" in table.remarks[0]
     assert any(float(c.spread) > 0 for (m, k), c in table.cells.items()
                if k == key and m != "= Ceiling")  # fmt: skip
+
+
+def test_columns_of_which_the_same_is_said_share_a_sentence():
+    mean = {"mean_of": ["natural"], "mean": "tasks"}
+    table = make(records(), columns=[{"label": "A", **mean}, {"label": "B", **mean}])
+    assert "A, B: over the 2 data sets." in table.remarks

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,3 +69,14 @@ def test_a_configuration_adds_labels_groups_and_what_is_missing(tmp_path):
 def test_no_results_are_an_empty_frame(tmp_path):
     frame = snella.results.frame(tmp_path)
     assert frame.empty and "value" in frame.columns
+
+
+def test_the_example_of_the_documentation_runs(tmp_path):
+    for method, value in (("full", 0.6), ("linear", 0.5)):
+        write_run(tmp_path, record(method, "digits", value))
+    example = Path(__file__).parent.parent / "docs" / "examples" / "frame.py"
+    done = subprocess.run(
+        [sys.executable, example, tmp_path, tmp_path / "frame.png"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "2 runs, 2 methods" in done.stdout and (tmp_path / "frame.png").stat().st_size > 5_000

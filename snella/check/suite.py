@@ -42,7 +42,7 @@ def check_method(
     findings += _restored_elsewhere(path, hyperparameters, trained)
     announce("comparing with other methods")
     served = partial(_claims, method, trained)
-    findings.append(finding("claims what it serves, refuses the rest", ALL, path, served))
+    findings.append(finding("supports what it claims, refuses the rest", ALL, path, served))
     compare = partial(original, path, hyperparameters, trained, list(others))
     findings.append(finding("no copy of another method", ALL, path, compare))
     return findings
@@ -81,7 +81,7 @@ def _restored_elsewhere(
 
 
 def _claims(method: Method, trained: list[Subject]) -> str:
-    """A method serves what it claims and refuses all else with a reason."""
+    """A method supports what it claims and refuses all else with a reason."""
     if not trained:
         raise Failure("no claimed backbone could be trained")
     others = {kind: tiny_backbone(kind) for kind in TIMM_FAMILIES if kind not in method.supports}

@@ -23,7 +23,8 @@ def draw_mix(mixup: float, cutmix: float, size: int, seed: int, index: int) -> T
     """How batch ``index`` of an epoch is mixed: λ and a box, which is empty for mixup."""
     rng = np.random.default_rng([seed, index])
     cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
-    share = float(rng.beta(*(2 * [cutmix if cut else mixup])))
+    alpha = cutmix if cut else mixup
+    share = float(rng.beta(alpha, alpha))
     box = [0, 0, 0, 0]
     if cut:
         side = int(size * (1 - share) ** 0.5)

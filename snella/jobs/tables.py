@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from snella import results
+from snella.records import read_failure
 from snella.report import Missing, SuiteInfo, TableSpec, parse_spec, print_table, write_table
 from snella.report.columns import expand_columns
 from snella.report.frame import tidy
@@ -16,30 +17,32 @@ from snella.report.write import statistics_texts, versus_texts, write_texts
 from snella.runs.run import Run
 from snella.suite import plan
 from snella.suite.config import Config
+from snella.suite.status import usable
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def write(config: Config, name: str, stale: results.Stale | None = None) -> list[Path]:
+def write(config: Config, name: str, stale: bool = False) -> list[Path]:
     """Write the table ``name`` in every format below the results folder; return the paths.
 
     Raises :class:`~snella.errors.UserError` for an unknown table or records that may not share
-    one; a run without a record becomes a dash with a footnote, a ``stale`` one is marked.
+    one. A run without a record becomes a dash with a footnote; so does a stale one (made with
+    other settings, code or data than planned), or with ``stale`` it is shown and marked.
     """
     m = material(config, name, stale)
     out = Path(config.results)
     return write_table(m.spec, m.suite, m.methods, m.frame, out, name, others=m.others)
 
 
-def write_versus(config: Config, name: str, stale: results.Stale | None = None) -> list[Path]:
+def write_versus(config: Config, name: str, stale: bool = False) -> list[Path]:
     """Write ``<name>_vs_published.{tex,csv,md}`` alone; none where there is nothing to compare."""
     table = build(config, name, stale)
     return write_texts(Path(config.results), versus_texts(table))
 
 
 def write_statistics(
-    config: Config, name: str, reference: str | None = None, stale: results.Stale | None = None
+    config: Config, name: str, reference: str | None = None, stale: bool = False
 ) -> list[Path]:
     """Write ``<name>_statistics.{tex,csv,md}`` and the critical-difference diagram.
 
@@ -72,13 +75,13 @@ def write_lr_sweep(config: Config, suite: str | None = None) -> list[Path]:
     return lr_sweep(mine, Path(config.results) / "lr_sweep", labels=results.labels(config))
 
 
-def show(config: Config, name: str, stale: results.Stale | None = None) -> None:
+def show(config: Config, name: str, stale: bool = False) -> None:
     """Print the table ``name`` in the terminal."""
     m = material(config, name, stale)
     print_table(m.spec, m.suite, m.methods, m.frame, name, others=m.others)
 
 
-def build(config: Config, name: str, stale: results.Stale | None = None) -> Table:
+def build(config: Config, name: str, stale: bool = False) -> Table:
     """The table ``name`` with all its numbers."""
     m = material(config, name, stale)
     return build_table(name, m.spec, m.suite, m.methods, m.frame, others=m.others)
@@ -95,11 +98,11 @@ class Material:
     others: Mapping[str, SuiteInfo]
 
 
-def material(config: Config, name: str, stale: results.Stale | None = None) -> Material:
+def material(config: Config, name: str, stale: bool = False) -> Material:
     """Description, suites, rows and the frame of a table; reads all records that it shows."""
     config = plan.for_table(config, name)
     spec, methods = _rows(config, name)
-    records = [results.read(run.folder, stale) or _missing(run) for run in table_runs(config, name)]
+    records = [_read(run, stale) for run in table_runs(config, name)]
     frame = tidy(
         records,
         subsets=spec.subsets,
@@ -127,9 +130,18 @@ def table_runs(config: Config, name: str) -> list[Run]:
     return runs
 
 
-def _missing(run: Run) -> Missing:
-    names = run.method.name, run.dataset.name, run.seed
-    return Missing(*names, suite=run.suite, backbone=run.backbone.name)
+def _read(run: Run, stale: bool) -> dict[str, Any] | Missing:
+    """A run's record; without one that counts, or with a later failure, why the cell is empty."""
+    record, found = usable(run, stale)
+    if record is None and found.name == "failed":
+        record = read_failure(run.folder)
+    if record is None:
+        why = found.reason or found.name
+        reason = f"stale, {why}" if found.name == "stale" else why
+        names = run.method.name, run.dataset.name, run.seed
+        return Missing(*names, reason, suite=run.suite, backbone=run.backbone.name)
+    note = found.reason if found.name == "stale" else ""
+    return record | {"folder": run.folder, "stale": note}
 
 
 def _rows(config: Config, name: str) -> tuple[TableSpec, dict[str, str]]:

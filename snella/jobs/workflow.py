@@ -150,8 +150,14 @@ class WorkflowPlan:
         return _user(lambda: generation_figures.records(self.config, wildcards.figure))
 
     def table_content(self, wildcards: Any) -> str:
-        """What a table shows besides its records, and with ``allow_missing`` which there are."""
+        """What a table shows besides its records, and with ``allow_missing`` which there are.
+
+        A faulty description ends the planning: a job would have cost the older table.
+        """
+        from snella.report.spec import parse_spec
+
         config = _user(lambda: plan.for_table(self.config, wildcards.table))
+        _user(lambda: parse_spec(wildcards.table, config.tables[wildcards.table]))
         content: dict[str, Any] = {
             "spec": config.tables[wildcards.table],
             "suite": plan.current_suite(config).model_dump(mode="json"),

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from snella.errors import UserError
+from snella.files import digest_tree
 
 RANDOM, TIMM, PACKAGE = "random", "timm", "package:"
 SHARDS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+PIPELINE = "model_index.json"
+"""What makes a folder one of diffusers' pipelines."""
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 _SIZE = re.compile(r"_(\d{2,4})(?=[._]|$)")
 
@@ -79,7 +82,8 @@ def sniff(path: Path) -> None:
     anything runs.
     """
     if path.is_dir():
-        weights_files(path)
+        if not any(path.iterdir()):
+            raise UserError(f"Backbone folder {path} is empty; download it again.")
         return
     with open(path, "rb") as file:
         start = file.read(256).lstrip()
@@ -98,9 +102,13 @@ def sniff(path: Path) -> None:
 
 
 def weights_files(path: Path) -> list[Path]:
-    """The file itself, or the weights files of a transformers folder."""
+    """The file itself, the weights of a transformers folder, or all of a pipeline's folder."""
     if not path.is_dir():
         return [path]
+    if (path / PIPELINE).is_file():
+        kinds = (".safetensors", ".bin", ".json", ".txt")
+        found = sorted(p for p in path.rglob("*") if p.suffix in kinds and p.is_file())
+        return [p for p in found if not p.relative_to(path).parts[0].startswith(".")]
     for index in SHARDS:
         if (path / index).is_file():
             names = json.loads((path / index).read_text())["weight_map"].values()
@@ -114,11 +122,17 @@ def weights_files(path: Path) -> list[Path]:
 
 
 def file_digest(path: str | Path | None) -> str:
-    """SHA-256 of a weights file's bytes or of a folder's weights; empty for none and ``random``."""
+    """SHA-256 of a weights file's bytes or of a folder's weights; empty for none and ``random``.
+
+    Of a folder in another layout, such as a whole pipeline's, all files count.
+    """
     if path is None or str(path) == RANDOM:
         return ""
+    path = Path(path)
+    if path.is_dir() and not any((path / name).is_file() for name in (*SHARDS, *SINGLE)):
+        return digest_tree(path)
     sha = hashlib.sha256()
-    files = weights_files(Path(path))
+    files = weights_files(path)
     for file in files:
         with open(file, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256")

@@ -1,260 +1,31 @@
-"""Every published number of the papers: reproduced, explained, refuted, or not yet run.
-
-The data of the audit page is one frame with a row per printed number; ours are taken from the
-frame of records. A mean is recomputed from our data sets by the printed kind of mean, and only
-where all of them have run.
-"""
+"""The audit as Markdown, as one HTML file that works offline, and as a LaTeX document."""
 
 from __future__ import annotations
 
+import html as escaping
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snella.report.published import (
-    COST_UNITS,
-    COSTS,
-    FGVC,
-    VTAB,
-    Paper,
-    Printed,
-    backbone_of,
-    our_dataset,
-    our_method,
-    our_suite,
-    our_table,
-    read_paper,
-    read_table,
-    slug,
-    sources,
-    tables,
-)
-from snella.report.versus import judge, mismatches, protocol_of
+from snella.report.latex import escape
+from snella.report.pdf import compile_document
+from snella.report.published import read_paper
+from snella.report.text import escape_markdown
+from snella.report.verdicts import TITLES, VERDICTS, audit, decided, summary, totals
+from snella.report.versus import signed
+from snella.report.write import to_csv, write_texts
 
 if TYPE_CHECKING:
     import pandas as pd
 
-VERDICTS = ("reproduced", "explained", "refuted", "open")
-TITLES = {
-    "reproduced": "reproduced within seed noise",
-    "explained": "explained by a known difference",
-    "refuted": "refuted",
-    "open": "not yet run",
-}
-COLUMNS: dict[str, tuple[str, ...]] = {name: (column,) for column, name in COSTS.items()} | {
-    "params": ("with_head", "trainable")
-}
-TIMES = frozenset(("train_time_per_image", "train_time_per_epoch", "inference_time_per_epoch"))
-MEMORY = frozenset(("memory_train", "memory_inference", "memory_increment_ratio"))
-OF_HARDWARE = TIMES | MEMORY | {"transform_time"}
-COUNTED = 0.01  # relative difference of parameter and operation counts that is a convention
-
-
-@dataclass
-class Ours:
-    """Our finished runs, indexed by what papers call their backbone and data sets.
-
-    ``values`` maps (backbone, pretraining, suite of ours, method, metric) to data sets to seeds.
-    """
-
-    frame: pd.DataFrame
-    values: dict[tuple[str, ...], dict[str, dict[int, float]]] = field(default_factory=dict)
-    costs: dict[tuple[str, ...], dict[str, dict[str, float]]] = field(default_factory=dict)
-    suites: dict[tuple[str, str], set[str]] = field(default_factory=dict)
-    protocols: dict[tuple[str, str], dict[str, set[str]]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, frame: pd.DataFrame) -> Ours:
-        """Index the runs whose backbone a paper knows."""
-        rows = frame[
-            (frame["status"] == "ok") & frame["selected"].eq(True) & (frame["subset"] == "")
-        ]
-        known = {b: found for b in rows["backbone"].unique() if (found := backbone_of(b))}
-        rows = rows[rows["backbone"].isin(list(known))]
-        ours = cls(rows)
-        columns = ["backbone", "suite", "method", "metric", "dataset", "seed", "value", "unit"]
-        costs = sorted({column for names in COLUMNS.values() for column in names})
-        for run in rows[[*columns, *costs]].to_dict("records"):
-            place = known[run["backbone"]]
-            ours.suites.setdefault(place, set()).add(run["suite"])
-            key, dataset = (*place, run["suite"], run["method"]), slug(run["dataset"])
-            scale = 100.0 if run["unit"] == "%" else 1.0
-            numbers = ours.values.setdefault((*key, run["metric"]), {})
-            numbers.setdefault(dataset, {})[int(run["seed"])] = scale * run["value"]
-            spent = ours.costs.setdefault(key, {})
-            spent[dataset] = {name: run[name] for name in costs if math.isfinite(run[name])}
-        return ours
-
-    def protocol(self, suite: str, method: str) -> dict[str, set[str]]:
-        """The protocol fields of a method's runs in a suite, with all their values."""
-        if (suite, method) not in self.protocols:
-            f = self.frame
-            runs = f[(f["suite"] == suite) & (f["method"] == method)]
-            selections = ", ".join(sorted(set(runs["selection"])))
-            self.protocols[suite, method] = protocol_of(runs, selections)
-        return self.protocols[suite, method]
-
-
-def audit(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per published number with our number, verdict, reason and command."""
-    import pandas as pd
-
-    ours = Ours.of(frame)
-    rows = []
-    for source in sources():
-        paper = read_paper(source)
-        for number in tables(source):
-            lines = read_table(source, number)
-            tasks = _tasks(lines)
-            rows += [_entry(paper, line, tasks, ours) for line in lines]
-    return pd.DataFrame(rows)
-
-
-def totals(found: pd.DataFrame) -> pd.DataFrame:
-    """How many numbers of each table have which verdict, and all of them."""
-    import pandas as pd
-
-    counts = pd.crosstab([found["source"], found["table"]], found["verdict"])
-    counts = counts.reindex(columns=list(VERDICTS), fill_value=0)
-    counts["numbers"] = counts.sum(axis=1)
-    return counts.reset_index()
-
-
-def _tasks(lines: Sequence[Printed]) -> dict[tuple[str, ...], list[str]]:
-    """The data sets that a printed row has cells of, by row, suite, backbone and pretraining."""
-    found: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for line in lines:
-        if line["dataset"] and line["dataset"] not in found[_row_key(line)]:
-            found[_row_key(line)].append(line["dataset"])
-    return found
-
-
-def _row_key(line: Printed) -> tuple[str, ...]:
-    return line["row"], line["suite"], line["backbone"], line["pretraining"]
-
-
-def _entry(
-    paper: Paper, line: Printed, tasks: Mapping[tuple[str, ...], list[str]], ours: Ours
-) -> dict[str, Any]:
-    method = our_method(line)
-    entry: dict[str, Any] = {
-        **{k: line[k] for k in ("source", "table", "row", "label", "suite", "backbone")},
-        **{k: line[k] for k in ("pretraining", "dataset", "group", "aggregation", "metric")},
-        "printed": float(line["value"]),
-        "decimals": len(line["value"].partition(".")[2]),
-        "unit": line["unit"],
-        "method": method or "",
-        **dict.fromkeys(("ours", "std", "difference")),
-        "seeds": 0,
-        "doubt": "; ".join(paper.doubts(line)),
-        "our_suite": our_suite(line) or "",
-        "command": _command(line, method),
-    }
-    entry["table"], entry["row"] = int(line["table"]), int(line["row"])
-    if method is None:
-        return entry | {"verdict": "open", "why": "no row of ours is this method and variant"}
-    if line["metric"] in OF_HARDWARE | {"params", "gflops"}:
-        return entry | _cost(line, method, ours)
-    return entry | _score(paper, line, method, tasks.get(_row_key(line), []), ours)
-
-
-def _score(
-    paper: Paper, line: Printed, method: str, tasks: Sequence[str], ours: Ours
-) -> dict[str, Any]:
-    members = _members(line, tasks)
-    choices = []
-    for suite in sorted(ours.suites.get((line["backbone"], line["pretraining"]), ())):
-        key = (line["backbone"], line["pretraining"], suite, method, line["metric"])
-        values = _mean(ours.values.get(key, {}), members)
-        if values:
-            causes = mismatches(paper.facts(line), ours.protocol(suite, method))
-            choices.append((len(causes), suite, values, causes))
-    if not choices:
-        return {"verdict": "open", "why": "not yet run"}
-    _, suite, values, causes = min(choices)  # the protocol closest to the published one
-    mean = math.fsum(values) / len(values)
-    difference = mean - float(line["value"])
-    decimals = len(line["value"].partition(".")[2])
-    verdict, why = judge(difference, 0.5 * 10.0**-decimals, values, [*paper.doubts(line), *causes])
-    spread = math.fsum((v - mean) ** 2 for v in values)
-    std = math.sqrt(spread / (len(values) - 1)) if len(values) > 1 else None
-    return {"ours": mean, "std": std, "seeds": len(values), "difference": difference,
-            "our_suite": suite, "verdict": verdict, "why": why}  # fmt: skip
-
-
-def _members(line: Printed, tasks: Sequence[str]) -> list[list[str]]:
-    """The data sets behind a number, as groups whose means are averaged."""
-    if line["dataset"]:
-        return [[_ours(line, line["dataset"])]]
-    if line["group"] in VTAB:
-        return [sorted(VTAB[line["group"]])]
-    named = [_ours(line, task) for task in tasks]
-    if line["suite"] == "vtab1k" and not named:
-        named = sorted(task for group in VTAB.values() for task in group)
-    if line["suite"] == "fgvc" and not named:
-        named = sorted(FGVC)
-    if line["aggregation"] == "mean_of_groups":
-        return [[t for t in named if t in group] for group in VTAB.values()]
-    return [named]
-
-
-def _ours(line: Printed, dataset: str) -> str:
-    return slug(our_dataset({**line, "dataset": dataset}))
-
-
-def _mean(
-    found: Mapping[str, Mapping[int, float]], members: Sequence[Sequence[str]]
-) -> list[float]:
-    """The mean over the groups' means per seed that all data sets have; empty without one."""
-    names = [name for group in members for name in group]
-    if not names or not all(name in found for name in names):
-        return []
-    seeds = sorted(set.intersection(*(set(found[name]) for name in names)))
-    return [
-        math.fsum(math.fsum(found[n][s] for n in group) / len(group) for group in members)
-        / len(members)
-        for s in seeds
-    ]
-
-
-def _cost(line: Printed, method: str, ours: Ours) -> dict[str, Any]:
-    """Counts agree, with the head or without, or they do not; times and memory are of hardware."""
-    base, printed = COST_UNITS.get(line["unit"]), float(line["value"])
-    if base is None:
-        return {"verdict": "open", "why": "printed as a share; counts differ in the head"}
-    place = (line["backbone"], line["pretraining"])
-    found: list[float] = []
-    for column in COLUMNS.get(line["metric"], ()):
-        for suite in sorted(ours.suites.get(place, ())):
-            spent = ours.costs.get((*place, suite, method), {})
-            numbers = [costs[column] for costs in spent.values() if column in costs]
-            found += [math.fsum(numbers) / len(numbers) / base] if numbers else []
-    if not found:
-        return {"verdict": "open", "why": "not yet run"}
-    mean = min(found, key=lambda number: abs(number - printed))
-    result = {"ours": mean, "seeds": 1, "difference": mean - printed}
-    decimals = len(line["value"].partition(".")[2])
-    reach = max(0.5 * 10.0**-decimals, COUNTED * abs(printed))
-    if abs(mean - printed) <= reach * (1 + 1e-9):
-        return result | {"verdict": "reproduced", "why": "the same count"}
-    if line["metric"] in OF_HARDWARE:
-        return result | {"verdict": "explained", "why": "measured on other hardware"}
-    return result | {"verdict": "refuted", "why": f"the counts differ by more than {COUNTED:.0%}"}
-
-
-def _command(line: Printed, method: str | None) -> str:
-    """What to type for the number; empty where nothing of ours would give it."""
-    suite = our_suite(line)
-    if method is None or suite is None:
-        return ""
-    if line["dataset"]:
-        return f"snella run --method {method} --dataset {our_dataset(line)} --config suite={suite}"
-    table = our_table(line["source"], int(line["table"]))
-    target = f" -- results/{table}_vs_published.tex" if table else ""
-    return f"snakemake --cores all --config suite={suite}{target}" if target else ""
+HEADS = ("Table", "Row", "Number", "Printed", "Ours", "Difference", "Verdict", "Why")
+LEGEND = (
+    "Reproduced: a further seed of ours would fall as far from our mean in 95 % of cases. "
+    "Explained: beyond that, with a known difference of protocol or a doubt about the printed "
+    "number. Refuted: beyond that without one. Not yet run: no finished run, one seed only, or no "
+    "row of ours for it."
+)
 
 
 def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -262,32 +33,142 @@ def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
 
     ``audit.pdf`` follows where pdfLaTeX is installed.
     """
-    from snella.report import audit_page
-    from snella.report.pdf import compile_document
-    from snella.report.write import to_csv, write_texts
-
     found = audit(frame)
-    paths = write_texts(
-        folder,
-        {
-            "audit.csv": to_csv(found),
-            "audit.md": audit_page.markdown(found),
-            "audit.html": audit_page.html(found),
-            "audit.tex": audit_page.latex(found),
-        },
-    )
+    contents = {
+        "audit.csv": to_csv(found),
+        "audit.md": markdown(found),
+        "audit.html": html(found),
+        "audit.tex": latex(found),
+    }
+    paths = write_texts(folder, contents)
     pdf = compile_document(folder / "audit.tex")
     return paths + ([pdf] if pdf is not None else [])
 
 
-def summary(found: pd.DataFrame) -> str:
-    """The totals in one sentence."""
-    counts = found["verdict"].value_counts()
-    parts = [f"{int(counts.get(v, 0))} {TITLES[v]}" for v in VERDICTS]
-    return f"{len(found)} published numbers: {', '.join(parts)}."
+def _where(row: dict[str, Any]) -> str:
+    place = row["dataset"] or row["group"] or "cost"
+    kind = {"mean_of_tasks": " over tasks", "mean_of_groups": " over groups"}
+    backbone = f"{row['backbone']} {row['pretraining']}"
+    suite = f"{row['suite']} " if row["suite"] else ""
+    return f"{suite}{place}{kind.get(row['aggregation'], '')}, {row['metric']}, {backbone}"
 
 
-def decided(found: pd.DataFrame) -> Iterable[dict[str, Any]]:
-    """The numbers that are not open, in printed order."""
-    for row in found[found["verdict"] != "open"].to_dict("records"):
-        yield {str(key): value for key, value in row.items()}
+def _table(row: dict[str, Any]) -> str:
+    return f"{row['source']} {row['table']}"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    digits, ours, difference = int(row["decimals"]), "", ""
+    if row["ours"] is not None and math.isfinite(row["ours"]):
+        ours, difference = f"{row['ours']:.{digits}f}", signed(row["difference"], digits)
+        spread = row["std"]
+        known = spread is not None and math.isfinite(spread)
+        ours += f" ± {spread:.{digits}f}" if known else ""
+    return [
+        _table(row),
+        str(row["label"]),
+        _where(row),
+        f"{row['printed']:.{digits}f}",
+        ours,
+        difference,
+        TITLES[row["verdict"]].partition(" ")[0] if row["verdict"] != "open" else TITLES["open"],
+        str(row["why"]),
+    ]
+
+
+def _total_rows(found: pd.DataFrame) -> list[list[str]]:
+    counted = totals(found)
+    rows = [
+        [
+            f"{read_paper(r['source']).title}, Table {r['table']}",
+            *[str(r[v]) for v in VERDICTS],
+            str(r["numbers"]),
+        ]
+        for r in counted.to_dict("records")
+    ]
+    sums = [str(int(counted[v].sum())) for v in (*VERDICTS, "numbers")]
+    return [*rows, ["All", *sums]]
+
+
+def markdown(found: pd.DataFrame) -> str:
+    """Totals per table, then every number that is decided."""
+    heads = ["Table", *[TITLES[v] for v in VERDICTS], "numbers"]
+    lines = ["# Audit of the published numbers", "", summary(found), "", LEGEND, ""]
+    lines += [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+    lines += [_row(row) for row in _total_rows(found)]
+    rows = list(decided(found))
+    if rows:
+        lines += ["", "## Decided numbers", "", _row([*HEADS, "Command"])]
+        lines += [_row(["---"] * (len(HEADS) + 1))]
+        lines += [_row([*_cells(row), f"`{row['command']}`"]) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return (
+        "| "
+        + " | ".join(c if c.startswith(("`", "-")) else escape_markdown(c) for c in cells)
+        + " |"
+    )
+
+
+def html(found: pd.DataFrame) -> str:
+    """One self-contained page with all numbers, filtered by verdict, table and text."""
+    template = (files("snella.report") / "published" / "audit.html").read_text(encoding="utf-8")
+    heads = ["Table", *[TITLES[v] for v in VERDICTS], "numbers"]
+    body = [
+        "<tr data-verdict='{}' title='{}'>{}</tr>".format(
+            row["verdict"],
+            escaping.escape(row["command"], quote=True),
+            "".join(f"<td>{escaping.escape(cell)}</td>" for cell in _cells(row)),
+        )
+        for row in found.to_dict("records")
+    ]
+    counted = [
+        f"<tr>{''.join(f'<td>{escaping.escape(c)}</td>' for c in r)}</tr>"
+        for r in _total_rows(found)
+    ]
+    choices = [f"<option value='{v}'>{TITLES[v]}</option>" for v in VERDICTS]
+    parts = {
+        "SUMMARY": escaping.escape(summary(found)),
+        "LEGEND": escaping.escape(LEGEND),
+        "VERDICTS": "".join(choices),
+        "TOTAL_HEADS": "".join(f"<th>{escaping.escape(h)}</th>" for h in heads),
+        "TOTALS": "\n".join(counted),
+        "HEADS": "".join(f"<th>{escaping.escape(h)}</th>" for h in HEADS),
+        "ROWS": "\n".join(body),
+    }
+    for name, content in parts.items():
+        template = template.replace(f"<!--{name}-->", content)
+    return template
+
+
+def latex(found: pd.DataFrame) -> str:
+    """A document: totals per table, and every number that is decided."""
+    total_lines = [" & ".join(map(escape, row)) + r" \\" for row in _total_rows(found)]
+    rows = [" & ".join(map(escape, _cells(row)[:7])) + r" \\" for row in decided(found)]
+    heads = ["Table", "Reproduced", "Explained", "Refuted", "Not yet run", "Numbers"]
+    lines = [
+        r"\documentclass[a4paper]{article}",
+        r"\usepackage[margin=18mm]{geometry}\usepackage{booktabs}\usepackage{longtable}",
+        r"\parindent0pt\begin{document}\small",
+        r"\section*{Audit of the published numbers}",
+        escape(summary(found)) + r"\par\smallskip " + escape(LEGEND) + r"\par\medskip",
+        r"{\footnotesize\begin{longtable}{@{}lrrrrr@{}}\toprule",
+        " & ".join(heads) + r" \\ \midrule\endhead",
+        *total_lines[:-1],
+        r"\midrule",
+        total_lines[-1],
+        r"\bottomrule\end{longtable}}",
+    ]
+    if rows:
+        name, last = r">{\raggedright}p{%dmm}", r">{\raggedright\arraybackslash}p{30mm}"
+        form = f"@{{}}l{name % 24}{name % 52}rrr{last}@{{}}"
+        lines[1] += r"\usepackage{array}"
+        lines += [
+            r"{\scriptsize\setlength{\tabcolsep}{3pt}\begin{longtable}{" + form + r"}\toprule",
+            " & ".join(HEADS[:7]) + r" \\ \midrule\endhead",
+            *rows,
+            r"\bottomrule\end{longtable}}",
+        ]
+    return "\n".join([*lines, r"\end{document}"]) + "\n"

@@ -68,6 +68,7 @@ VALUES: dict[str, Quantity] = {
     q.name: q
     for q in (
         _cost("trainable", "Trainable parameters, head included", COUNT, "with_head"),
+        _cost("with_head", "Trainable parameters, head included", COUNT),
         _cost("without_head", "Trainable parameters without the head", COUNT, "trainable"),
         _cost("total", "Parameters of the model", COUNT),
         _cost(
@@ -185,8 +186,8 @@ def expand_columns(
     parts = [[] if isinstance(d, ValueColumn) else build.columns(d) for d in spec.columns]
     found = [column for part in parts for column in part]
     if not found:
-        names = " or ".join(dict.fromkeys([suite.name, *spec.suites]))
-        raise UserError(f"The suite {names!r} has none of the groups of this table.")
+        names = ", ".join(dict.fromkeys([suite.name, *spec.suites]))
+        raise UserError(f"The table's suites ({names}) have none of its groups.")
     for description, part in zip(spec.columns, parts, strict=True):
         if isinstance(description, ValueColumn):
             own = value(description.value)

@@ -28,12 +28,15 @@ MARKERS = "osD^vP"
 def critical_difference(statistics: Statistics, path: Path) -> list[Path]:
     """Draw the average ranks of a table's rows; bars join what Nemenyi's test does not separate.
 
-    Writes ``path`` with ``.pdf`` and ``.png``; nothing where Friedman's test could not be made.
-    Demšar, JMLR 7 (2006), Figure 1.
+    Writes ``path`` with ``.pdf`` and ``.png``, which say why there is nothing to draw where
+    Friedman's test could not be made. Demšar, JMLR 7 (2006), Figure 1.
     """
     test = statistics.friedman
     if test is None or not statistics.ranks:
-        return []
+        figure, axes = _empty(WIDTH / INCH, 0.5)
+        why = "Ranks need three rows that all have run on two data sets."
+        axes.text(0.5, 0.5, why, ha="center", va="center", fontsize=8, color=QUIET)
+        return _save(figure, path)
     labels = dict(statistics.table.methods)
     order = sorted(statistics.ranks, key=lambda m: statistics.ranks[m])
     ranks = [statistics.ranks[m] for m in order]

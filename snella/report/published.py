@@ -29,9 +29,12 @@ VTAB: Mapping[str, frozenset[str]] = {
 FGVC = frozenset(("cub", "nabirds", "oxford_flowers", "stanford_dogs", "stanford_cars"))
 DREAMBOOTH: Mapping[str, int] = {"objects": 21, "live": 9}
 """The subjects of DreamBooth's two groups; papers print the mean over all 30."""
-UNITS = {"percent": "%", "fraction": "", "cosine": "", "distance": "", "score": ""}
+FULL_IMAGE = frozenset(("cifar100_full", "svhn_full", "food101_full"))
+SCALES = {"percent": 0.01, "fraction": 1.0, "cosine": 1.0, "distance": 1.0, "score": 1.0}
+"""What a printed score is in the unit of a record."""
 COSTS = {
     "trainable": "params",
+    "with_head": "params",
     "gflops": "gflops",
     "train_seconds_per_image": "train_time_per_image",
     "peak_memory_mb": "memory_train",
@@ -340,12 +343,15 @@ def place(column: Column) -> Place | None:
         return None
     if column.kind == "dataset":
         group, (dataset,) = next((g, tuple(ds)) for g, ds in groups.items())
-        return Place(metric, "vtab1k" if group in VTAB else group, dataset=dataset)
+        suite = "vtab1k" if group in VTAB else _yaml("names")["groups"].get(group, group)
+        return Place(metric, suite, dataset=_printed_name(suite, dataset))
     if dict(groups) == dict(VTAB):
         return Place(metric, "vtab1k", group="mean", aggregation=column.kind)
     if column.kind == "mean_of_tasks":
         if {g: len(tasks) for g, tasks in groups.items()} == DREAMBOOTH:
             return Place(metric, "dreambooth", dataset="dreambooth30")
+        if groups == {"full_image": FULL_IMAGE}:
+            return Place(metric, "full_image", group="mean", aggregation=column.kind)
         if groups == {"fgvc": FGVC}:
             return Place(metric, "fgvc", group="mean", aggregation=column.kind)
         for group, tasks in VTAB.items():
@@ -359,7 +365,13 @@ def slug(dataset: str) -> str:
     name = dataset.rpartition("/")[2].replace("-", "_")
     for prefix in ("vtab1k_", "vtab_", "fgvc_"):
         name = name.removeprefix(prefix)
-    return name
+    return name.removesuffix("_released")
+
+
+def _printed_name(suite: str, name: str) -> str:
+    """The slug of a data set of ours as tables of a suite spell it."""
+    renamed = _yaml("names")["datasets"].get(suite, {})
+    return next((printed for printed, own in renamed.items() if slug(own) == name), name)
 
 
 def find(lines: Sequence[Printed], row: int, where: Place) -> Printed | None:

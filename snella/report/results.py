@@ -26,6 +26,7 @@ MEMBER_MISSING = "a member of this mean is missing"
 WORDS = {"oom": "out of memory", "timeout": "time limit reached"}
 TUNED = frozenset({"lr", "min_lr", "warmup_lr", "weight_decay", "drop_path"})
 LISTED = 3
+AT_CHANCE = "at chance level"  # a warning that is a footnote of the cell
 STATUSES = ("ok", "diverged", "failed", "oom", "timeout", NOT_RUN)
 
 
@@ -213,7 +214,9 @@ class Results:
         mixed = [str(method) for method, n in code.nunique().items() if n > 1]
         if mixed:
             notes.append(f"Rows whose runs were made by different code: {some(mixed)}.")
-        warned = _tallied(self.made, "warnings")
+        warned: Counter[str] = Counter()
+        for texts, n in _tallied(self.made, "warnings").items():
+            warned.update(dict.fromkeys(set(texts.split("; ")) - {AT_CHANCE}, n))
         notes += [f"Warning of {n} of {len(self.made)} runs: {t}." for t, n in warned.most_common()]
         stale = int((self.made["stale"] != "").sum())
         if stale:

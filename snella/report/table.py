@@ -93,7 +93,7 @@ class Table:
         shown = [
             suite.label(name)
             for suite in self.suites
-            if (name := self.results.common("backbone", suite.name))
+            if (name := self.results.common("backbone", suite.name) or suite.backbone)
         ]
         return ", ".join(dict.fromkeys(shown)) or NONE_YET
 
@@ -136,7 +136,7 @@ class Table:
             f"Backbone {self.backbone}, protocol {self.protocol}, {selection}, {self._spread()}.",
             self._marks(),
         ]
-        result += [text for text in map(self._about, self.columns) if text]
+        result += self._columns()
         result += [f"Protocol: {note}." for note in self.results.notes]
         return list(dict.fromkeys(text for text in [*result, *self.results.origins()] if text))
 
@@ -180,6 +180,15 @@ class Table:
 
     def _over_seeds(self) -> str:
         return " and seeds" if len(self.results.seeds) > 1 else ""
+
+    def _columns(self) -> list[str]:
+        """What columns show, said once for columns of which the same is to be said."""
+        said: dict[str, list[str]] = {}
+        for column in self.columns:
+            name, _, text = self._about(column).partition(": ")
+            if text:
+                said.setdefault(text, []).append(name)
+        return [f"{', '.join(names)}: {text}" for text, names in said.items()]
 
     def _about(self, column: Column) -> str:
         label = self.label(column)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from snella.report.columns import Column, Unit
 from snella.report.published import (
     COST_UNITS,
-    UNITS,
+    SCALES,
     Paper,
     Place,
     Printed,
@@ -252,7 +252,8 @@ def _of_backbone(lines: Sequence[Printed], column: Column) -> list[Printed]:
     known = backbone_of(column.suite.backbone)
     if known is None:
         return list(lines)
-    return [line for line in lines if (line["backbone"], line["pretraining"]) == known]
+    unnamed = [line for line in lines if line["backbone"].startswith("unspecified")]
+    return [x for x in lines if (x["backbone"], x["pretraining"]) == known] or unnamed
 
 
 def _occurs(lines: Sequence[Printed], where: Place) -> bool:
@@ -281,7 +282,8 @@ def in_unit(printed: Printed, unit: Unit, *, cost: bool) -> float | None:
     if cost:
         base = COST_UNITS.get(printed["unit"])
         return None if base is None else number * base * unit.scale
-    return number if UNITS.get(printed["unit"], "?") == unit.symbol else None
+    base = SCALES.get(printed["unit"])
+    return None if base is None else number * base * unit.scale
 
 
 def versus_grid(versus: Versus) -> Grid:

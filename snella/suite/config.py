@@ -9,7 +9,7 @@ the key and the closest match.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -249,6 +249,16 @@ def _merged(
 def _shipped(path: Path, origins: Origins) -> dict[str, Any]:
     """The sections beside ``path``, one file each, and one file per suite."""
     folder = _shipped_folder(path)
+    stamp = tuple((str(p), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*.yaml")))
+    base, lines = _sections(folder, stamp)
+    origins.include(lines)
+    return base
+
+
+@lru_cache(maxsize=4)
+def _sections(folder: Path, stamp: tuple[tuple[str, int], ...]) -> tuple[dict[str, Any], Origins]:
+    """What the section files hold, read once while they stay as they are; not to be changed."""
+    origins = Origins()
     base: dict[str, Any] = {
         name: read_yaml(folder / f"{name}.yaml", origins, name) for name in SECTIONS[:-1]
     }
@@ -261,7 +271,7 @@ def _shipped(path: Path, origins: Origins) -> dict[str, Any]:
         for file in sorted((folder / section).glob("*.yaml")):
             base[section].update(read_yaml(file, origins, section))
     base["released"] = _released(folder / "released", base["datasets"], origins)
-    return base
+    return base, origins
 
 
 def _released(folder: Path, datasets: dict[str, Any], origins: Origins) -> dict[str, Any]:

@@ -40,6 +40,12 @@ class Origins:
         for path, line in lines.items():
             self._lines[(*prefix, *path)] = (self._sources, line)
 
+    def include(self, other: Origins) -> None:
+        """Lay all that another object knows over what is known."""
+        for path, (source, line) in other._lines.items():
+            self._lines[path] = (self._sources + source, line)
+        self._sources += other._sources
+
     def where(self, path: Sequence[int | str]) -> str:
         """The place of a key or of the closest one above it; empty if nothing is known."""
         parts = tuple(str(part) for part in path if part != "[key]")
@@ -51,7 +57,10 @@ class Origins:
         return found.place
 
 
-class _Loader(yaml.SafeLoader):
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where it is there: faster
+
+
+class _Loader(_Base):  # type: ignore[misc]
     """YAML as Snakemake reads it, but a date stays the text that was written."""
 
 

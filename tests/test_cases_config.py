@@ -1,0 +1,386 @@
+"""Mistakes in configuration and on the command line: one line that says what, where, what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from snella.cli import main
+from snella.errors import UserError
+from snella.methods.base import load_method
+from snella.suite import config as configuration
+from snella.suite import plan
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = {
+    "title": "Mine", "backbone": "vit-quick", "protocol": "quick",
+    "groups": {"natural": ["digits"]}, "methods": ["full"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def says(capsys, *arguments: str, status: int = 2) -> str:
+    """The one line on stderr of a call that must end with ``status``."""
+    assert main([str(a) for a in arguments]) == status
+    message = capsys.readouterr().err
+    assert message.startswith("snella: ") and message.count("\n") == 1, message
+    assert "Traceback" not in message
+    return message
+
+
+def write(folder: Path, content: dict | str | bytes) -> str:
+    """A configuration file; returns its path."""
+    path = folder / "my.yaml"
+    if isinstance(content, dict):
+        content = yaml.safe_dump({"suite": "mine", "suites": {"mine": SUITE}, **content})
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+FILES = {
+    "latin-1": ("suite: quick\n# größe\n".encode("latin-1"), ["line 2", "UTF-8"]),
+    "binary": (b"\x00\x01\x02\x89PNG", ["my.yaml"]),
+    "tabs": ("suite:\n\tquick\n", ["not valid YAML (line 2", "correct it"]),
+    "open bracket": ("suite: [1\n", ["not valid YAML (line"]),
+    "object": ("suite: !!python/object:os.system x\n", ["not valid YAML"]),
+    "list": ("- suite\n", ["mapping"]),
+    "twice": ("suite: quick\nsuite: smoke\n", ["line 2", "'suite' stands twice"]),
+    "endless": ("suite: &a [*a]\n", ["anchors repeat"]),
+    "billions": (
+        "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+            f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n"
+            for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+        ), ["anchors repeat"],
+    ),
+    "deep": ("suite: " + "[" * 20000, ["my.yaml"]),
+    "bad date": ("suite: 2020-99-99\n", ["Unknown suite '2020-99-99'"]),
+    "top key": ("suit: quick\n", ["my.yaml, line 1", "'suit'", "Did you mean 'suite'"]),
+    "number as name": ("suite: quick\nmethods: {1: {file: full}}\n", ["my.yaml, line 2", "quotes"]),
+    "escape": ('suite: quick\nmethods: {full: {label: "a\\e[31mb"}}\n', ["line 2", "control"]),
+    "table rows": ("suite: quick\ntables: {table1: {rows: 3}}\n", ["line 2", "rows", "methods"]),
+    "table row": (
+        "suite: quick\ntables: {table1: {rows: [{metods: [full]}]}}\n",
+        ["line 2", "group 1", "metods"],
+    ),
+    "table method": (
+        "suite: quick\ntables: {table1: {rows: [{methods: [ful]}]}}\n", ["'ful'", "'full'"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_faulty_file_is_one_line_with_its_place(tmp_path, capsys, case):
+    content, words = FILES[case]
+    message = says(capsys, "plan", "--configfile", write(tmp_path, content))
+    assert [word for word in words if word not in message] == [], message
+
+
+def mine(**changes) -> dict:
+    return {"suites": {"mine": {**SUITE, **changes}}}
+
+
+ENTRIES = {
+    "space": ({"methods": {"my row": {"file": "full"}}}, ["methods.my row", "'my_row'", "label"]),
+    "semicolon": ({"methods": {"a;b": {"file": "full"}}}, ["a;b", "letters, digits"]),
+    "quote": ({"datasets": {"a'b": {"path": "/x"}}}, ["a'b", "letters, digits"]),
+    "parent": ({"suites": {"../x": SUITE}}, ["../x", "letters, digits"]),
+    "accents": ({"backbones": {"größe": {"arch": "vit"}}}, ["letters, digits"]),
+    "long": ({"methods": {"x" * 300: {"file": "full"}}}, ["at most 64 characters"]),
+    "dotted data set": ({"datasets": {"a.b": {"path": "/x"}}}, ["a.b", "'a_b'"]),
+    "negative seed": (mine(seeds=[-1]), ["suites.mine.seeds.0", "-1"]),
+    "seed twice": (mine(seeds=[0, 0]), ["suites.mine.seeds", "stands twice"]),
+    "seed true": (mine(seeds=[True]), ["suites.mine.seeds.0", "integer"]),
+    "seed text": (mine(seeds="many"), ["suites.mine.seeds", "list"]),
+    "column twice": (mine(groups={"a": ["digits"], "b": ["digits"]}), ["'digits' stands twice"]),
+    "row twice": (mine(methods=["full", "full"]), ["'full' stands twice"]),
+    "empty group": (mine(groups={"a": []}), ["'a' has no data set", "a: null"]),
+    "no group": (mine(groups={}), ["needs a group"]),
+    "no rows": (mine(methods=[]), ["suites.mine.methods"]),
+    "required": (
+        {"suites": {"mine": {**{k: v for k, v in SUITE.items() if k != "title"}, "titel": "x"}}},
+        ["'suites.mine.titel'", "Did you mean 'suites.mine.title'"],
+    ),
+    "missing": (
+        {"suites": {"mine": {k: v for k, v in SUITE.items() if k != "backbone"}}},
+        ["suites.mine.backbone is missing"],
+    ),
+    "override row": (
+        mine(method_overrides={"ful": {"protocol": {"lr": 1}}}), ["'ful'", "Did you mean 'full'"],
+    ),
+    "override key": (
+        mine(method_overrides={"full": {"protokol": {"lr": 1}}}), ["protokol", "protocol'"],
+    ),
+    "override field": (
+        mine(method_overrides={"full": {"protocol": {"lrr": 1}}}), ["'lrr'", "'lr'"],
+    ),
+    "hidden nonsense": (
+        mine(overrides={"lr": "x"}, method_overrides={"full": {"protocol": {"lr": 1.0}}}),
+        ["suites.mine.overrides.lr", "valid number"],
+    ),
+    "infinite": (mine(overrides={"lr": float("inf")}), ["overrides.lr", "finite"]),
+    "hyper-parameter": (
+        mine(methods=["lora-8"], method_overrides={"lora-8": {"hyperparameters": {"ranc": 4}}}),
+        ["'ranc'", "Did you mean 'rank'", "peft.py"],
+    ),
+    "hyper-parameter value": (
+        mine(methods=["lora-8"], method_overrides={"lora-8": {"hyperparameters": {"rank": 0}}}),
+        ["hyper-parameter rank", "greater than 0"],
+    ),
+    "results": ({"results": ""}, ["results", "not empty"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_a_faulty_entry_is_found_when_runs_are_planned(tmp_path, case):
+    content, words = ENTRIES[case]
+    path = write(tmp_path, content)
+    with pytest.raises(UserError) as error:
+        plan.plan(configuration.load(Path(path)))
+    message = str(error.value)
+    assert "my.yaml, line" in message, message
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_a_shipped_group_can_be_left_out(tmp_path):
+    config = configuration.load(
+        ROOT / "config/config.yaml", {"suites.smoke.groups.fgvc": None, "suite": "smoke"}
+    )
+    assert plan.current_suite(config).datasets == ["digits", "retina", "count"]
+
+
+CALLS = {
+    "open bracket": (["plan", "--config", "suite=[1"], ["--config suite", "not valid YAML"]),
+    "value and part": (["plan", "--config", "suite=x", "suite.y=1"], ["suite", "a part of it"]),
+    "part and value": (["plan", "--config", "suite.y=1", "suite=x"], ["suite", "a part of it"]),
+    "twice": (["plan", "--config", "suite=quick", "suite=smoke"], ["suite twice"]),
+    "no value": (["plan", "--config", "suite"], ["KEY=VALUE"]),
+    "folder": (["plan", "--configfile", "config"], ["config", "a folder"]),
+    "verb": (["rn"], ["'rn'", "Did you mean 'run'"]),
+    "option": (["run", "--metod", "x"], ["'--metod'", "Did you mean '--method'"]),
+    "choice": (["completion", "bsh"], ["'bsh'", "bash"]),
+    "seed": (["run", "--method", "full", "--dataset", "digits", "--seed", "-1"], ["--seed", "-1"]),
+    "seed word": (["run", "--method", "full", "--dataset", "digits", "--seed", "x"], ["--seed"]),
+    "no argument": (["prepare"], ["dataset", "--help"]),
+    "settings": (["execute", "--settings", "{"], ["--settings", "JSON"]),
+    "empty settings": (["execute", "--settings", "{}"], ["--settings", "missing"]),
+    "overlay": (["plan", "--overlay", "[1]"], ["--overlay", "object"]),
+    "no tex": (["pdf", "nofile.tex"], ["nofile.tex", "snella table"]),
+    "dotted section": (["plan", "--config", "protocol.quick.lr=1"], ["'protocol'", "'protocols'"]),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_a_faulty_call_is_one_line(capsys, case):
+    arguments, words = CALLS[case]
+    message = says(capsys, *arguments)
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_dotted_keys_reach_rows_whose_names_have_dots():
+    config = configuration.load(ROOT / "config/config.yaml", {"methods.dyt-0.5.label": "Mine"})
+    assert config.methods["dyt-0.5"].label == "Mine"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "4,0"])
+def test_numbers_of_threads_that_are_none(monkeypatch, capsys, value):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert "OMP_NUM_THREADS" in says(capsys, "methods")
+
+
+@pytest.mark.parametrize("place", ["results", "data"])
+def test_a_file_where_a_folder_is_needed(tmp_path, capsys, place):
+    (tmp_path / "taken").write_text("")
+    free = {"results": tmp_path / "r", "data": tmp_path / "d", place: tmp_path / "taken"}
+    pairs = [f"{key}={value}" for key, value in free.items()]
+    verb = ["prepare", "digits"] if place == "data" else ["table", "table1"]
+    message = says(capsys, *verb, "--config", "suite=smoke", *pairs)
+    assert "taken" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_access(tmp_path, capsys):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    message = says(capsys, "prepare", "digits", "--config", f"data={tmp_path}/locked/data")
+    assert "locked" in message
+
+
+def test_the_traceback_is_in_the_log_alone(tmp_path, monkeypatch, capsys):
+    def broken(*arguments):
+        raise ZeroDivisionError("1 / 0")
+
+    monkeypatch.setattr(configuration, "load", broken)
+    monkeypatch.chdir(tmp_path)
+    message = says(capsys, "methods", status=1)
+    assert "internal error: ZeroDivisionError: 1 / 0" in message and "logs/snella.log" in message
+    assert "Traceback" in (tmp_path / "logs/snella.log").read_text()
+
+
+def test_an_end_from_inside_is_a_broken_run(monkeypatch, capsys):
+    def broken(*arguments):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(configuration, "load", broken)
+    assert "SystemExit" in says(capsys, "methods", status=1)
+
+
+HOOKS = {
+    "on_epoch_begin": ("def on_epoch_begin(self, model, epoch, epochs): ...", "on_epoch_start"),
+    "on_step": ("def on_step(self, model): ...", "on_step_end"),
+    "calibrat": ("def calibrat(self, model, batches, loss_fn): ...", "calibrate"),
+    "arguments": ("def on_epoch_start(self, model): ...", "on_epoch_start(model, epoch, epochs)"),
+}
+
+
+@pytest.mark.parametrize("case", HOOKS)
+def test_a_misspelt_hook_is_an_error_when_the_file_is_loaded(tmp_path, case):
+    source, words = HOOKS[case]
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from snella.method import Method\n\n\nclass Mine(Method):\n"
+        f"    def adapt(self, model): ...\n\n    {source}\n"
+    )
+    with pytest.raises(UserError, match=r"mine\.py, line 7") as error:
+        load_method(file)
+    assert words in str(error.value)
+
+
+def test_helpers_of_a_method_may_have_any_other_name(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from snella.method import Method\n\n\nclass Mine(Method):\n"
+        "    def adapt(self, model): ...\n\n    def config(self, model): ...\n"
+    )
+    assert load_method(file).__name__ == "Mine"
+
+
+def test_every_shipped_method_loads():
+    for file in plan.method_files(configuration.load()).values():
+        load_method(file)
+
+
+def test_snakemake_blames_the_file_and_takes_dotted_keys(tmp_path):
+    """What Snakemake merged of my.yaml and --config is told apart again."""
+    from snella.jobs.workflow import WorkflowPlan
+
+    mine = yaml.safe_load(
+        Path(write(tmp_path, mine_with_typo := {"warm_worker": True})).read_text()
+    )
+    files = [str(ROOT / "config/config.yaml"), str(tmp_path / "my.yaml")]
+    with pytest.raises(UserError, match=r"my\.yaml, line \d+: Unknown key.*'warm_worker'"):
+        configuration.from_snakemake(mine, map(Path, files))
+    del mine["warm_worker"]
+    with pytest.raises(UserError, match=r"^--config: Unknown key.*'warm_worker'"):
+        configuration.from_snakemake({**mine, **mine_with_typo}, [Path(files[0])])
+    found = configuration.from_snakemake({**mine, "methods.full.label": "X"}, map(Path, files))
+    assert found.methods["full"].label == "X"
+    with pytest.raises(SystemExit) as ended:
+        WorkflowPlan.from_snakemake({"suite": "quik"}, [])
+    assert ended.value.code == 2
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--version"], ["--help"], *([verb, "--help"] for verb in verbs())):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        assert shown.strip()
+        if arguments[0] != "--version":
+            assert "snella" in shown
+
+
+def verbs() -> list[str]:
+    from snella.cli.parser import _verbs_of, build_parser
+
+    return list(_verbs_of(build_parser()))
+
+
+def test_every_option_has_help_and_every_verb_an_example():
+    from snella.cli.parser import _verbs_of, build_parser
+
+    for name, sub in _verbs_of(build_parser()).items():
+        assert sub.description and f"snella {name}" in sub.epilog
+        assert all(action.help for action in sub._actions), name
+
+
+@pytest.mark.parametrize("verb", ["methods", "datasets", "plan", "status"])
+def test_json_for_programs(tmp_path, capsys, verb):
+    places = [f"results={tmp_path}/results", f"data={tmp_path}/data", "suite=smoke"]
+    assert main([verb, "--json", "--config", *places]) == 0
+    found = json.loads(capsys.readouterr().out)
+    if isinstance(found, dict):
+        assert (found["suite"], found["runs"], found["done"]) == ("smoke", 16, 0)
+    else:
+        assert {"full", "digits"} & {entry["name"] for entry in found if entry["in_suite"]}
+
+
+def test_lists_never_cut_a_name(capsys):
+    label = "A long label " * 7
+    assert main(["methods", "--config", f"methods.full.label={label}"]) == 0
+    assert label.strip() in capsys.readouterr().out
+
+
+def test_doctor_finds_what_is_missing_and_names_no_place(tmp_path, capsys, monkeypatch):
+    arguments = ["doctor", "--json", "--config", "suite=vtab1k", f"results={tmp_path}/results"]
+    assert main(arguments) == 1
+    text = capsys.readouterr().out
+    found = {entry["what"]: entry for entry in json.loads(text)}
+    assert found["Python"]["level"] == "ok"
+    assert (
+        found["data pets"]["level"] == "problem" and "docs/data.md" in found["data pets"]["remedy"]
+    )
+    assert str(Path.home()) not in text and str(ROOT) not in text
+    assert main(["doctor", "--json", "--config", "suite=quik"]) == 1
+    found = {entry["what"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert "Did you mean 'quick'" in found["configuration"]["found"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(capsys, shell):
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    assert "--dataset" in capsys.readouterr().out
+
+
+def test_schemas_are_current(tmp_path, capsys):
+    """``snella schema`` writes workflow/schemas again."""
+    assert main(["schema", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    made = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    kept = {p.name: p.read_text() for p in (ROOT / "workflow/schemas").glob("*.json")}
+    assert made == kept, "run `snella schema`"
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    """As in `snella methods | head -1`."""
+    command = f"{sys.executable} -m snella.cli methods --json | head -1"
+    done = subprocess.run(
+        command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_line_per_finished_cell(tmp_path, monkeypatch):
+    from snella.jobs import cells
+
+    monkeypatch.chdir(tmp_path)
+    record = {
+        "run": {"method": "full", "dataset": "digits", "seed": 0}, "status": "ok", "reason": None,
+        "metric": "top1", "metric_info": [{"name": "top1", "unit": "%"}],
+        "metrics": {"last": {"top1": 0.572}},
+    }  # fmt: skip
+    assert cells.finished_line(record) == "full on digits, seed 0: ok, top1 57.2 %"
+    cells.begin(["a/record.json", "b/record.json"])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/record.json").write_text("{}")
+    assert "(1 of 2, about" in cells.finished_line(record)

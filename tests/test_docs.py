@@ -1,0 +1,194 @@
+"""What README and docs tell people to type works as printed, in a folder of any name."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from snella.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = ["--config", "protocols.quick.epochs=1", "protocols.quick.warmup_epochs=0"]
+"""Settings that shorten the one command that trains."""
+CHECKED_ELSEWHERE = ("snella check ",)
+"""Verbs of half a minute each, whose tests are tests/test_check.py and test_add_baseline.py."""
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def commands() -> list[str]:
+    """Every command line of README and docs, once, without its comment."""
+    found: dict[str, None] = {}
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = re.sub(r"\s+#.*|^#.*", "", line).strip()
+                if command:
+                    found[command] = None
+    return list(found)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The repository in a folder whose name has a space and an umlaut, with README's my.yaml."""
+    folder = tmp_path_factory.mktemp("docs") / "a folder, größer" / "snella-bench"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, check=True,
+    ).stdout.decode()  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        source = ROOT / name
+        if not name.startswith(("tests/", "docs/", "benchmarks/")) and source.is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, folder / name)
+    (own,) = [b for b in blocks(ROOT / "README.md", "yaml") if b.startswith("# my.yaml")]
+    (folder / "my.yaml").write_text(own)
+    return folder
+
+
+def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", *arguments], cwd=folder, capture_output=True,
+        text=True, check=False, env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_there_are_commands_to_test():
+    assert len(commands()) > 15
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("snella ")])
+def test_verbs(clone, monkeypatch, capsys, command):
+    if command.startswith(CHECKED_ELSEWHERE):
+        command = "snella check --help"
+    monkeypatch.chdir(clone)
+    arguments = shlex.split(command.partition(">")[0])[1:]
+    if arguments[:1] == ["new-baseline"]:
+        (clone / "baselines" / f"{arguments[1]}.py").unlink(missing_ok=True)
+    if arguments[0] == "run" and "--help" not in arguments:
+        arguments += SMALL
+    try:
+        status = main(arguments)
+    except SystemExit as ended:  # --help, --version
+        status = ended.code
+    written = capsys.readouterr()
+    assert status == 0 or (arguments[0] == "doctor" and status == 1), written.err
+    assert written.out
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("snakemake ")])
+def test_workflow_commands_are_understood(clone, command):
+    """Snakemake takes them as they are printed, and finds what there is to do."""
+    slurm = importlib.util.find_spec("snakemake_executor_plugin_slurm")
+    if "profiles/slurm" in command and slurm is None:
+        pytest.skip("the SLURM plug-in is not installed")
+    arguments = shlex.split(command)[1:]
+    done = snakemake(clone, *([] if "--unlock" in arguments else ["--dry-run"]), *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_target_never_follows_an_option_that_takes_several_values():
+    texts = [page.read_text() for page in PAGES]
+    others = [*ROOT.glob("config/*.yaml"), *ROOT.glob("workflow/**/*.yaml"), ROOT / "Snakefile"]
+    for text in [*texts, *(path.read_text() for path in others)]:
+        for line in re.findall(r"snakemake (?:--)?[^`\n]*?results/table1\.tex", text):
+            assert " -- " in line, line
+
+
+def test_the_workflow_writes_a_table_in_a_folder_of_any_name(clone):
+    """The whole way of a job: shell, log, overlay, table; no training."""
+    arguments = ["--cores", "1", "--config", "suite=smoke", "allow_missing=true"]
+    done = snakemake(clone, *arguments, "--", "results/table1.tex")
+    assert done.returncode == 0, done.stderr
+    assert "not run" in (clone / "results/table1.tex").read_text()
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
+def test_make_targets_exist(command):
+    done = subprocess.run(
+        ["make", "--dry-run", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_command_is_left_untested():
+    known = (
+        "snella ",
+        "snakemake ",
+        "make ",
+        "pip ",
+        "uv ",
+        "python benchmarks/",
+        "python scripts/",
+    )
+    assert [c for c in commands() if not c.startswith(known)] == []
+
+
+def test_configuration_in_the_docs_is_accepted():
+    """Every YAML block of README and docs fits the models when it is laid over the shipped one."""
+    from snella.suite import config as configuration
+
+    for page in PAGES:
+        for block in blocks(page, "yaml"):
+            content = yaml.safe_load(block)
+            if isinstance(content, dict) and set(content) <= set(configuration.Config.model_fields):
+                configuration.load(ROOT / "config/config.yaml", content)
+
+
+def test_python_of_the_public_interface_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(ROOT / "docs" / "api.md", "python"):
+        exec(compile(block, "docs/api.md", "exec"), {})
+
+
+def test_the_library_example_trains(tmp_path, monkeypatch):
+    """README's loop, on a tiny model and one batch."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from snella.models.tiny import tiny_backbone
+
+    class Optimizer:
+        def step(self) -> None: ...
+
+        def zero_grad(self) -> None: ...
+
+    monkeypatch.chdir(tmp_path)
+    model = tiny_backbone()
+    size = model.patch_embed.img_size
+    batch = (torch.zeros(2, 3, *size), torch.tensor([0, 1]))
+    (block,) = blocks(ROOT / "README.md", "python")
+    names = {
+        "model": model, "epochs": 1, "loader": [batch], "optimizer": Optimizer(),
+        "loss": lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
+    }  # fmt: skip
+    exec(compile(block, "README.md", "exec"), names)
+    assert list((tmp_path / "adapter").glob("*.safetensors"))
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    site = ["--site-dir", str(tmp_path / "s")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", *site],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "snella.results.frame" in (tmp_path / "s/api/index.html").read_text()
