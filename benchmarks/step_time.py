@@ -187,15 +187,32 @@ def measure(case: Case, rows: list[str], options: argparse.Namespace) -> dict[st
         except torch.OutOfMemoryError as error:
             failed[row] = str(error).partition("\n")[0]
     figures: dict[str, Any] = {"eager": interleaved(runs, options.repeats, options.seconds)}
+    figures["inference"] = inference(runs, options)
     if options.device == "cuda":
         # A step that computes its threshold on the host, as the reference, cannot be captured.
         runs = {row: run for row, run in runs.items() if row in ("full", "lora", "snella")}
         if options.profile and "snella" in runs:
             figures["kernels"] = kernels(runs["snella"])
-        for run in runs.values():
-            run.record()
-        figures["graph"] = interleaved(runs, options.repeats, options.seconds)
+        if case.graph:
+            for run in runs.values():
+                run.record()
+            figures["graph"] = interleaved(runs, options.repeats, options.seconds)
     return figures | {"memory": memory, "failed": failed, "title": case.title}
+
+
+def inference(runs: dict[str, Run], options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of a forward pass in evaluation."""
+    steps = {}
+    for name, run in runs.items():
+        run.model.eval()
+        steps[name] = run.step
+        run.step = torch.no_grad()(run.loss)  # type: ignore[method-assign]
+        run.step()
+    seconds = interleaved(runs, min(options.repeats, 8), options.seconds / 4)
+    for name, run in runs.items():
+        run.step = steps[name]  # type: ignore[method-assign]
+        run.model.train()
+    return seconds
 
 
 def kernels(run: Run) -> dict[str, list[float]]:

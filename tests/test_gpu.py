@@ -573,12 +573,12 @@ def compilations() -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
             here = recipe | blocks("apply")
             dense = {} if mixed else {"dense": None, "weighted": None}
             nothing = {"dense": None, "weighted": None, "selection": None, "FORM": "none"}
-            yield "apply", here | {"parts": None, "FORM": form} | dense, types
+            yield "apply", here | {"work": None, "FORM": form} | dense, types
             yield "apply", here | nothing, types
             if mixed:
-                alone = {"parts": None, "FORM": form, "out": None, "base": None}
+                alone = {"work": None, "FORM": form, "out": None, "base": None}
                 yield "apply", here | alone, types
-                none = {"parts": None, "FORM": "none", "selection": None}
+                none = {"work": None, "FORM": "none", "selection": None}
                 yield "apply", here | none, types
             weighted = {} if mixed else {"weighted": None}
             yield "contract", recipe | blocks("contract") | weighted | {"FORM": form}, types

@@ -42,10 +42,15 @@ def effective_weight(
     next call uses again.
     """
     tensors = weight, a, b, scalars, budgets, dtype or compute_type(a), transient
-    try:
-        return backend(update, a).effective_weight(update, *tensors)  # type: ignore[no-any-return]
-    except gpu.Broken:  # and so not asked again
-        return backend(update, a).effective_weight(update, *tensors)  # type: ignore[no-any-return]
+    chosen = backend(update, a)
+    if chosen is gpu:
+        try:
+            return gpu.effective_weight(update, *tensors)
+        except gpu.Broken:
+            chosen = backend(update, a)
+    # Under autocast a product of torch's would be rounded.
+    with torch.autocast(a.device.type, enabled=False):
+        return chosen.effective_weight(update, *tensors)  # type: ignore[no-any-return]
 
 
 def contract(

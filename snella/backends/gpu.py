@@ -29,7 +29,7 @@ SELECTION_TYPE = torch.int32
 # Rows, columns and warps of a program, by kernel: the fastest of several on an H100. prepare and
 # apply walk down their columns, which are split until there are PROGRAMS.
 BLOCKS = {
-    "prepare": (64, 32, 4),
+    "prepare": (64, 32, 8),
     "merge": (32, 64, 4),
     "apply": (64, 32, 4),
     "contract": (32, 32, 1),
@@ -37,7 +37,7 @@ BLOCKS = {
 FLAT, GATHER = 2048, 64
 PROGRAMS = 512
 # Parts of a column at most, and integers of workspace, as the package ``triton`` has them.
-MAX_SPLITS, HEADER, BUCKETS = 8, 4112, 4096 * 512
+MAX_SPLITS, HEADER, BUCKETS = 8, 2064, 2048 * 1024
 
 # Whether CPU tensors are taken too, by Triton's interpreter; for tests.
 interpreted = False
@@ -301,11 +301,10 @@ def effective_weight(
     slices, _, inputs, _ = a.shape
     plan = plan_of(update.kernel, update.form, slices, inputs, b.shape[2])
     device = a.device
-    a, b, scalars = a.detach().contiguous(), b.detach().contiguous(), scalars.detach().contiguous()
-    base = None if weight is None else weight.detach().contiguous()
+    a, b, scalars = a.contiguous(), b.contiguous(), scalars.contiguous()
+    base = None if weight is None else weight.contiguous()
     found = found_like(update, a, b)
     work = torch.empty(plan.work, dtype=torch.float32, device=device)
-    parts = work[plan.matrices :]
     out = torch.empty(slices * plan.outputs, inputs, dtype=dtype, device=device)
     with _on(device):
         start: dict[str, Any] = {
@@ -313,17 +312,17 @@ def effective_weight(
             "stream": _stream(device),
         }
         if update.form == "none":
-            nothing = None, found.constants, parts, None, None
+            nothing = None, found.constants, work, None, None
             plan.prepare(a, b, scalars, *nothing, **start)
             absent = None, base, out, None, None
-            plan.apply_first(b, scalars, found.constants, parts, *absent, update.scale, **start)
+            plan.apply_first(b, scalars, found.constants, work, *absent, update.scale, **start)
             return out, found
         if budgets.device != device:
             budgets = budgets.to(device)
         workspace = torch.empty(plan.workspace, dtype=torch.int32, device=device)
-        shared = found.constants, parts
+        shared = found.constants, work
         plan.prepare(a, b, scalars, budgets, *shared, workspace, _counter(a, slices), **start)
-        places = work, workspace, found.selection
+        places = workspace, found.selection
         plan.merge(b, scalars, budgets, *shared, *places, **start)
         plan.finish(work, found.selection, base, out, update.scale, **start)
     return out, found
@@ -344,8 +343,8 @@ def contract(
     slices, _, inputs, _ = a.shape
     plan = plan_of(update.kernel, update.form, slices, inputs, b.shape[2])
     device = a.device
-    a, b, scalars = a.detach().contiguous(), b.detach().contiguous(), scalars.detach().contiguous()
-    base = None if weight is None else weight.detach().contiguous()
+    a, b, scalars = a.contiguous(), b.contiguous(), scalars.contiguous()
+    base = None if weight is None else weight.contiguous()
     dense = dense.contiguous()
     selection = None if update.form == "none" else found.selection
     out = weighted = None

@@ -206,9 +206,11 @@ def contract(
             out.zero_() if parts[1] is None else out.copy_(parts[1])
     if stored is not None:
         found.tiles.clear()  # their memory is used up
+    grad_a, grad_b, grad_scalars = evaluator.gradients()
+    gradients = grad_a, grad_b, grad_scalars.reshape_as(scalars)
     if effective is None:
-        return None, evaluator.gradients()
-    return effective.view(-1, shape[2]).to(dtype), evaluator.gradients()
+        return None, gradients
+    return effective.view(-1, shape[2]).to(dtype), gradients
 
 
 def _differentiate(

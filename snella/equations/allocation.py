@@ -167,6 +167,8 @@ class Importance:
         self.from_first, self.skip_nonfinite = from_first, skip_nonfinite
         self.sensitivity: list[Tensor] = []
         self.uncertainty: list[Tensor] = []
+        # The memory of all averages, if they are of one kind: few operations then do for all.
+        self._whole: tuple[Tensor, Tensor] | None = None
         self._started: Tensor | None = None
         self._skipped: Tensor | None = None
 
@@ -176,6 +178,20 @@ class Importance:
         if not self.sensitivity:
             self._start(factors)
         assert self._started is not None and self._skipped is not None
+        if self._whole is not None:
+            whole = self._whole
+            current = _flatten(factors).mul_(gradient := _flatten(grads)).abs_()
+            usable = torch.ones_like(self._started)
+            if self.skip_nonfinite:
+                usable = gradient.isfinite().all()
+                self._skipped += ~usable
+            current.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            rate1, rate2 = self._rates(usable)
+            whole[0].add_((current - whole[0]).mul_(rate1))
+            deviation = current.sub_(whole[0]).abs_()
+            whole[1].add_(deviation.sub_(whole[1]).mul_(rate2))
+            self._started |= usable
+            return
         current = list(torch._foreach_mul(factors, grads))
         torch._foreach_abs_(current)
         usable = torch.ones_like(self._started)
@@ -195,6 +211,11 @@ class Importance:
     def _start(self, factors: list[Tensor]) -> None:
         self.sensitivity = [torch.zeros_like(factor) for factor in factors]
         self.uncertainty = [torch.zeros_like(factor) for factor in factors]
+        self._whole = None
+        if len({(factor.device, factor.dtype) for factor in factors}) == 1:
+            self._whole = _flatten(self.sensitivity), _flatten(self.uncertainty)
+            self.sensitivity = _unflatten(self._whole[0], factors)
+            self.uncertainty = _unflatten(self._whole[1], factors)
         device = factors[0].device
         self._started = torch.tensor(not self.from_first, device=device)
         self._skipped = torch.zeros((), dtype=torch.long, device=device)
@@ -208,6 +229,7 @@ class Importance:
             for i, (average, factor) in enumerate(zip(averages, factors, strict=True)):
                 if average.device != factor.device or average.dtype != factor.dtype:
                     averages[i] = average.to(factor)
+                    self._whole = None
         device = factors[0].device
         if self._started.device != device:
             self._started, self._skipped = self._started.to(device), self._skipped.to(device)
@@ -243,7 +265,7 @@ class Importance:
     def load_state_dict(self, state: dict[str, Tensor], factors: list[Tensor]) -> None:
         """Restore ``state_dict``; ``factors`` gives order, shapes and devices."""
         if not state:
-            self.sensitivity, self.uncertainty = [], []
+            self.sensitivity, self.uncertainty, self._whole = [], [], None
             self._started = self._skipped = None
             return
         self._start(factors)
@@ -255,6 +277,21 @@ class Importance:
         assert self._started is not None and self._skipped is not None
         self._started.copy_(state["started"])
         self._skipped.copy_(state["skipped"])
+
+
+def _flatten(tensors: list[Tensor]) -> Tensor:
+    """All values, one after the other, in new memory."""
+    return (
+        torch._C._nn.flatten_dense_tensors(tensors)
+        if len(tensors) > 1
+        else tensors[0].flatten().clone()
+    )
+
+
+def _unflatten(whole: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The parts of ``whole`` as tensors of these shapes."""
+    parts = whole.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _move_towards(averages: list[Tensor], values: list[Tensor], rate: Tensor) -> None:

@@ -7,6 +7,7 @@ model, and copied and saved with it.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -249,9 +250,18 @@ def attach(model: nn.Module, adapter_name: str) -> None:
             layer.allocators[adapter_name] = allocator
 
 
-def _allocators(model: nn.Module) -> Iterator[tuple[str, list[SnellaLayer], Allocator]]:
-    """The allocators of all SNELLA adapters of ``model`` that train."""
-    found: list[SnellaLayer] = [m for m in model.modules() if isinstance(m, SnellaLayer)]
+# The layers of models in training: going through all modules after every step takes longer than
+# what is done then. Found anew in every epoch.
+_layers: weakref.WeakKeyDictionary[nn.Module, list[SnellaLayer]] = weakref.WeakKeyDictionary()
+
+
+def _allocators(
+    model: nn.Module, again: bool = True
+) -> Iterator[tuple[str, list[SnellaLayer], Allocator]]:
+    """The allocators of all SNELLA adapters of ``model`` that train; ``again``: look for layers."""
+    if again or model not in _layers:
+        _layers[model] = [m for m in model.modules() if isinstance(m, SnellaLayer)]
+    found = _layers[model]
     if not found:
         raise UserError("The model has no SNELLA layer: adapt it with get_peft_model first.")
     trained = False
@@ -313,7 +323,7 @@ def on_epoch_start(
 
 def on_step_end(model: nn.Module) -> None:
     """Call after each ``optimizer.step()``, before the gradients are cleared."""
-    for name, layers, allocator in _allocators(model):
+    for name, layers, allocator in _allocators(model, again=False):
         allocator.on_step_end(layers, name)
 
 

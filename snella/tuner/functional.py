@@ -6,6 +6,7 @@ Eagerly an ``autograd.Function``, whose overhead is small. Under ``torch.compile
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,8 +37,12 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, W, bias, A, B and the scalars; needs: of the first three, which."""
     flat = grad.reshape(-1, grad.shape[-1])
-    buffer = Scratch.like(flat, flat.dtype).take("dense", flat.shape[-1], x.shape[-1])
-    dense = torch.mm(flat.mT, x.reshape(-1, x.shape[-1]), out=buffer)
+    rows = x.reshape(-1, x.shape[-1])
+    if x.is_cuda:
+        dense = torch.mm(flat.mT, rows)
+    else:
+        buffer = Scratch.like(flat, flat.dtype).take("dense", flat.shape[-1], x.shape[-1])
+        dense = torch.mm(flat.mT, rows, out=buffer)
     grad_weight = dense.to(weight.dtype, copy=True) if needs[1] and weight is not None else None
     effective, grads = contract(update, found, dense, weight, *tensors, needs[0], grad.dtype)
     grad_x = None if effective is None else grad @ effective
@@ -45,9 +50,16 @@ def _backward(
 
 
 def _like(gradients: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """In the shapes and types of A, B and the scalars."""
+    """In the types of A, B and the scalars."""
     pairs = zip(gradients, tensors, strict=False)
-    return tuple(g.reshape_as(t).to(t.dtype) for g, t in pairs)
+    return tuple(g if g.dtype == t.dtype else g.to(t.dtype) for g, t in pairs)
+
+
+def exactly(device: str) -> AbstractContextManager[Any]:
+    """The precision of every operation is its operands'."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -63,8 +75,7 @@ class _MergedLinear(torch.autograd.Function):
         budgets: Tensor,
         update: Update,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            y, found = _forward(x, weight, bias, (a, b, scalars, budgets), update)
+        y, found = _forward(x, weight, bias, (a, b, scalars, budgets), update)
         # Not the budgets: they may have changed by then, and what counts is what was found.
         ctx.save_for_backward(x, weight, a, b, scalars, found.selection, found.constants)
         ctx.update, ctx.tiles = update, found.tiles
@@ -75,8 +86,8 @@ class _MergedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, scalars, selection, constants = ctx.saved_tensors
         factors, found = (a, b, scalars), Found(selection, constants, ctx.tiles)
-        with torch.autocast(x.device.type, enabled=False):
-            needs = ctx.needs_input_grad[:3]
+        needs = ctx.needs_input_grad[:3]
+        with exactly(x.device.type):
             grads = _backward(grad, x, weight, factors, found, ctx.update, needs)
         return *grads, None, None
 
@@ -92,7 +103,7 @@ class _MergedWeight(torch.autograd.Function):
         budgets: Tensor,
         update: Update,
     ) -> Tensor:
-        with torch.autocast(a.device.type, enabled=False):
+        with exactly(a.device.type):
             dtype = (a if weight is None else weight).dtype
             effective, found = effective_weight(update, weight, a, b, scalars, budgets, dtype)
         ctx.save_for_backward(a, b, scalars, found.selection, found.constants)
@@ -104,7 +115,7 @@ class _MergedWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scalars, selection, constants = ctx.saved_tensors
         factors, found = (a, b, scalars), Found(selection, constants, ctx.tiles)
-        with torch.autocast(grad.device.type, enabled=False):
+        with exactly(grad.device.type):
             _, grads = contract(ctx.update, found, grad, None, *factors, needs_effective=False)
         needed = grad if ctx.needs_input_grad[0] else None
         return needed, *_like(grads, factors), None, None
@@ -169,7 +180,7 @@ def _linear_operator(
     budgets: Tensor,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with exactly(x.device.type):
         y, found = _forward(x, weight, bias, (a, b, scalars, budgets), from_spec(spec))
     return y, found.selection, found.constants
 
@@ -195,7 +206,7 @@ def _linear_backward(
     spec: str,
 ) -> list[Tensor]:
     tensors, found = (a, b, scalars), Found(selection, constants)
-    with torch.autocast(x.device.type, enabled=False):
+    with exactly(x.device.type):
         grads = _backward(grad, x, weight, tensors, found, from_spec(spec), tuple(needs))
     return [g for g in grads if g is not None]
 

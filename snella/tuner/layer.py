@@ -111,10 +111,12 @@ class SnellaLayer(BaseTunerLayer):
 
     def _tensors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A, B, scalars and budgets."""
-        a, b = self.snella_A[adapter_name], self.snella_B[adapter_name]
-        scalars = self.snella_scalars
+        # Not by attributes: modules look those up slowly, which at every layer and step adds up.
+        own = self._modules
+        a, b = own["snella_A"][adapter_name], own["snella_B"][adapter_name]
+        scalars = own["snella_scalars"]
         values = scalars[adapter_name] if adapter_name in scalars else a.new_zeros(0)
-        return a, b, values, self.snella_budget[adapter_name]
+        return a, b, values, own["snella_budget"][adapter_name]
 
     def _update(self, adapter_name: str) -> Update:
         """The choices that make the adapter's function."""

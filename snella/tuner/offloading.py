@@ -17,7 +17,10 @@ _CONTAINERS = ("snella_A", "snella_B", "snella_scalars", "snella_budget")
 
 def loaded(layer: nn.Module) -> AbstractContextManager[Any]:
     """The adapter's tensors are on their device inside."""
-    containers = [getattr(layer, name) for name in _CONTAINERS]
+    own = layer._modules
+    if "_hf_hook" not in own["snella_A"].__dict__:  # all are, or none
+        return nullcontext()
+    containers = [own[name] for name in _CONTAINERS]
     hooked = [c for c in containers if "_hf_hook" in c.__dict__]
     return _brought(hooked) if hooked else nullcontext()
 

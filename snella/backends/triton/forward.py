@@ -78,7 +78,7 @@ def _column_part(
 
 @triton.jit
 def prepare(
-    a, b, scalars, budgets, constants, parts, workspace, done, inputs, outputs, height,
+    a, b, scalars, budgets, constants, work, workspace, done, inputs, outputs, height,
     PIECES: tl.constexpr, COORDINATES: tl.constexpr,
     MIXED: tl.constexpr, TEMPERATURE: tl.constexpr, LEARNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -86,18 +86,20 @@ def prepare(
     """Turn A, and find shift and Σ exp of ``height`` rows of some columns.
 
     With budgets also clear the workspace and choose the window. done: (slices) zeros, and so they
-    stay. parts: see ``combined_columns``. Grid: (blocks of columns, splits, slices).
+    stay. work: floats, the merged matrices, then parts for ``combined_columns``. Grid: (blocks of
+    columns, splits, slices).
     """
     block, split, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, slices = tl.num_programs(1), tl.num_programs(2)
     programs = tl.num_programs(0) * splits
     total = inputs * outputs
+    parts = work + slices * total
     dropped = rank_of(budgets, s, total)
     if workspace is not None:
-        header = workspace + s * 4112
-        for start in range(0, 4100, programs * 256):
+        header = workspace + s * 2064
+        for start in range(0, 2052, programs * 256):
             word = start + (split * tl.num_programs(0) + block) * 256 + tl.arange(0, 256)
-            tl.store(header + word, 0, word < 4100)
+            tl.store(header + word, 0, word < 2052)
     a += s * PIECES * inputs * COORDINATES
     b += s * PIECES * outputs * COORDINATES
     scalars = scalars_of(scalars, s, PIECES, MIXED, TEMPERATURE, LEARNED)
@@ -122,7 +124,7 @@ def prepare(
         if tl.atomic_add(done + s, 1, sem="acq_rel") >= programs - 1:
             tl.store(done + s, 0)
             if (dropped > 0) & (dropped < total):
-                buckets = workspace + slices * 4112 + s.to(tl.int64) * 2097152
+                buckets = workspace + slices * 2064 + s.to(tl.int64) * 2097152
                 choose_window(
                     turned, b, scalars, parts, header, buckets, dropped,
                     inputs, outputs, splits, slices, s,
@@ -132,7 +134,7 @@ def prepare(
 
 @triton.jit
 def merge(
-    b, scalars, budgets, constants, parts, merged, workspace, selection,
+    b, scalars, budgets, constants, work, workspace, selection,
     inputs, outputs, splits,
     PIECES: tl.constexpr, COORDINATES: tl.constexpr,
     MIXED: tl.constexpr, TEMPERATURE: tl.constexpr, LEARNED: tl.constexpr,
@@ -142,9 +144,9 @@ def merge(
     column, row, s = tl.program_id(0) * COLUMNS, tl.program_id(1) * ROWS, tl.program_id(2)
     slices, total = tl.num_programs(2), inputs * outputs
     dropped = rank_of(budgets, s, total)
-    header = workspace + s * 4112
-    buckets = workspace + slices * 4112 + s.to(tl.int64) * 2097152
-    merged += s.to(tl.int64) * total
+    header = workspace + s * 2064
+    buckets = workspace + slices * 2064 + s.to(tl.int64) * 2097152
+    merged, parts = work + s.to(tl.int64) * total, work + slices * total
     if dropped < total:
         b += s * PIECES * outputs * COORDINATES
         scalars = scalars_of(scalars, s, PIECES, MIXED, TEMPERATURE, LEARNED)
@@ -166,7 +168,7 @@ def merge(
         if dropped > 0:
             count(header, buckets, bits_of(value), flat, inside)
     tl.debug_barrier()
-    done = tl.atomic_add(header + 4097, 1, sem="acq_rel")
+    done = tl.atomic_add(header + 2049, 1, sem="acq_rel")
     if done == tl.num_programs(0) * tl.num_programs(1) - 1:
         threshold, subtracted, cut = -1, 0, 0
         if dropped == total:
@@ -197,7 +199,7 @@ def finish(
 
 @triton.jit
 def apply(
-    b, scalars, constants, parts, selection, base, out, dense, weighted,
+    b, scalars, constants, work, selection, base, out, dense, weighted,
     scale, inputs, outputs, splits, height,
     PIECES: tl.constexpr, COORDINATES: tl.constexpr,
     MIXED: tl.constexpr, TEMPERATURE: tl.constexpr, LEARNED: tl.constexpr,
@@ -206,7 +208,8 @@ def apply(
     """out = base + scale · S, evaluated; and Σ_o ∂L/∂merged · exp over ``height`` rows of columns.
 
     out: or None. dense: ∂L/∂S, or None, then also weighted. weighted: (splits, slices, inputs).
-    parts: of ``splits``, not combined yet, or None. Grid: (blocks of columns, splits, slices).
+    work: with parts of ``splits``, not combined yet, or None. Grid: (blocks of columns, splits,
+    slices).
     """
     split, s, slices = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     total = inputs * outputs
@@ -217,9 +220,10 @@ def apply(
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     shift, normaliser = 0.0, 0.0
     if MIXED:
-        if parts is None:
+        if work is None:
             shift, normaliser = known_columns(turned, columns, inputs, PIECES, COORDINATES)
         else:
+            parts = work + slices * total
             shift, normaliser = combined_columns(parts, columns, inputs, splits, slices, s)
             if split == 0:
                 keep_columns(turned, columns, shift, normaliser, inputs, PIECES, COORDINATES)

@@ -6,9 +6,9 @@ buckets, by the bits of their magnitudes, which order as integers. The program o
 last finds the threshold in one bucket. Should the guess be wrong, or a bucket overflow, it searches
 the whole matrix instead: the sample decides on time only.
 
-Workspace of a slice, integers: 4096 counts; entries below; programs done; the window's low end and
-the binary logarithm of a bucket's width; up to 4112, free. After all slices' 4112, the buckets:
-(slices, 4096, 512) flat indices.
+Workspace of a slice, integers: 2048 counts; entries below; programs done; the window's low end and
+the binary logarithm of a bucket's width; up to 2064, free. After all slices' 2064, the buckets:
+(slices, 2048, 1024) flat indices.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def choose_window(
     """
     total = inputs * outputs
     stride = (total // 2048) | 1
-    for start in range(0, 2048, 1024):  # not all at once, for the registers
-        flat = ((start + tl.arange(0, 1024)[:, None]) * stride) % total
+    for start in range(0, 2048, 512):  # not all at once, for the registers
+        flat = ((start + tl.arange(0, 512)[:, None]) * stride) % total
         rows, columns = flat // inputs, flat % inputs
         column_shift, normaliser = 0.0, 0.0
         if MIXED:
@@ -65,7 +65,7 @@ def choose_window(
             turned, b, scalars, column_shift, normaliser, rows, columns, inputs, outputs,
             PIECES, COORDINATES, MIXED, TEMPERATURE, LEARNED,
         )  # fmt: skip
-        tl.store(buckets + start + tl.arange(0, 1024)[:, None], bits_of(merged))
+        tl.store(buckets + start + tl.arange(0, 512)[:, None], bits_of(merged))
     tl.debug_barrier()
     bits = tl.load(buckets + tl.arange(0, 2048))
     middle = 2048.0 * dropped / total
@@ -75,22 +75,22 @@ def choose_window(
     low, high = _values_of_ranks(bits, first, last)
     shift = 0
     for i in range(20):
-        shift = tl.where((4096 << shift) < high - low + 128, i + 1, shift)
-    tl.store(header + 4098, low)
-    tl.store(header + 4099, shift)
+        shift = tl.where((2048 << shift) < high - low + 128, i + 1, shift)
+    tl.store(header + 2050, low)
+    tl.store(header + 2051, shift)
 
 
 @triton.jit
 def count(header, buckets, bits, flat, inside):
     """Count a block's entries below the window, and list those in it."""
-    low, shift = tl.load(header + 4098), tl.load(header + 4099)
+    low, shift = tl.load(header + 2050), tl.load(header + 2051)
     below = tl.sum((inside & (bits < low)).to(tl.int32))
-    tl.atomic_add(header + 4096, below, sem="relaxed")
+    tl.atomic_add(header + 2048, below, sem="relaxed")
     bucket = (bits - low) >> shift
-    listed = inside & (bits >= low) & (bucket < 4096)
+    listed = inside & (bits >= low) & (bucket < 2048)
     bucket = tl.where(listed, bucket, 0)
     slot = tl.atomic_add(header + bucket, 1, listed, sem="relaxed")
-    tl.store(buckets + bucket * 512 + slot, flat, listed & (slot < 512))
+    tl.store(buckets + bucket * 1024 + slot, flat, listed & (slot < 1024))
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def _search(merged, dropped, total):
 @triton.jit
 def _search_bucket(merged, bucket, used_count, rank, start, shift):
     """(threshold, subtracted, cut); the last is −1 if one bucket does not tell."""
-    index = tl.arange(0, 512)
+    index = tl.arange(0, 1024)
     used = index < used_count
     flat = tl.load(bucket + index, used, 0)
     bits = bits_of(tl.load(merged + flat, used, 0.0))
@@ -157,17 +157,17 @@ def _search_bucket(merged, bucket, used_count, rank, start, shift):
 @triton.jit
 def select(merged, header, buckets, dropped, total):
     """(threshold, subtracted, cut) of the slice, once all programs have counted."""
-    low, shift = tl.load(header + 4098), tl.load(header + 4099)
-    below = tl.load(header + 4096)
-    cumulative = tl.cumsum(tl.load(header + tl.arange(0, 4096)), 0)
+    low, shift = tl.load(header + 2050), tl.load(header + 2051)
+    below = tl.load(header + 2048)
+    cumulative = tl.cumsum(tl.load(header + tl.arange(0, 2048)), 0)
     smaller = cumulative < dropped - below
     bucket = tl.sum(smaller.to(tl.int32))
     rank = dropped - below - tl.max(tl.where(smaller, cumulative, 0))
-    used_count = tl.load(header + tl.minimum(bucket, 4095))
+    used_count = tl.load(header + tl.minimum(bucket, 2047))
     threshold, subtracted, cut = 0, 0, -1
-    if (below < dropped) & (bucket < 4096) & (used_count <= 512):
+    if (below < dropped) & (bucket < 2048) & (used_count <= 1024):
         threshold, subtracted, cut = _search_bucket(
-            merged, buckets + bucket * 512, used_count, rank, low + (bucket << shift), shift
+            merged, buckets + bucket * 1024, used_count, rank, low + (bucket << shift), shift
         )
     if cut < 0:
         threshold, subtracted, cut = _search(merged, dropped, total)
