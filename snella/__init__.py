@@ -19,7 +19,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_TUNER = (
+__all__ = [
     "LoraExport",
     "LoraImport",
     "SnellaCallback",
@@ -27,6 +27,7 @@ _TUNER = (
     "SnellaLayer",
     "SnellaModel",
     "TrainingState",
+    "__version__",
     "convert_from_lora",
     "convert_to_lora",
     "load_training_state",
@@ -34,8 +35,8 @@ _TUNER = (
     "on_step_end",
     "save_adapter",
     "training_state",
-)
-__all__ = [*_TUNER, "__version__"]
+]
+_TUNER = tuple(name for name in __all__ if name != "__version__")
 
 
 def __getattr__(name: str) -> Any:
