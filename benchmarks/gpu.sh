@@ -8,7 +8,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 workers=$($PYTHON -c "import xdist" 2>/dev/null && echo "-n 10")
 $PYTHON -m pytest -q -p no:cacheprovider $workers --tb=short tests/test_gpu.py \
-    -k "not interpreter and not compile_for" >"$OUT/gpu_tests.log" 2>&1
+    -k "not interpreter and not kernels_compile" >"$OUT/gpu_tests.log" 2>&1
 failed=$?
 tail -n 15 "$OUT/gpu_tests.log" | cut -c1-160
 $PYTHON benchmarks/step_time.py --device cuda --repeats 12 --seconds 5 --profile \
