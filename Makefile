@@ -67,6 +67,10 @@ requirements:
 	  --no-emit-index-url --no-annotate --custom-compile-command "make requirements" \
 	  --output-file envs/requirements.txt
 
+# The documentation as a site, below site/.
+docs: environment
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+
 pretrain: environment
 	$(SNAKEMAKE) -- results/pretrain/vit_quick.safetensors
 

@@ -26,9 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from snella.method import Method, load_method, trainable
-from snella.quick.pretrain_sam import ARCHITECTURE
-from snella.quick.segmentation import make
-from snella.tasks.segmentation.sam import (
+from snella.models.sam import (
     build_sam,
     load_sam,
     mask_logits,
@@ -36,6 +34,8 @@ from snella.tasks.segmentation.sam import (
     pixel_statistics,
     upsample,
 )
+from snella.quick.pretrain_sam import ARCHITECTURE
+from snella.quick.segmentation import make
 
 Data = dict[str, tuple[Tensor, Tensor]]
 Options = argparse.Namespace
@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)

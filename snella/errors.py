@@ -68,8 +68,8 @@ def explain(error: BaseException) -> Outcome:
     if isinstance(error, UnicodeDecodeError):
         where = f"byte {error.start}, {error.reason}"
         return Outcome(f"A text file is not UTF-8 ({where}); save it as UTF-8.", MISTAKE)
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("sne"):
-        package = error.name.partition(".")[0]
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package not in ("", "snella"):
         line = f"The Python package {package!r} is missing; install it (`pip install {package}`)"
         return Outcome(f"{line}, or everything with `make environment`.", MISTAKE)
     if isinstance(error, OSError) and error.errno in REMEDIES:
@@ -130,7 +130,8 @@ def one_line(error: BaseException, file: Path | None = None) -> str:
     """An exception as one line, with the line of ``file`` that it passed through last."""
     text = textwrap.shorten(f"{type(error).__name__}: {error}", LINE, placeholder=" …")
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if file is not None and Path(f.filename) == file]
+    whole = file.resolve() if file is not None else None
+    lines = [f.lineno for f in frames if Path(f.filename).resolve() == whole]
     return f"{text} ({file.name}, line {lines[-1]})" if file is not None and lines else text
 
 

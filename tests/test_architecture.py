@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "snella"
 # From the ground up: a room may import those before it, and nothing else.
 ROOMS = [
-    "errors", "files", "seeds", "validation", "records",
+    "errors", "files", "seeds", "validation", "records", "protobuf",
     "equations", "backends", "tuner", "models", "methods", "method",
     "data", "quick", "tasks", "check", "runs", "suite", "report", "results", "jobs", "cli",
 ]  # fmt: skip

@@ -136,6 +136,7 @@ ENTRIES = {
         mine(methods=["lora-8"], method_overrides={"lora-8": {"hyperparameters": {"rank": 0}}}),
         ["hyper-parameter rank", "greater than 0"],
     ),
+    "image size": (mine(overrides={"image_size": 64}), ["32 pixels", "image_size is 64"]),
     "results": ({"results": ""}, ["results", "not empty"]),
 }  # fmt: skip
 
@@ -343,6 +344,13 @@ def test_doctor_finds_what_is_missing_and_names_no_place(tmp_path, capsys, monke
     assert main(["doctor", "--json", "--config", "suite=quik"]) == 1
     found = {entry["what"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert "Did you mean 'quick'" in found["configuration"]["found"]
+
+
+def test_downloads_are_listed_and_a_misspelt_one_is_named(capsys):
+    assert main(["data", "download"]) == 0
+    assert "licence:" in capsys.readouterr().out
+    assert "Did you mean 'cifar100'" in says(capsys, "data", "download", "cifar10")
+    assert "Did you mean 'digits'" in says(capsys, "data", "check", "digit")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

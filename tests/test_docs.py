@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -154,6 +155,34 @@ def test_python_of_the_public_interface_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks(ROOT / "docs" / "api.md", "python"):
         exec(compile(block, "docs/api.md", "exec"), {})
+
+
+def test_the_example_of_results_plots(tmp_path, monkeypatch, capsys):
+    """On the records of two runs."""
+    import matplotlib
+
+    from snella.records import write_record
+
+    matplotlib.use("Agg")
+    info = {"name": "top1", "title": "Top-1 accuracy", "unit": "%", "higher_is_better": True}
+    for method, value in (("full", 0.5), ("linear", 0.25)):
+        names = {"suite": "smoke", "backbone": "vit-quick", "dataset": "digits", "method": method}
+        record = {
+            "schema": 2, "status": "ok", "reason": None, "task": "classification",
+            "run": {**names, "protocol": "quick", "seed": 0}, "metric": "top1",
+            "protocol": {"selection": "last", "name": "quick"},
+            "metric_info": [{**info, "lower": 0.0, "upper": 1.0}],
+            "metrics": {"last": {"epoch": 1, "top1": value}},
+            "parameters": {"trainable": 10, "total": 20, "head": 1, "with_head": 11},
+        }  # fmt: skip
+        folder = tmp_path / f"results/runs/smoke/vit-quick/digits/{method}/seed0"
+        folder.mkdir(parents=True)
+        write_record(folder, record)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["results.py"])
+    runpy.run_path(str(ROOT / "docs/examples/results.py"))
+    assert "50.0" in capsys.readouterr().out
+    assert (tmp_path / "results.png").exists()
 
 
 def test_the_library_example_trains(tmp_path, monkeypatch):

@@ -134,6 +134,7 @@ def test_all_24_sets_from_their_formats_to_table_1(tmp_path: Path) -> None:
     paths = write(config, "table1")
     text = next(p for p in paths if p.suffix == ".csv").read_text()
     columns = text.split("\n")[0].split(",")
-    groups = ["FGVC mean", "natural", "specialized", "structured", "VTAB-1k mean"]
+    means = ["VTAB-1k mean over tasks", "VTAB-1k mean over groups"]
+    groups = ["FGVC mean", "natural", "specialized", "structured", *means]
     assert [column for column in columns if column in {*FGVC, *groups}] == [*FGVC, *groups]
     assert text.count(",linear,Linear,") == text.count(",lora-8,LoRA-8,") == 1

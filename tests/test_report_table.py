@@ -169,7 +169,7 @@ def test_unknown_names_in_a_description():
 
 
 OTHER_TASKS = {
-    "segmentation": {"polyps": ["kvasir"]},
+    "segmentation": {"polyp_seg": ["kvasir-seg"]},
     "generation": {"objects": ["dreambooth-can"], "live": ["dreambooth-cat"]},
 }
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from snella.models.sam import mask_loss
 from snella.tasks.segmentation.collapse import collapsed
 from snella.tasks.segmentation.metrics import (
     Counts,
@@ -15,7 +16,6 @@ from snella.tasks.segmentation.metrics import (
     mean_absolute_error,
     s_measure,
 )
-from snella.tasks.segmentation.sam import mask_loss
 
 GOLDEN = Path(__file__).parent / "golden" / "spt_gps"
 ZERO = Counts(0, 0, 0)

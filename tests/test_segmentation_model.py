@@ -10,10 +10,7 @@ import torch
 
 from snella.data.prepared import Prepared
 from snella.errors import UserError
-from snella.tasks.base import Backbone, DatasetSpec
-from snella.tasks.segmentation import TASK
-from snella.tasks.segmentation.masks import resize_image, resize_mask
-from snella.tasks.segmentation.sam import (
+from snella.models.sam import (
     MEAN,
     STD,
     build_sam,
@@ -21,6 +18,9 @@ from snella.tasks.segmentation.sam import (
     mask_logits,
     sam_sizes,
 )
+from snella.tasks.base import Backbone, DatasetSpec
+from snella.tasks.segmentation import TASK
+from snella.tasks.segmentation.masks import resize_image, resize_mask
 from snella.tasks.segmentation.score import SegmentationScorer
 from snella.tasks.segmentation.task import Segmentation
 from snella.tasks.segmentation.toy import SIZES, toy
@@ -214,8 +214,8 @@ def test_collapse_on_the_validation_split_is_warned_about(
 
 
 def test_stored_masks_are_the_models(data: Prepared, tmp_path: Path) -> None:
+    from snella.models.sam import upsample
     from snella.tasks.segmentation.predictions import read_predictions
-    from snella.tasks.segmentation.sam import upsample
 
     segmentation = task(data)
     model = model_of(segmentation)

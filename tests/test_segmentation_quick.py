@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from snella.data.prepared import Prepared
+from snella.models.sam import build_sam, load_sam, mask_logits
 from snella.quick.pretrain_sam import (
     ARCHITECTURE,
     PretrainConfig,
@@ -25,7 +26,6 @@ from snella.tasks.base import Backbone, DatasetSpec
 from snella.tasks.segmentation import TASK
 from snella.tasks.segmentation.figure import choose, coloured
 from snella.tasks.segmentation.figure import draw as draw_figure
-from snella.tasks.segmentation.sam import build_sam, load_sam, mask_logits
 from snella.tasks.segmentation.task import Segmentation
 from snella.tasks.segmentation.toy import SIZES
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from snella import __version__
-from snella.cli import verbs
+from snella.cli import outputs, verbs
 from snella.errors import UserError, unknown
 from snella.suite.config import DEFAULT, LARGEST_SEED
 
@@ -123,6 +123,12 @@ def _running(verb: Callable[..., Any]) -> None:
 
     prepare = _with_config(verb(verbs.prepare, "snella prepare digits"))
     prepare.add_argument("dataset", help="a column (snella datasets)")
+    data = _with_config(
+        verb(outputs.data, "snella data check mydata", "snella data download cifar100")
+    )
+    data.add_argument("action", choices=("check", "download"), help="what to do")
+    data.add_argument("name", nargs="?", help="a column, or what to fetch (default: list all)")
+    data.add_argument("--to", type=Path, default=Path("data"), help="where to (default: data)")
 
 
 def _looking(verb: Callable[..., Any]) -> None:
@@ -135,18 +141,20 @@ def _looking(verb: Callable[..., Any]) -> None:
         sub = _with_config(verb(call, *examples))
         sub.add_argument("table", nargs="?", default="table1", help="a table (default: table1)")
         sub.add_argument("--json", action="store_true", help="the same as JSON, for programs")
-    show = _with_config(verb(verbs.show, "snella show table1"))
-    show.add_argument("table", nargs="?", default="table1", help="a table (default: table1)")
+    _table(verb(outputs.show, "snella show table1"))
     doctor = _with_config(verb(verbs.doctor, "snella doctor", "snella doctor --json > report.json"))
     doctor.add_argument("--json", action="store_true", help="the report as JSON")
 
 
 def _writing(verb: Callable[..., Any]) -> None:
-    table = _with_config(verb(verbs.table, "snella table table1"))
-    table.add_argument("table", nargs="?", default="table1", help="a table (default: table1)")
-    figure = _with_config(verb(verbs.figure, "snella figure figure8"))
+    _table(verb(outputs.table, "snella table table1"))
+    statistics = _table(verb(outputs.statistics, "snella statistics table1 --reference lora-8"))
+    statistics.add_argument("--reference", help="a row (default: the one that the table names)")
+    _table(verb(outputs.versus, "snella versus table1"))
+    _with_config(verb(outputs.audit, "snella audit"))
+    figure = _with_config(verb(outputs.figure, "snella figure figure8"))
     figure.add_argument("figure", help="a figure of config/figures/")
-    pdf = verb(verbs.pdf, "snella pdf results/table1.tex")
+    pdf = verb(outputs.pdf, "snella pdf results/table1.tex")
     pdf.add_argument("tex", type=Path, help="a table written by `snella table`")
     check = _with_config(verb(verbs.check, "snella check snella-8", "snella check ~/work/svf.py"))
     check.add_argument("method", help="a row, a file in baselines/, or a path to any .py file")
@@ -163,6 +171,13 @@ def _writing(verb: Callable[..., Any]) -> None:
         "--out", type=Path, default=Path("workflow/schemas"),
         help="the folder to write (default: workflow/schemas)",
     )  # fmt: skip
+
+
+def _table(sub: Any) -> Any:
+    _with_config(sub)
+    sub.add_argument("table", nargs="?", default="table1", help="a table (default: table1)")
+    sub.add_argument("--stale", action="store_true", help="show stale records too, marked")
+    return sub
 
 
 def _with_config(sub: Any) -> Any:

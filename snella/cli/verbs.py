@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import shutil
 import sys
 from typing import Any
 
@@ -148,61 +146,6 @@ def prepare(options: argparse.Namespace) -> None:
 
     folder = prepare_dataset(load(options), options.dataset)
     sys.stdout.write(f"{folder / 'manifest.json'}\n")
-
-
-def table(options: argparse.Namespace) -> None:
-    """Write a table from the records there are: LaTeX, CSV, Markdown."""
-    from snella.jobs import tables
-
-    for path in tables.write(load(options), options.table):
-        sys.stdout.write(f"{path}\n")
-
-
-def show(options: argparse.Namespace) -> None:
-    """Print a table in the terminal, from the records there are."""
-    from snella.jobs import tables
-
-    tables.show(load(options), options.table)
-
-
-def figure(options: argparse.Namespace) -> None:
-    """Draw a figure of examples from the predictions there are."""
-    from snella.jobs import figures
-
-    sys.stdout.write(f"{figures.draw(load(options), options.figure)}\n")
-
-
-def pdf(options: argparse.Namespace) -> None:
-    """Compile a table to PDF and PNG."""
-    from snella.report.pdf import compile_pdf
-
-    if not options.tex.is_file():
-        raise UserError(f"There is no file {options.tex}; write it with `snella table`.")
-    if shutil.which("pdflatex") is None:
-        raise UserError("LaTeX is not installed (Debian: texlive-latex-recommended poppler-utils).")
-    reasons: list[str] = []
-    handler = _Collect(reasons)
-    logger = logging.getLogger("snella.report.pdf")
-    logger.addHandler(handler)
-    try:
-        done = compile_pdf(options.tex)
-    finally:
-        logger.removeHandler(handler)
-    if done is None:
-        reason = reasons[-1] if reasons else f"pdflatex does not compile {options.tex}"
-        raise UserError(f"{reason.rstrip('.')}; correct the file, or write it anew.")
-    sys.stdout.write(f"{done[0]}\n")
-
-
-class _Collect(logging.Handler):
-    """Keeps messages in a list."""
-
-    def __init__(self, messages: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self.messages = messages
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
 
 
 def doctor(options: argparse.Namespace) -> int:

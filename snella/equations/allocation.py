@@ -179,26 +179,15 @@ class Importance:
             self._start(factors)
         assert self._started is not None and self._skipped is not None
         if self._whole is not None:
-            whole = self._whole
-            current = _flatten(factors).mul_(gradient := _flatten(grads)).abs_()
-            usable = torch.ones_like(self._started)
-            if self.skip_nonfinite:
-                usable = gradient.isfinite().all()
-                self._skipped += ~usable
-            current.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-            rate1, rate2 = self._rates(usable)
-            whole[0].add_((current - whole[0]).mul_(rate1))
-            deviation = current.sub_(whole[0]).abs_()
-            whole[1].add_(deviation.sub_(whole[1]).mul_(rate2))
-            self._started |= usable
+            self._update_whole(self._whole, factors, grads)
             return
-        current = list(torch._foreach_mul(factors, grads))
-        torch._foreach_abs_(current)
         usable = torch.ones_like(self._started)
         if self.skip_nonfinite:
             norms = torch._foreach_norm(grads, float("inf"))
             usable = torch.stack([norm.to(usable.device) for norm in norms]).isfinite().all()
             self._skipped += ~usable
+        current = list(torch._foreach_mul(factors, grads))
+        torch._foreach_abs_(current)
         for value in current:
             value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         rate1, rate2 = self._rates(usable)
@@ -206,6 +195,23 @@ class Importance:
         deviation = list(torch._foreach_sub(current, self.sensitivity))
         torch._foreach_abs_(deviation)
         _move_towards(self.uncertainty, deviation, rate2)
+        self._started |= usable
+
+    def _update_whole(
+        self, whole: tuple[Tensor, Tensor], factors: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        """The same where all averages lie in one piece of memory: few operations for all."""
+        assert self._started is not None and self._skipped is not None
+        current = _flatten(factors).mul_(gradient := _flatten(grads)).abs_()
+        usable = torch.ones_like(self._started)
+        if self.skip_nonfinite:
+            usable = gradient.isfinite().all()
+            self._skipped += ~usable
+        current.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        rate1, rate2 = self._rates(usable)
+        whole[0].add_((current - whole[0]).mul_(rate1))
+        deviation = current.sub_(whole[0]).abs_()
+        whole[1].add_(deviation.sub_(whole[1]).mul_(rate2))
         self._started |= usable
 
     def _start(self, factors: list[Tensor]) -> None:

@@ -117,7 +117,8 @@ def weights_files(path: Path) -> list[Path]:
         if (path / name).is_file():
             return [path / name]
     raise UserError(
-        f"Backbone folder {path} holds neither {SINGLE[0]} nor {SINGLE[1]}; name the weights file."
+        f"Backbone folder {path} holds neither {SINGLE[0]} nor {SINGLE[1]}, and no {PIPELINE} of "
+        "a pipeline; name the weights file."
     )
 
 

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from snella.quick.segmentation_shapes import Renderer
-from snella.tasks.segmentation.sam import (
+from snella.models.sam import (
     build_sam,
     mask_loss,
     pixel_statistics,
     positions,
 )
+from snella.quick.segmentation_shapes import Renderer
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def boxes_around(masks: Tensor, rng: torch.Generator) -> Tensor:
     return (box + jitter * span).clamp(0, size - 1)
 
 
-def decode(model: nn.Module, embeddings: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+def decode(model: Any, embeddings: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
     """All four masks of each prompt, and their predicted IoU.
 
     segment-anything's decoder takes many prompts for one image; here each prompt (N, T, C) has an
@@ -148,7 +148,7 @@ def decode(model: nn.Module, embeddings: Tensor, sparse: Tensor) -> tuple[Tensor
 
 
 def prompted_loss(
-    model: nn.Module, embeddings: Tensor, masks: Tensor, rng: torch.Generator
+    model: Any, embeddings: Tensor, masks: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Loss and mean IoU of prompts: embeddings (B, C, h, w), masks (B * P, S, S).
 
@@ -168,7 +168,7 @@ def prompted_loss(
     return loss + functional.mse_loss(quality.float(), iou), iou[:, 0].mean()
 
 
-def unprompted_loss(model: nn.Module, embeddings: Tensor, masks: Tensor) -> Tensor:
+def unprompted_loss(model: Any, embeddings: Tensor, masks: Tensor) -> Tensor:
     """Loss of the single mask without a prompt: embeddings (B, C, h, w), masks (B, S, S)."""
     nothing = embeddings.new_zeros(len(embeddings), 0, embeddings.shape[1])
     low, _ = decode(model, embeddings, nothing)
@@ -202,7 +202,7 @@ def _learning_rate(config: PretrainConfig, progress: float) -> float:
 
 
 def _epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: PretrainConfig, epoch: int
+    model: Any, optimizer: torch.optim.Optimizer, config: PretrainConfig, epoch: int
 ) -> dict[str, float]:
     """One epoch of freshly rendered pictures; mean loss and mean IoU of the single mask."""
     device = next(model.parameters()).device

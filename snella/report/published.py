@@ -343,7 +343,7 @@ def place(column: Column) -> Place | None:
         return None
     if column.kind == "dataset":
         group, (dataset,) = next((g, tuple(ds)) for g, ds in groups.items())
-        suite = "vtab1k" if group in VTAB else _yaml("names")["groups"].get(group, group)
+        suite = "vtab1k" if group in VTAB else group
         return Place(metric, suite, dataset=_printed_name(suite, dataset))
     if dict(groups) == dict(VTAB):
         return Place(metric, "vtab1k", group="mean", aggregation=column.kind)

@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 from snella.report.published import (
     COST_UNITS,
     COSTS,
+    DREAMBOOTH,
     FGVC,
+    SCALES,
     VTAB,
     Paper,
     Printed,
     backbone_of,
     our_dataset,
     our_method,
+    our_metric,
     our_suite,
     our_table,
     read_paper,
@@ -74,15 +77,14 @@ class Ours:
         known = {b: found for b in rows["backbone"].unique() if (found := backbone_of(b))}
         rows = rows[rows["backbone"].isin(list(known))]
         ours = cls(rows)
-        columns = ["backbone", "suite", "method", "metric", "dataset", "seed", "value", "unit"]
+        columns = ["backbone", "suite", "method", "metric", "dataset", "seed", "value"]
         costs = sorted({column for names in COLUMNS.values() for column in names})
         for run in rows[[*columns, *costs]].to_dict("records"):
             place = known[run["backbone"]]
             ours.suites.setdefault(place, set()).add(run["suite"])
             key, dataset = (*place, run["suite"], run["method"]), slug(run["dataset"])
-            scale = 100.0 if run["unit"] == "%" else 1.0
             numbers = ours.values.setdefault((*key, run["metric"]), {})
-            numbers.setdefault(dataset, {})[int(run["seed"])] = scale * run["value"]
+            numbers.setdefault(dataset, {})[int(run["seed"])] = float(run["value"])
             spent = ours.costs.setdefault(key, {})
             spent[dataset] = {name: run[name] for name in costs if math.isfinite(run[name])}
         return ours
@@ -163,11 +165,12 @@ def _entry(
 def _score(
     paper: Paper, line: Printed, method: str, tasks: Sequence[str], ours: Ours
 ) -> dict[str, Any]:
-    members = _members(line, tasks)
     choices = []
+    scale = 1 / SCALES.get(line["unit"], 1.0)
     for suite in sorted(ours.suites.get((line["backbone"], line["pretraining"]), ())):
-        key = (line["backbone"], line["pretraining"], suite, method, line["metric"])
-        values = _mean(ours.values.get(key, {}), members)
+        key = (line["backbone"], line["pretraining"], suite, method, our_metric(line["metric"]))
+        found = ours.values.get(key, {})
+        values = [scale * v for v in _mean(found, _members(line, tasks, found))]
         if values:
             causes = mismatches(paper.facts(line), ours.protocol(suite, method))
             choices.append((len(causes), suite, values, causes))
@@ -184,8 +187,14 @@ def _score(
             "our_suite": suite, "verdict": verdict, "why": why}  # fmt: skip
 
 
-def _members(line: Printed, tasks: Sequence[str]) -> list[list[str]]:
-    """The data sets behind a number, as groups whose means are averaged."""
+def _members(line: Printed, tasks: Sequence[str], found: Iterable[str]) -> list[list[str]]:
+    """The data sets behind a number, as groups whose means are averaged.
+
+    DreamBooth's one printed number is the mean over all subjects, which are data sets of ours.
+    """
+    if line["dataset"] == "dreambooth30":
+        subjects = [name for name in found if name.startswith("dreambooth_")]
+        return [subjects if len(subjects) == sum(DREAMBOOTH.values()) else []]
     if line["dataset"]:
         return [[_ours(line, line["dataset"])]]
     if line["group"] in VTAB:

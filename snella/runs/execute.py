@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from snella.data.prepared import Prepared
-from snella.errors import Diverged, UserError
+from snella.errors import Diverged, UserError, one_line
 from snella.files import digest_file, write_text
 from snella.records import (
     FINAL,
@@ -76,7 +76,7 @@ def execute(
             raise
         except (Exception, SystemExit) as error:
             log.exception("The run ended before its record was complete")
-            _finish(folder, record, _status(error), _reason(error))
+            _finish(folder, record, _status(error), _reason(error, run))
             return sign(record)
         _finish(folder, record, "ok", None)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -187,9 +187,11 @@ def _status(error: BaseException) -> str:
     return "oom" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "failed"
 
 
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, Diverged | Terminated) else f"{type(error).__name__}: {text}"
+def _reason(error: BaseException, run: Run) -> str:
+    """One line; an exception in a hook names the line of the method's file."""
+    if isinstance(error, Diverged | Terminated):
+        return " ".join(str(error).split())
+    return one_line(error, Path(run.method.file))
 
 
 @contextmanager

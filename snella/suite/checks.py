@@ -93,6 +93,27 @@ def check_hyperparameters(file: str, layers: Layers) -> None:
         raise _placed(place, hyperparameter_error(Path(file), error)) from error
 
 
+def check_image_size(
+    config: Config, suite: SuiteEntry, settings: Mapping[str, Any], layers: Layers
+) -> None:
+    """A backbone built for images of one size cannot get others.
+
+    Raises :class:`~snella.errors.UserError` that names both settings.
+    """
+    kwargs = config.backbones[suite.backbone].kwargs
+    built, given = kwargs.get("img_size"), settings.get("image_size")
+    if not (isinstance(built, int) and isinstance(given, int)) or built == given:
+        return
+    if not (kwargs.get("dynamic_img_size") or kwargs.get("strict_img_size") is False):
+        raise _placed(
+            layers.where(["image_size"]) or layers.where([]),
+            UserError(
+                f"backbone {suite.backbone!r} takes images of {built} pixels (kwargs.img_size), "
+                f"image_size is {given}; set both to the same size."
+            ),
+        )
+
+
 def _all_known(
     config: Config, path: tuple[str, ...], kind: str, names: Iterable[str], known: Iterable[str]
 ) -> None:

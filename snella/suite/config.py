@@ -226,8 +226,8 @@ def from_snakemake(merged: dict[str, Any], files: Iterable[Path]) -> Config:
     origins = Origins()
     base = _shipped(DEFAULT, origins)
     stated: dict[str, Any] = {}
-    for file in files:
-        stated = overlay(stated, read_yaml(file, origins))
+    for file in sorted(files, key=lambda file: file != DEFAULT):  # those named by a user win
+        stated = overlay(stated, read_yaml(file, origins)) if file.exists() else stated
     own = expand(merged, base, COMMAND_LINE)
     origins.add(lines_of(expand(difference(stated, merged), base, COMMAND_LINE), COMMAND_LINE))
     return _merged(base, own, {}, origins)

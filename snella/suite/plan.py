@@ -12,7 +12,12 @@ from typing import Any
 from snella.errors import UserError, unknown
 from snella.runs.protocol import Protocol
 from snella.runs.run import Dataset, MethodChoice, Run
-from snella.suite.checks import Layers, check_hyperparameters, check_suite
+from snella.suite.checks import (
+    Layers,
+    check_hyperparameters,
+    check_image_size,
+    check_suite,
+)
 from snella.suite.config import (
     CHECKOUT,
     LARGEST_SEED,
@@ -133,6 +138,7 @@ def _layers(
         for layer in protocol[:-1]:  # a later one may hide its nonsense
             _validated(info, Layers(config, [layer]), where, alone=True)
     common, settings = _validated(info, Layers(config, protocol), where)
+    check_image_size(config, suite, settings, Layers(config, protocol))
     chosen = Layers(config, hyperparameters)
     check_hyperparameters(file, chosen)
     return common, settings, chosen.merged(), notes

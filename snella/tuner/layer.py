@@ -112,7 +112,7 @@ class SnellaLayer(BaseTunerLayer):
     def _tensors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A, B, scalars and budgets."""
         # Not by attributes: modules look those up slowly, which at every layer and step adds up.
-        own = self._modules
+        own: Any = self.__dict__["_modules"]
         a, b = own["snella_A"][adapter_name], own["snella_B"][adapter_name]
         scalars = own["snella_scalars"]
         values = scalars[adapter_name] if adapter_name in scalars else a.new_zeros(0)

@@ -17,7 +17,7 @@ _CONTAINERS = ("snella_A", "snella_B", "snella_scalars", "snella_gate", "snella_
 
 def loaded(layer: nn.Module) -> AbstractContextManager[Any]:
     """The adapter's tensors are on their device inside."""
-    own = layer._modules
+    own: Any = layer._modules
     if "_hf_hook" not in own["snella_A"].__dict__:  # all are, or none
         return nullcontext()
     containers = [own[name] for name in _CONTAINERS]

@@ -171,7 +171,8 @@ def enlarged(levels: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.fl
     """A map of 256 levels at (H, W) pixels, bilinear, in [0, 1]."""
     picture = Image.fromarray(levels.astype(np.float32))
     size = (shape[1], shape[0])
-    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) / 255
+    levels32 = np.asarray(picture.resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
+    return levels32 / np.float32(255)
 
 
 def _pooled(images: list[_Image]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +15,17 @@ from torch import Tensor, nn
 
 from snella.data.epoch import epoch_order
 from snella.methods.base import Batch
-from snella.tasks.base import Backbone, Task
-from snella.tasks.segmentation.collapse import collapsed
-from snella.tasks.segmentation.pixels import ResizedSplit
-from snella.tasks.segmentation.predictions import Index, Writer
-from snella.tasks.segmentation.sam import (
+from snella.models.sam import (
     load_sam,
     mask_logits,
     mask_loss,
     pixel_statistics,
     upsample,
 )
+from snella.tasks.base import Backbone, Task
+from snella.tasks.segmentation.collapse import collapsed
+from snella.tasks.segmentation.pixels import ResizedSplit
+from snella.tasks.segmentation.predictions import Index, Writer
 
 log = logging.getLogger("snella")
 
@@ -103,7 +104,7 @@ class Segmentation(Task):
         writer.append(original.cpu().numpy(), at_model_size.cpu().numpy(), levels)
         return float(original.float().mean())
 
-    def _index(self, model: nn.Module, split: str) -> Index:
+    def _index(self, model: Any, split: str) -> Index:
         settings = self.settings
         grid = model.prompt_encoder.image_embedding_size[0]
         return Index(

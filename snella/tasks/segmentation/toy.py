@@ -6,8 +6,8 @@ import torch
 
 from snella.errors import Unsupported
 from snella.methods.base import Batch
+from snella.models.sam import build_sam, mask_logits, mask_loss, upsample
 from snella.tasks.base import Toy
-from snella.tasks.segmentation.sam import build_sam, mask_logits, mask_loss, upsample
 
 SIZES = {
     "image_size": 32, "patch_size": 8, "encoder_dim": 96, "encoder_depth": 2, "encoder_heads": 4,

@@ -185,7 +185,7 @@ def pixel_statistics(device: torch.device | str) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def mask_logits(model: nn.Module, image: Tensor) -> Tensor:
+def mask_logits(model: Any, image: Tensor) -> Tensor:
     """Mask logits (B, h, w) of normalised images (B, 3, S, S), at the decoder's S / 4."""
     embeddings = model.image_encoder(image)
     sparse, dense = model.prompt_encoder(points=None, boxes=None, masks=None)
@@ -199,10 +199,11 @@ def mask_logits(model: nn.Module, image: Tensor) -> Tensor:
     return low[:, 0]
 
 
-def positions(model: nn.Module) -> Tensor:
+def positions(model: Any) -> Tensor:
     """The decoder's position encoding (1, C, h, w), in float32 also under autocast."""
     with torch.autocast(model.device.type, enabled=False):
-        return model.prompt_encoder.get_dense_pe()
+        table: Tensor = model.prompt_encoder.get_dense_pe()
+        return table
 
 
 def upsample(low: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,135 @@
+"""Verbs about tables, figures and data sets' folders; each docstring is the verb's help."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from snella.cli.verbs import load
+from snella.errors import UserError, unknown
+from snella.suite.config import locate
+
+
+def table(options: argparse.Namespace) -> None:
+    """Write a table from the records there are: LaTeX, CSV, Markdown.
+
+    A run without a record is a dash with a footnote; so is a stale one, unless --stale is given.
+    """
+    from snella.jobs import tables
+
+    _list(tables.write(load(options), options.table, stale=options.stale))
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print a table in the terminal, from the records there are."""
+    from snella.jobs import tables
+
+    tables.show(load(options), options.table, stale=options.stale)
+
+
+def figure(options: argparse.Namespace) -> None:
+    """Draw a figure of examples from the predictions there are."""
+    from snella.jobs import figures
+
+    sys.stdout.write(f"{figures.draw(load(options), options.figure)}\n")
+
+
+class _Collect(logging.Handler):
+    """Keeps messages in a list."""
+
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def pdf(options: argparse.Namespace) -> None:
+    """Compile a table to PDF and PNG."""
+    from snella.report.pdf import compile_pdf
+
+    if not options.tex.is_file():
+        raise UserError(f"There is no file {options.tex}; write it with `snella table`.")
+    if shutil.which("pdflatex") is None:
+        raise UserError("LaTeX is not installed (Debian: texlive-latex-recommended poppler-utils).")
+    reasons: list[str] = []
+    handler = _Collect(reasons)
+    logger = logging.getLogger("snella.report.pdf")
+    logger.addHandler(handler)
+    try:
+        done = compile_pdf(options.tex)
+    finally:
+        logger.removeHandler(handler)
+    if done is None:
+        reason = reasons[-1] if reasons else f"pdflatex does not compile {options.tex}"
+        raise UserError(f"{reason.rstrip('.')}; correct the file, or write it anew.")
+    sys.stdout.write(f"{done[0]}\n")
+
+
+def statistics(options: argparse.Namespace) -> None:
+    """Write the paired comparison of a table's rows with a reference row, and their ranks."""
+    from snella.jobs import tables
+
+    config = load(options)
+    reference = options.reference
+    if reference is not None and reference not in config.methods:
+        raise unknown("method", reference, config.methods)
+    _list(tables.write_statistics(config, options.table, reference, stale=options.stale))
+
+
+def versus(options: argparse.Namespace) -> None:
+    """Write a table beside the published numbers that it can be compared with."""
+    from snella.jobs import tables
+
+    _list(tables.write_versus(load(options), options.table, stale=options.stale))
+
+
+def audit(options: argparse.Namespace) -> None:
+    """Write the list of every published number and what became of it here."""
+    from snella.jobs import tables
+
+    _list(tables.write_audit(load(options)))
+
+
+def data(options: argparse.Namespace) -> int:
+    """Look at a data set's folder, or fetch one that its owner publishes.
+
+    `check` looks at everything that can move a number, without preparing it. `download` fetches
+    what config/downloads.yaml lists; an interrupted download goes on where it stopped.
+    """
+    return _check_data(options) if options.action == "check" else _download(options)
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from snella.data.check import check, lines
+
+    known = load(options).datasets
+    if options.name not in known:
+        raise unknown("data set", options.name or "", known)
+    findings = check(options.name, known[options.name])
+    for line in lines(findings):
+        sys.stdout.write(f"{line}\n")
+    return int(any(finding.level == "error" for finding in findings))
+
+
+def _download(options: argparse.Namespace) -> int:
+    from snella.data.download import download, load_downloads
+
+    known = load_downloads(Path(locate("config/downloads.yaml")))
+    if options.name is not None:
+        _list(download(options.name, known, options.to))
+        return 0
+    for name, entry in known.items():
+        how = "by hand" if entry.manual else "download"
+        sys.stdout.write(f"{name}: {entry.title} ({how}; licence: {entry.licence})\n")
+    return 0
+
+
+def _list(paths: Iterable[Path]) -> None:
+    for path in paths:
+        sys.stdout.write(f"{path}\n")
