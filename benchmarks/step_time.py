@@ -270,8 +270,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
         [axes] if len(present) == 1 else axes, present.items(), strict=True
     ):
         for offset, row in ((-0.2, "full"), (0.2, "snella")):
-            values = [f.get(f"{kind}_over_lora", {}).get(row, 0) for f in results.values()]
-            places = [place + offset for place in range(len(results))]
+            found = [f.get(f"{kind}_over_lora", {}).get(row) for f in results.values()]
+            places = [place + offset for place, value in enumerate(found) if value is not None]
+            values = [value for value in found if value is not None]
             bars = axis.barh(
                 places, values, 0.38, label={"full": "full", "snella": "SNELLA-8"}[row]
             )

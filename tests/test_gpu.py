@@ -567,7 +567,8 @@ def compilations() -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
         mixed = bool(recipe["MIXED"])
         yield "prepare", recipe | blocks("prepare"), {}
         yield "prepare", recipe | blocks("prepare") | ABSENT, {}
-        yield "merge", recipe | blocks("merge"), {}
+        for capacity in (1024, 2048):
+            yield "merge", recipe | {"CAPACITY": capacity} | blocks("merge"), {}
         for half in (False, True):
             types = dict.fromkeys(("out", "dense", "base"), "*bf16") if half else {}
             here = recipe | blocks("apply")

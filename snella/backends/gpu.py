@@ -37,7 +37,7 @@ BLOCKS = {
 FLAT, GATHER = 2048, 64
 PROGRAMS = 512
 # Parts of a column at most, and integers of workspace, as the package ``triton`` has them.
-MAX_SPLITS, HEADER, BUCKETS = 8, 2064, 2048 * 1024
+MAX_SPLITS, HEADER, BUCKETS = 8, 2064, 2048
 
 # Whether CPU tensors are taken too, by Triton's interpreter; for tests.
 interpreted = False
@@ -167,7 +167,9 @@ class Plan:
         self.matrices = slices * self.total
         self.work = self.matrices + self.parts
         # Integers.
-        self.workspace = slices * (HEADER + BUCKETS)
+        # A bucket holds a two-thousandth of a twelfth of the entries, more where they are dense.
+        self.capacity = 1024 if self.total <= 2**22 else 2048
+        self.workspace = slices * (HEADER + BUCKETS * self.capacity)
         self.sizes = kernel.rank * inputs, kernel.rank * outputs
         self.wide, self.tall = self._blocks("contract")[:2]
         shares = self.tall * self.sizes[0] + self.wide * self.sizes[1]
@@ -200,7 +202,7 @@ class Plan:
 
     @cached_property
     def merge(self) -> Launch:
-        return self._launch("merge", self._blocks("merge"), self.splits)
+        return self._launch("merge", self._blocks("merge"), self.splits, CAPACITY=self.capacity)
 
     @cached_property
     def apply(self) -> Launch:

@@ -124,7 +124,7 @@ def prepare(
         if tl.atomic_add(done + s, 1, sem="acq_rel") >= programs - 1:
             tl.store(done + s, 0)
             if (dropped > 0) & (dropped < total):
-                buckets = workspace + slices * 2064 + s.to(tl.int64) * 2097152
+                buckets = workspace + slices * 2064 + s.to(tl.int64) * 2048 * 1024
                 choose_window(
                     turned, b, scalars, parts, header, buckets, dropped,
                     inputs, outputs, splits, slices, s,
@@ -138,14 +138,14 @@ def merge(
     inputs, outputs, splits,
     PIECES: tl.constexpr, COORDINATES: tl.constexpr,
     MIXED: tl.constexpr, TEMPERATURE: tl.constexpr, LEARNED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CAPACITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write the merged matrices, and the selection. Grid: (blocks of columns, of rows, slices)."""
     column, row, s = tl.program_id(0) * COLUMNS, tl.program_id(1) * ROWS, tl.program_id(2)
     slices, total = tl.num_programs(2), inputs * outputs
     dropped = rank_of(budgets, s, total)
     header = workspace + s * 2064
-    buckets = workspace + slices * 2064 + s.to(tl.int64) * 2097152
+    buckets = workspace + slices * 2064 + s.to(tl.int64) * 2048 * CAPACITY
     merged, parts = work + s.to(tl.int64) * total, work + slices * total
     if dropped < total:
         b += s * PIECES * outputs * COORDINATES
@@ -166,7 +166,7 @@ def merge(
         flat = rows * inputs + columns
         tl.store(merged + flat, value, inside)
         if dropped > 0:
-            count(header, buckets, bits_of(value), flat, inside)
+            count(header, buckets, bits_of(value), flat, inside, CAPACITY)
     tl.debug_barrier()
     done = tl.atomic_add(header + 2049, 1, sem="acq_rel")
     if done == tl.num_programs(0) * tl.num_programs(1) - 1:
@@ -174,7 +174,7 @@ def merge(
         if dropped == total:
             threshold, subtracted, cut = 0x7F800000, 0x7F800000, -1
         elif dropped > 0:
-            threshold, subtracted, cut = select(merged, header, buckets, dropped, total)
+            threshold, subtracted, cut = select(merged, header, buckets, dropped, total, CAPACITY)
         tl.store(selection + s, threshold)
         tl.store(selection + slices + s, subtracted)
         tl.store(selection + 2 * slices + s, cut)

@@ -8,7 +8,7 @@ the whole matrix instead: the sample decides on time only.
 
 Workspace of a slice, integers: 2048 counts; entries below; programs done; the window's low end and
 the binary logarithm of a bucket's width; up to 2064, free. After all slices' 2064, the buckets:
-(slices, 2048, 1024) flat indices.
+(slices, 2048, CAPACITY) flat indices.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def choose_window(
 
 
 @triton.jit
-def count(header, buckets, bits, flat, inside):
+def count(header, buckets, bits, flat, inside, CAPACITY: tl.constexpr):
     """Count a block's entries below the window, and list those in it."""
     low, shift = tl.load(header + 2050), tl.load(header + 2051)
     below = tl.sum((inside & (bits < low)).to(tl.int32))
@@ -90,7 +90,7 @@ def count(header, buckets, bits, flat, inside):
     listed = inside & (bits >= low) & (bucket < 2048)
     bucket = tl.where(listed, bucket, 0)
     slot = tl.atomic_add(header + bucket, 1, listed, sem="relaxed")
-    tl.store(buckets + bucket * 1024 + slot, flat, listed & (slot < 1024))
+    tl.store(buckets + bucket * CAPACITY + slot, flat, listed & (slot < CAPACITY))
 
 
 @triton.jit
@@ -137,17 +137,29 @@ def _search(merged, dropped, total):
 
 
 @triton.jit
-def _search_bucket(merged, bucket, used_count, rank, start, shift):
-    """(threshold, subtracted, cut); the last is −1 if one bucket does not tell."""
-    index = tl.arange(0, 1024)
+def _listed(merged, bucket, used_count, CAPACITY: tl.constexpr):
+    """(which are used, flat indices, bits) of a bucket's entries."""
+    index = tl.arange(0, CAPACITY)
     used = index < used_count
     flat = tl.load(bucket + index, used, 0)
-    bits = bits_of(tl.load(merged + flat, used, 0.0))
+    return used, flat, bits_of(tl.load(merged + flat, used, 0.0))
+
+
+@triton.jit
+def _search_bucket(
+    merged, bucket, used_count, lower_bucket, lower_count, rank, start, shift,
+    CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """(threshold, subtracted, cut); the last is −1 if the bucket and the next below do not tell."""
+    used, flat, bits = _listed(merged, bucket, used_count, CAPACITY)
     threshold = _value_of_rank(bits, used, rank, start, shift)
     surplus = tl.sum((used & (bits <= threshold)).to(tl.int32)) - rank
     subtracted, cut = threshold, 0
     if surplus > 0:
         subtracted = tl.max(tl.where(used & (bits < threshold), bits, -1))
+        if (subtracted < 0) & (lower_count <= CAPACITY):
+            used_below, _, bits_below = _listed(merged, lower_bucket, lower_count, CAPACITY)
+            subtracted = tl.max(tl.where(used_below, bits_below, -1))
         ties = used & (bits == threshold)
         cut = _value_of_rank(flat, ties, surplus, 0, 31) + 1
         cut = tl.where(subtracted < 0, -1, cut)
@@ -155,20 +167,26 @@ def _search_bucket(merged, bucket, used_count, rank, start, shift):
 
 
 @triton.jit
-def select(merged, header, buckets, dropped, total):
+def select(merged, header, buckets, dropped, total, CAPACITY: tl.constexpr):
     """(threshold, subtracted, cut) of the slice, once all programs have counted."""
     low, shift = tl.load(header + 2050), tl.load(header + 2051)
     below = tl.load(header + 2048)
-    cumulative = tl.cumsum(tl.load(header + tl.arange(0, 2048)), 0)
+    index = tl.arange(0, 2048)
+    counts = tl.load(header + index)
+    cumulative = tl.cumsum(counts, 0)
     smaller = cumulative < dropped - below
     bucket = tl.sum(smaller.to(tl.int32))
     rank = dropped - below - tl.max(tl.where(smaller, cumulative, 0))
     used_count = tl.load(header + tl.minimum(bucket, 2047))
+    lower = tl.maximum(tl.max(tl.where((index < bucket) & (counts > 0), index, -1)), 0)
+    lower_count = tl.where(lower < bucket, tl.load(header + lower), 0)
     threshold, subtracted, cut = 0, 0, -1
-    if (below < dropped) & (bucket < 2048) & (used_count <= 1024):
+    if (below < dropped) & (bucket < 2048) & (used_count <= CAPACITY):
         threshold, subtracted, cut = _search_bucket(
-            merged, buckets + bucket * 1024, used_count, rank, low + (bucket << shift), shift
-        )
+            merged, buckets + bucket * CAPACITY, used_count,
+            buckets + lower * CAPACITY, lower_count,
+            rank, low + (bucket << shift), shift, CAPACITY,
+        )  # fmt: skip
     if cut < 0:
         threshold, subtracted, cut = _search(merged, dropped, total)
     return threshold, subtracted, cut
