@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SNAKEMAKE := snakemake --profile workflow/profiles/local --cores $(CORES) --quiet rules host reason
 
-.PHONY: table1 table5 table6 test lint unit smoke environment requirements pretrain clean
+.PHONY: table1 table5 table6 test lint unit smoke environment requirements docs pretrain clean
 
 table1: environment
 	$(SNAKEMAKE) -- results/table1.tex
@@ -48,6 +48,9 @@ smoke: environment
 	  --quiet host -- results/smoke/table1.tex 2>&1 | grep "Nothing to be done"
 	@if command -v pdflatex >/dev/null; then \
 	  $(SNAKEMAKE) --config suite=smoke results=results/smoke -- results/smoke/table1.pdf; fi
+	$(SNAKEMAKE) --config suite=smoke_segmentation results=results/smoke \
+	  -- results/smoke/table5.tex results/smoke/figure8.pdf
+	$(SNAKEMAKE) --config suite=smoke_generation results=results/smoke -- results/smoke/table6.tex
 	@snella show table1 --config suite=smoke results=results/smoke
 
 environment: $(VENV)/.ready

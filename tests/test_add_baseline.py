@@ -151,9 +151,13 @@ def test_a_row_is_called_like_its_file_unless_it_says_otherwise(elsewhere: Path)
 
 
 def test_an_added_row_closes_every_table(elsewhere: Path) -> None:
+    """Of the suites that name no rows themselves."""
     main(["new-baseline", "mine"])
     config = configuration.load(overrides={"methods": {"mine": {}}})
     for table in config.tables:
+        chosen = plan.for_table(config, table)
+        if plan.current_suite(chosen).methods is not None:
+            continue
         assert plan.table_methods(config, table)[-1][1][-1] == "mine"
 
 

@@ -301,5 +301,6 @@ def test_named_columns_of_any_kind(tmp_path):
     assert data.size("trainval") == 5
     with pytest.raises(UserError, match="no val split"):
         data.images("val")
-    with pytest.raises(SealedTargets):
-        data.encoded("test", "mask")
+    for read in (data.encoded, data.images, data.column):
+        with pytest.raises(SealedTargets):
+            read("test", "mask")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from snella.errors import UserError
+from snella.jobs import tables
 from snella.suite import plan
 from snella.suite.config import Config
 from snella.suite.status import state
@@ -49,7 +50,7 @@ def _print(table: Table, rows: list[list[str]], fixed: int = 1) -> None:
 
 def run_list(config: Config, table: str) -> list[dict[str, Any]]:
     """Every run of a table, with its state and why."""
-    runs = plan.table_runs(config, table)
+    runs = tables.table_runs(config, table)
     found: list[dict[str, Any]] = []
     for run in runs:
         try:

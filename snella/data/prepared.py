@@ -162,7 +162,13 @@ class Prepared:
         return self.images(split)[index]
 
     def images(self, split: str, column: str = "image") -> Sequence[np.ndarray]:
-        """All images of a split, lazily: item ``i`` is RGB uint8 (H, W, 3)."""
+        """All images of a split, lazily: item ``i`` is RGB uint8 (H, W, 3).
+
+        Raises:
+            SealedTargets: for a sealed column of "test".
+        """
+        if split == "test" and column in self.manifest["sealed"]:
+            raise SealedTargets(f"The test {column}s of {self.name!r} are for the scorer only.")
         parts = [self._stored_images(part, column) for part in self._require(split)]
         return parts[0] if len(parts) == 1 else JoinedImages(parts)
 

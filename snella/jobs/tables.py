@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snella import results
+from snella.files import atomic
 from snella.records import read_failure
 from snella.report import Missing, SuiteInfo, TableSpec, parse_spec, print_table, write_table
 from snella.report.columns import expand_columns
@@ -22,17 +24,33 @@ from snella.suite.status import usable
 if TYPE_CHECKING:
     import pandas as pd
 
+COMPANIONS = ("cells", "statistics", "ranks", "vs_published")
+
 
 def write(config: Config, name: str, stale: bool = False) -> list[Path]:
-    """Write the table ``name`` in every format below the results folder; return the paths.
+    """Write the table ``name`` in every format into the folder of its suite; return the paths.
+
+    Its files are copied to the results folder, where those of another suite make way.
 
     Raises :class:`~snella.errors.UserError` for an unknown table or records that may not share
     one. A run without a record becomes a dash with a footnote; so does a stale one (made with
     other settings, code or data than planned), or with ``stale`` it is shown and marked.
     """
     m = material(config, name, stale)
-    out = Path(config.results)
-    return write_table(m.spec, m.suite, m.methods, m.frame, out, name, others=m.others)
+    out = Path(config.results) / m.suite.name
+    written = write_table(m.spec, m.suite, m.methods, m.frame, out, name, others=m.others)
+    return _publish(written, Path(config.results), name)
+
+
+def _publish(written: list[Path], results: Path, name: str) -> list[Path]:
+    """Copy a suite's files of a table to ``results``; remove companions that it does not have."""
+    for old in results.glob(f"{name}_*.*"):
+        if old.stem.removeprefix(f"{name}_") in COMPANIONS:
+            old.unlink()
+    for path in written:
+        with atomic(results / path.name) as temporary:
+            shutil.copyfile(path, temporary)
+    return [results / path.name for path in written]
 
 
 def write_versus(config: Config, name: str, stale: bool = False) -> list[Path]:

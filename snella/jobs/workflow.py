@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from snella.errors import MISTAKE, UserError, explain, record_traceback
+from snella.files import digest_json
 from snella.jobs import cells
 from snella.jobs.prepare import origin_of
 from snella.runs.identity import code_key, training_key
@@ -138,6 +139,11 @@ class WorkflowPlan:
             return []
         return [run.record.as_posix() for run in self._table_runs(wildcards)]
 
+    def all_records(self, wildcards: Any) -> str:
+        """A digest over which records there are, of any suite, and when they were written."""
+        found = sorted(Path(self.config.results).glob("runs/*/*/*/*/*/record.json"))
+        return digest_json([[p.as_posix(), p.stat().st_mtime_ns] for p in found])
+
     def figure_records(self, wildcards: Any) -> list[str]:
         """The records a figure needs; none are demanded with ``allow_missing``."""
         runs = _user(lambda: plan.figure_runs(self.config, wildcards.figure))
@@ -175,7 +181,9 @@ class WorkflowPlan:
         return json.dumps(content, sort_keys=True)
 
     def _table_runs(self, wildcards: Any) -> list[Run]:
-        return _user(lambda: plan.table_runs(self.config, wildcards.table))
+        from snella.jobs import tables
+
+        return _user(lambda: tables.table_runs(self.config, wildcards.table))
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-_CONTAINERS = ("snella_A", "snella_B", "snella_scalars", "snella_budget")
+_CONTAINERS = ("snella_A", "snella_B", "snella_scalars", "snella_gate", "snella_budget")
 
 
 def loaded(layer: nn.Module) -> AbstractContextManager[Any]:

@@ -11,5 +11,5 @@ wildcard_constraints:
     dataset=r"[A-Za-z0-9_.-]+",
     method=r"[A-Za-z0-9_.-]+",
     seed=r"\d+",
-    table=r"(?!figure)[A-Za-z0-9_]+",
+    table=r"(?!figure|audit|lr_sweep)(?:(?!_statistics|_ranks|_vs_published)[A-Za-z0-9_])+",
     figure=r"figure[A-Za-z0-9_]+",
