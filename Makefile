@@ -49,6 +49,8 @@ smoke: environment
 	@if command -v pdflatex >/dev/null; then \
 	  $(SNAKEMAKE) --config suite=smoke results=results/smoke -- results/smoke/table1.pdf; fi
 	@snella show table1 --config suite=smoke results=results/smoke
+	$(SNAKEMAKE) --config suite=smoke_generation results=results/smoke \
+	  -- results/smoke/table6.tex results/smoke/samples.pdf
 
 environment: $(VENV)/.ready
 
