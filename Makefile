@@ -52,6 +52,8 @@ smoke: environment
 	  -- results/smoke/table5.tex results/smoke/figure8.pdf
 	$(SNAKEMAKE) --config suite=smoke_generation results=results/smoke -- results/smoke/table6.tex
 	@snella show table1 --config suite=smoke results=results/smoke
+	$(SNAKEMAKE) --config suite=smoke_generation results=results/smoke \
+	  -- results/smoke/table6.tex results/smoke/samples.pdf
 
 environment: $(VENV)/.ready
 

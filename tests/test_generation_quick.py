@@ -99,3 +99,38 @@ def test_the_pixel_codec_keeps_pixels() -> None:
     codec = small.PixelCodec()
     x = torch.rand(2, 3, 32, 32)
     assert codec.decode(codec.encode(x).latent_dist.mode()).sample.equal(x)
+
+
+RESOURCES = Path(__file__).resolve().parents[1] / "workflow" / "resources"
+
+
+def test_the_shipped_model_paints_what_a_prompt_says(tmp_path: Path) -> None:
+    """A wall has the colour, and the object lies on the side, that the prompt asks for."""
+    from snella.tasks.generation.encode import encode_prompts
+    from snella.tasks.generation.pipeline import PipelineFolder
+    from snella.tasks.generation.sample import Sampling, generate, jobs, read_png
+
+    folder = PipelineFolder(RESOURCES / "sd3_quick")
+    model = folder.transformer()
+    prompts = [f"a red circle on a {wall} wall {side}" for wall in ("blue", "yellow")
+               for side in ("on the left", "on the right")]  # fmt: skip
+    encoded = encode_prompts(folder, model, [*prompts, ""], 1, "fp32", tmp_path)
+    wanted = jobs(tmp_path, "test", prompts, 1)
+    generate(folder, model, folder.vae(), encoded, wanted, Sampling(32, 8, 3.0, "", 4))
+    for prompt, job in zip(prompts, wanted, strict=True):
+        image = read_png(job.file).astype(float) / 255
+        wall = torch.tensor(image[-3:]).mean((0, 1))
+        names = {n: (torch.tensor(c) - wall).abs().sum() for n, c in scenes.COLOURS.items()}
+        assert min(names, key=names.__getitem__) in prompt
+        red = (image[..., 0] - image[..., 1:].max(-1)).clip(0).sum(0)
+        assert (red[:16].sum() > red[16:].sum()) == ("on the left" in prompt)
+
+
+def test_the_shipped_clip_tells_grounds_apart() -> None:
+    from snella.tasks.generation.features import Clip
+
+    clip = Clip(f"local-dir:{RESOURCES / 'clip_quick'}", None)
+    grounds = list(scenes.SCENERY)
+    pixels = generation.pictures(generation.SUBJECTS["robot"], tuple(grounds))
+    found = (clip.images(list(pixels)) @ clip.texts([f"a square {g}" for g in grounds]).T).argmax(1)
+    assert (found == torch.arange(len(grounds))).float().mean() >= 0.9
