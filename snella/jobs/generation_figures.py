@@ -135,7 +135,7 @@ def _tradeoff(
     label = "Text alignment (CLIP-T)" if by_text else "Drift of unrelated prompts (less is better)"
     note = (
         f"Suite {run.suite}, backbone {run.backbone.name}; mean ± standard error over subjects and "
-        "seeds. Blue: Pareto front."
+        "seeds. *: on the Pareto front (dashed)."
     )
     scatter(points, label, "Concept alignment (CLIP-I)", note, out, less_x=not by_text)
 

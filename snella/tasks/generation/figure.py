@@ -17,6 +17,7 @@ import numpy as np
 
 from snella.files import atomic
 
+MARKERS = "osD^vP*Xp"
 INCH = 1.05
 """Width of one image of a grid."""
 
@@ -68,26 +69,24 @@ def scatter(
     """Write a scatter; ``less_x`` says that a smaller x is better (drift). More y is better."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2, 3.2), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.2), layout="constrained")
     axis = figure.subplots()
     front = pareto(points, less_x)
-    for point in points:
-        style: dict[str, Any] = {"fmt": "o", "ms": 4, "elinewidth": 0.7, "capsize": 2}
-        colour = "C0" if point in front else "0.55"
+    for number, point in enumerate(points):
+        style: dict[str, Any] = {"ms": 5, "elinewidth": 0.6, "capsize": 2, "ls": "none"}
+        style |= {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
+        label = f"{point.label} *" if point in front else point.label
         axis.errorbar(
-            point.x, point.y, xerr=point.x_error, yerr=point.y_error, color=colour, **style
+            point.x, point.y, xerr=point.x_error, yerr=point.y_error, label=label, **style
         )
-        axis.annotate(
-            point.label, (point.x, point.y), fontsize=6.5, xytext=(4, 4),
-            textcoords="offset points", color=colour,
-        )  # fmt: skip
     ordered = sorted(front, key=lambda p: p.x)
-    axis.plot([p.x for p in ordered], [p.y for p in ordered], color="C0", lw=0.8, ls="--")
+    axis.plot([p.x for p in ordered], [p.y for p in ordered], color="0.6", lw=0.8, ls="--")
+    figure.legend(loc="outside right upper", fontsize=6.5, frameon=False)
     axis.set_xlabel(x_label, fontsize=8)
     axis.set_ylabel(y_label, fontsize=8)
     axis.tick_params(labelsize=7)
     axis.margins(0.15)
-    figure.supxlabel(note, fontsize=5.5, x=0.02, ha="left")
+    figure.supxlabel(_wrap(note, 110), fontsize=5.5, x=0.02, ha="left")
     _save(figure, file)
 
 
