@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from snella.check import Subject, examine
+from snella.check.contract import ignored_by_backbone
 from snella.method import Method, count_parameters, trainable
 from snella.methods.base import build_method, prepare_model
 
@@ -97,7 +98,8 @@ def check_contract(
     subject = Subject(method, family, lr)
     without = ["parameters, full"] + ["all marked learns"] * bool(dead)
     assert [found for found in examine(subject, without) if found.status == "failed"] == []
-    silent = [name for name in subject.fit.marked if name not in subject.fit.live]
+    ignored = ignored_by_backbone(subject)
+    silent = [name for name in subject.fit.marked if name not in subject.fit.live | ignored]
     assert not dead or [n for n in silent if not any(d in n for d in dead)] == []
     again = subject.adapted(seed=2)
     for _ in range(2):

@@ -243,8 +243,8 @@ def test_ssf_leaves_out_layers_without_bias() -> None:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("vpt-deep", "convnext"),
         ("vpt-shallow", "swin"),
+        ("vpt-shallow", "convnext"),
         ("adapter+", "convnext"),
         ("adaptformer", "swin"),
         ("convpass", "swin"),

@@ -268,7 +268,7 @@ def test_fact_refuses_what_it_cannot_cut_into_blocks() -> None:
     model = timm.create_model("vit_tiny_patch16_224", embed_dim=48, depth=1, mlp_ratio=2.5)
     with pytest.raises(Unsupported, match="blocks of 48 x 48"):
         prepare_model(make("fact"), model)
-    with pytest.raises(Unsupported, match="cannot serve swin"):
+    with pytest.raises(Unsupported, match="does not support swin"):
         prepared(make("fact"), "swin")
 
 

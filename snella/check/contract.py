@@ -83,7 +83,7 @@ def all_marked_learn(subject: Subject) -> str:
     fit = subject.fit
     if fit.left_out:
         raise Failure(f"parameter_groups leaves out {some(fit.left_out)}: it would never train")
-    ignored = _ignored_by_backbone(subject)
+    ignored = ignored_by_backbone(subject)
     dead = [n for n in fit.marked if n not in fit.live | ignored and not _KEY_BIAS.search(n)]
     if dead:
         raise Failure(
@@ -92,7 +92,7 @@ def all_marked_learn(subject: Subject) -> str:
     return f"{len(fit.marked)}"
 
 
-def _ignored_by_backbone(subject: Subject) -> set[str]:
+def ignored_by_backbone(subject: Subject) -> set[str]:
     """Weights that do not change the plain backbone's output, such as SD3's last context query."""
     plain = subject.plain()
     subject.toy.loss(plain, subject.batch).backward()
