@@ -64,7 +64,7 @@ class VPT(Method):
     def _adapt_swin(self, model: nn.Module) -> None:
         if self.depth == "shallow":
             raise Unsupported(
-                "VPT-Shallow cannot serve swin backbones here: its prompts would have to pass "
+                "VPT-Shallow does not support swin backbones here: its prompts would have to pass "
                 "through patch merging; use depth: deep."
             )
         places = blocks(model)

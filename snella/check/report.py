@@ -87,8 +87,8 @@ def _print_summary(
     findings: Sequence[Finding], families: Sequence[str], seconds: float, console: Console
 ) -> None:
     failed = sum(found.status == "failed" for found in findings)
-    served = {found.family for found in findings if found.check in CHECKS}
-    where = ", ".join(family for family in families if family in served)
+    supported = {found.family for found in findings if found.check in CHECKS}
+    where = ", ".join(family for family in families if family in supported)
     sizes = ", ".join(f"{BASE_SIZE[f][0]}" for f in families if f in BASE_SIZE)
     if sizes:
         console.print(f"Parameters are counted without the head; full size is {sizes}.")

@@ -41,8 +41,8 @@ def check_method(
     announce("restoring in a new process")
     findings += _restored_elsewhere(path, hyperparameters, trained)
     announce("comparing with other methods")
-    served = partial(_claims, method, trained)
-    findings.append(finding("supports what it claims, refuses the rest", ALL, path, served))
+    claims = partial(_claims, method, trained)
+    findings.append(finding("supports what it claims, refuses the rest", ALL, path, claims))
     compare = partial(original, path, hyperparameters, trained, list(others))
     findings.append(finding("no copy of another method", ALL, path, compare))
     return findings

@@ -204,7 +204,7 @@ def open_split(
     *,
     max_bytes: int = MATERIALISE_BYTES,
 ) -> Tensor | Split:
-    """A split in the form that serves it best: in memory where possible, else lazily.
+    """A split in the form that suits it best: in memory where possible, else lazily.
 
     Random transforms and splits of more than `max_bytes` of pixels are transformed at access.
     """

@@ -184,7 +184,7 @@ def _validator(loaded: Loaded) -> Callable[[Path], float | None]:
 def _fold(loaded: Loaded, code: str) -> dict[str, Any]:
     """Fold the update in, say how far the output moved, and count the operations that are left.
 
-    An error in ``merge`` costs no training: it is recorded, and mended by correcting the file.
+    An error in ``merge`` costs no training: it is recorded, and fixed by correcting the file.
     """
     batch, model = _example(loaded), loaded.model.eval()
     with torch.inference_mode():
