@@ -50,7 +50,6 @@ smoke: environment
 	  $(SNAKEMAKE) --config suite=smoke results=results/smoke -- results/smoke/table1.pdf; fi
 	$(SNAKEMAKE) --config suite=smoke_segmentation results=results/smoke \
 	  -- results/smoke/table5.tex results/smoke/figure8.pdf
-	$(SNAKEMAKE) --config suite=smoke_generation results=results/smoke -- results/smoke/table6.tex
 	@snella show table1 --config suite=smoke results=results/smoke
 	$(SNAKEMAKE) --config suite=smoke_generation results=results/smoke \
 	  -- results/smoke/table6.tex results/smoke/samples.pdf
