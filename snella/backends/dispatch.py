@@ -70,7 +70,8 @@ def contract(
     """
     rest = dense, weight, a, b, scalars, needs_effective, dtype or compute_type(a)
     if found.selection.dtype != gpu.SELECTION_TYPE:
-        return (cpu if found.constants.numel() else plain).contract(update, found, *rest)
+        compute = cpu.contract if found.constants.numel() else plain.contract
+        return compute(update, found, *rest)
     try:
         return gpu.contract(update, found, *rest)
     except gpu.Broken:  # since the forward; its thresholds are of the kernels' rounding

@@ -63,7 +63,7 @@ class Span:
 
     @property
     def width(self) -> int:
-        return self.columns.stop - self.columns.start
+        return int(self.columns.stop - self.columns.start)
 
 
 @dataclass

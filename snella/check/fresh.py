@@ -70,7 +70,8 @@ def _call(folder: Path) -> dict[str, Any]:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"problems": {"": lines[-1]}}
-    return json.loads((folder / "reply.json").read_text())
+    reply: dict[str, Any] = json.loads((folder / "reply.json").read_text())
+    return reply
 
 
 def serve(folder: Path) -> None:

@@ -53,7 +53,8 @@ def schemas() -> dict[str, dict[str, Any]]:
 
 
 def _schema(kind: Any) -> dict[str, Any]:
-    return _optional(TypeAdapter(kind).json_schema())
+    schema: dict[str, Any] = _optional(TypeAdapter(kind).json_schema())
+    return schema
 
 
 def _named(model: Any) -> dict[str, Any]:

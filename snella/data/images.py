@@ -98,7 +98,8 @@ class ArrayImages(_Lazy):
         The map is copy-on-write: torch would crash the process on writing to a read-only one,
         and here a write stays in memory and never reaches the file.
         """
-        return np.load(self.path, mmap_mode="c", allow_pickle=False)
+        images: np.ndarray = np.load(self.path, mmap_mode="c", allow_pickle=False)
+        return images
 
 
 class EncodedImages(_Lazy):

@@ -249,7 +249,8 @@ class Prepared:
 
     def _load(self, split: str, name: str) -> np.ndarray:
         path = self._place(split, name) / f"{split}_{name}.npy"
-        return np.load(path, allow_pickle=False)
+        column: np.ndarray = np.load(path, allow_pickle=False)
+        return column
 
     def _stored_images(self, split: str, name: str) -> ArrayImages | EncodedImages:
         count = self.manifest["counts"][split]
@@ -302,7 +303,7 @@ def _describe(
 def _check_image(split: str, name: str, column: Column) -> None:
     if name != "image" or not isinstance(column, np.ndarray):
         return
-    if (column.dtype, column.shape[3:]) != (np.uint8, (3,)):
+    if column.dtype != np.uint8 or column.shape[3:] != (3,):
         raise ValueError(f"{split}: images must be uint8 (N, H, W, 3), got {column.shape}")
 
 

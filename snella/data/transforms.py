@@ -99,7 +99,8 @@ class Transform:
             image = community_jpeg(image)
         if self.resize == "none" and self.deterministic:
             return torch.tensor(image).permute(2, 0, 1).contiguous()
-        return self._pipeline(Image.fromarray(image)).contiguous()
+        pixels: Tensor = self._pipeline(Image.fromarray(image))
+        return pixels.contiguous()
 
     def require_size(self, shape: tuple[int, ...]) -> None:
         """Refuse images of another size where nothing would resize them."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from snella.data.prepared import Prepared
 from snella.errors import UserError
 from snella.records import read_record
-from snella.runs.train import prediction_folder
+from snella.runs.trainer import prediction_folder
 from snella.suite import plan
 from snella.suite.config import Config
 

@@ -23,7 +23,7 @@ class _Scaled(nn.Module):
         self.gain = nn.Parameter(layer.weight.new_zeros(layer.out_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(x)
+        y: Tensor = self.layer(x)
         return y * (1 + self.gain).to(y.dtype)
 
     @torch.no_grad()

@@ -89,7 +89,8 @@ def _filtered(model: nn.Module, state: dict[str, Tensor], path: Path) -> dict[st
     if convert is None:
         return state
     try:
-        return convert(state, model)
+        renamed: dict[str, Tensor] = convert(state, model)
+        return renamed
     except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
             f"Backbone file {path} does not fit {type(model).__name__} "

@@ -73,4 +73,4 @@ def _checkpoint(block: nn.Module) -> None:
             return forward(*inputs, **named)
         return checkpoint(forward, *inputs, use_reentrant=False, **named)
 
-    block.forward = recomputed  # type: ignore[method-assign]
+    block.forward = recomputed

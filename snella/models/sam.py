@@ -109,7 +109,8 @@ def build_sam(arch: str, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
         iou_head_depth=3,
         iou_head_hidden_dim=width,
     )
-    return modeling.Sam(encoder, prompts, decoder)
+    sam: nn.Module = modeling.Sam(encoder, prompts, decoder)
+    return sam
 
 
 def load_sam(arch: str, kwargs: Mapping[str, Any], image_size: int, file: str | None) -> nn.Module:
@@ -196,7 +197,8 @@ def mask_logits(model: Any, image: Tensor) -> Tensor:
         dense_prompt_embeddings=dense,
         multimask_output=False,
     )
-    return low[:, 0]
+    logits: Tensor = low[:, 0]
+    return logits
 
 
 def positions(model: Any) -> Tensor:

@@ -66,7 +66,7 @@ def _sam_encoder_with_head() -> type[nn.Module]:
     """segment-anything's encoder with a linear head in the place of its mask decoder."""
     from segment_anything.modeling import ImageEncoderViT
 
-    class Encoder(ImageEncoderViT):
+    class Encoder(ImageEncoderViT):  # type: ignore[misc]  # a library without types
         def __init__(self, **sizes: Any) -> None:
             super().__init__(**sizes)
             self.head = nn.Linear(sizes["out_chans"], CLASSES)
@@ -75,7 +75,8 @@ def _sam_encoder_with_head() -> type[nn.Module]:
             return self.head
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(super().forward(x).mean((2, 3)))
+            logits: Tensor = self.head(super().forward(x).mean((2, 3)))
+            return logits
 
     return Encoder
 
@@ -83,11 +84,12 @@ def _sam_encoder_with_head() -> type[nn.Module]:
 def _tiny_sd3() -> nn.Module:
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
-    return SD3Transformer2DModel(
+    model: nn.Module = SD3Transformer2DModel(
         sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=24,
         num_attention_heads=4, joint_attention_dim=16, caption_projection_dim=96,
         pooled_projection_dim=16, pos_embed_max_size=8,
     )  # fmt: skip
+    return model
 
 
 def base_backbone(kind: str) -> nn.Module:
@@ -119,5 +121,7 @@ def output(model: nn.Module, batch: dict[str, Tensor] | None = None) -> Tensor:
     batch = toy_batch(kind) if batch is None else batch
     if kind == "sd3":
         inputs = {name: value for name, value in batch.items() if name != "target"}
-        return model(**inputs, return_dict=False)[0]
-    return model(batch["image"])
+        velocity: Tensor = model(**inputs, return_dict=False)[0]
+        return velocity
+    logits: Tensor = model(batch["image"])
+    return logits

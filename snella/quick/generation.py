@@ -17,7 +17,8 @@ from torch import Tensor
 
 from snella.errors import unknown
 from snella.quick import generation_scenes as scenes
-from snella.quick.generation_scenes import COLOURS, box, disc, over, star
+from snella.quick.generation_grounds import BACKGROUNDS, COLOURS, backdrop
+from snella.quick.generation_scenes import box, disc, over, star
 
 GROUNDS = (
     "on a wooden floor",
@@ -110,7 +111,7 @@ def pictures(subject: Subject, grounds: tuple[str, ...] = GROUNDS) -> np.ndarray
     """Pictures of ``subject``, one before each of ``grounds``, uint8 (N, 32, 32, 3)."""
     rng, noise = np.random.default_rng(subject.seed), torch.Generator().manual_seed(subject.seed)
     n = len(grounds)
-    image = torch.cat([scenes.backdrop(scenes.BACKGROUNDS.index(g), 1, noise) for g in grounds])
+    image = torch.cat([backdrop(BACKGROUNDS.index(g), 1, noise) for g in grounds])
     frame = scenes.local_frame(
         rng.uniform(-2.5, 2.5, (n, 2)), rng.uniform(-0.2, 0.2, n), rng.uniform(8.5, 11.0, n), "cpu"
     )

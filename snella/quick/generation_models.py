@@ -15,8 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
 from snella.quick.generation_scenes import vocabulary
@@ -48,7 +48,7 @@ class PixelCodec(ModelMixin, ConfigMixin):
 
     config_name = "config.json"  # type: ignore[assignment]
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         latent_channels: int = 3,
@@ -56,7 +56,7 @@ class PixelCodec(ModelMixin, ConfigMixin):
         scaling_factor: float = 1.4,
         shift_factor: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.anchor = nn.Parameter(torch.zeros(1), requires_grad=False)  # gives dtype and device
 
     def encode(self, x: Tensor) -> Any:

@@ -43,7 +43,7 @@ def ellipse(u: Array, v: Array, a: Array | float, b: Array | float) -> Array:
     """Approximate signed distance to an ellipse with half axes a (along u) and b (along v)."""
     level = np.sqrt((u / a) ** 2 + (v / b) ** 2)
     slope = np.sqrt((u / a**2) ** 2 + (v / b**2) ** 2) + 1e-9
-    return level * (level - 1) / slope
+    return np.asarray(level * (level - 1) / slope)
 
 
 def box(u: Array, v: Array, a: Array | float, b: Array | float) -> Array:
@@ -67,7 +67,8 @@ def hsv(hue: Array, saturation: Array, value: Array) -> Array:
     offset = np.array([5.0, 3.0, 1.0])
     k = (offset + 6 * np.asarray(hue)[:, None]) % 6
     ramp = np.clip(np.minimum(k, 4 - k), 0, 1)
-    return np.asarray(value)[:, None] * (1 - np.asarray(saturation)[:, None] * ramp)
+    shade: Array = np.asarray(value)[:, None] * (1 - np.asarray(saturation)[:, None] * ramp)
+    return shade
 
 
 def any_colour(rng: np.random.Generator, n: int) -> Array:
@@ -85,7 +86,8 @@ def backdrop(rng: np.random.Generator, n: int, low: float = 0.1, high: float = 0
         coarse[:, left] * (1 - weight)[:, None, None]
         + coarse[:, left + 1] * (weight[:, None, None])
     )
-    return rows[:, :, left] * (1 - weight)[:, None] + rows[:, :, left + 1] * weight[:, None]
+    near, far = rows[:, :, left] * (1 - weight)[:, None], rows[:, :, left + 1] * weight[:, None]
+    return np.asarray(near + far)
 
 
 def stripes(rng: np.random.Generator, image: Array) -> Array:

@@ -107,7 +107,7 @@ def _outline(rng: np.random.Generator, centre: Array, radius: float) -> Array:
     theta, reach = np.arctan2(v, u), np.ones_like(u)
     for k in range(2, 6):
         reach += rng.uniform(0, 0.22) / k * np.cos(k * theta + rng.uniform(0, 2 * np.pi))
-    return 1 - np.hypot(u, v) / (radius * reach)
+    return np.asarray(1 - np.hypot(u, v) / (radius * reach))
 
 
 def _cover(depth: Array, radius: float) -> Array:
@@ -131,7 +131,7 @@ def _tint(rng: np.random.Generator) -> Array:
 
 def _matched(skin: Array, ground: Array) -> Array:
     """The texture of ``skin`` with the mean colour of ``ground``."""
-    return skin - skin.mean(axis=(0, 1)) + ground.mean(axis=(0, 1))
+    return np.asarray(skin - skin.mean(axis=(0, 1)) + ground.mean(axis=(0, 1)))
 
 
 def _polyp(
@@ -175,7 +175,7 @@ def _fold(rng: np.random.Generator, image: Array) -> Array:
     width = rng.uniform(0.015, 0.05)
     band = -rng.uniform(0.1, 0.3) * np.exp(-((off / width) ** 2))
     band += rng.uniform(0.0, 0.15) * np.exp(-(((off - 2 * width) / width) ** 2))
-    return np.clip(image * (1 + band)[..., None], 0, 1)
+    return np.asarray(np.clip(image * (1 + band)[..., None], 0, 1))
 
 
 def _reflections(rng: np.random.Generator, image: Array, count: int) -> Array:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -206,18 +207,21 @@ def backbone_of(name: str) -> tuple[str, str] | None:
 
 def our_dataset(line: Printed) -> str:
     """The data set of a printed number as our configuration calls it."""
-    return _yaml("names")["datasets"].get(line["suite"], {}).get(line["dataset"], line["dataset"])
+    of_suite: dict[str, str] = _yaml("names")["datasets"].get(line["suite"], {})
+    return of_suite.get(line["dataset"], line["dataset"])
 
 
 def our_suite(line: Printed) -> str | None:
     """The suite of ours that has a printed number's tasks; None where there is none yet."""
     key = " ".join(line[k] for k in ("suite", "backbone", "pretraining"))
-    return _yaml("names")["suites"].get(key)
+    suites: dict[str, str] = _yaml("names")["suites"]
+    return suites.get(key)
 
 
 def our_table(source: str, number: int) -> str | None:
     """The table of ours that prints a published one; None where there is none."""
-    return _yaml("names")["tables"].get(f"{source} {number}")
+    tables: dict[str, str] = _yaml("names")["tables"]
+    return tables.get(f"{source} {number}")
 
 
 def our_metric(printed: str) -> str:
@@ -239,9 +243,10 @@ def our_method(line: Printed, methods: Iterable[str] | None = None) -> str | Non
 
 
 @cache
-def _yaml(name: str) -> dict:
+def _yaml(name: str) -> dict[str, Any]:
     text = (files("snella.report") / "published" / f"{name}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)
+    content: dict[str, Any] = yaml.safe_load(text)
+    return content
 
 
 def _pairs(text: str) -> dict[str, str]:

@@ -129,7 +129,7 @@ def wilcoxon(differences: Sequence[float]) -> float:
             ways[value] += ways[value - r]
     far = abs(2 * observed - total)
     extreme = sum(n for value, n in enumerate(ways) if abs(2 * value - total) >= far)
-    return extreme / 2 ** len(nonzero)
+    return float(extreme / 2 ** len(nonzero))
 
 
 def bootstrap(differences: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:

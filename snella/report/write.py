@@ -100,7 +100,8 @@ def _texts(name: str, grid: Grid) -> dict[str, str]:
 
 def to_csv(frame: pd.DataFrame) -> str:
     """RFC 4180 text with Unix line ends; what is missing is an empty field."""
-    return frame.to_csv(index=False, float_format=DIGITS, lineterminator="\n")
+    text: str = frame.to_csv(index=False, float_format=DIGITS, lineterminator="\n")
+    return text
 
 
 def wide(table: Table) -> pd.DataFrame:

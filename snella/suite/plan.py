@@ -50,7 +50,8 @@ def plan(
 
 def current_suite(config: Config) -> SuiteEntry:
     """The configured suite; unknown names of its parts are reported here, before anything runs."""
-    suite = _look_up("suite", config.suite, config.suites, config.where(["suite"]))
+    where = config.where(["suite"])
+    suite: SuiteEntry = _look_up("suite", config.suite, config.suites, where)
     if not config.first_time("suite", config.suite):
         return suite
     at = ("suites", config.suite)

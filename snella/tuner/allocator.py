@@ -295,7 +295,7 @@ def check_density(model: nn.Module, adapter_name: str) -> None:
     if allocator is None or allocator.epoch is None or allocator.expected:
         return
     config, total = allocator.config, sum(layer.slice_size * layer.slices for layer in layers)
-    if not config.allocation or any(b.is_meta for b in layers[0].snella_budget.values()):
+    if not config.allocation or layers[0].snella_budget[adapter_name].is_meta:
         return
     updates = allocator.epochs * (
         (allocator.steps_per_epoch or 1) if config.interval == "step" else 1

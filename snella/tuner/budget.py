@@ -30,7 +30,7 @@ class Budget(Tensor):
         if name == "copy_" and hasattr(args[1], "_sources"):
             return _take(args[0], args[1]._sources)
         if name.removeprefix("_foreach_").strip("_") not in _ARITHMETIC:
-            return super().__torch_function__(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         in_place = name.endswith("_") and not name.endswith("__")
         if name.startswith("_foreach_"):
             columns = [a if isinstance(a, list | tuple) else [a] * len(args[0]) for a in args]

@@ -179,7 +179,7 @@ class SnellaConfig(PeftConfig):
     compile: bool | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = peft_type()
         if self.variant not in ("paper", "released"):
             raise unknown("variant", self.variant, ("paper", "released"))

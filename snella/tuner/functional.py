@@ -141,11 +141,14 @@ def merged_linear(
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     tensors = x, weight, bias, a, b, scalars, budgets
+    y: Tensor
     if not torch.compiler.is_compiling():
-        return _MergedLinear.apply(*tensors, update)
-    if update.kernel.is_piecewise:
-        return _linear_operator(*tensors, update.spec)[0]
-    return _uncompiled(_MergedLinear, *tensors, update)
+        y = _MergedLinear.apply(*tensors, update)
+    elif update.kernel.is_piecewise:
+        y = _linear_operator(*tensors, update.spec)[0]
+    else:
+        y = _uncompiled(_MergedLinear, *tensors, update)
+    return y
 
 
 def merged_weight(
@@ -153,14 +156,17 @@ def merged_weight(
 ) -> Tensor:
     """W + S, or S without a weight, with gradients; for code that wants the matrix itself."""
     tensors = weight, a, b, scalars, budgets
+    merged: Tensor
     if not torch.compiler.is_compiling():
-        return _MergedWeight.apply(*tensors, update)
-    if update.kernel.is_piecewise:
-        return _weight_operator(*tensors, update.spec)[0]
-    return _uncompiled(_MergedWeight, *tensors, update)
+        merged = _MergedWeight.apply(*tensors, update)
+    elif update.kernel.is_piecewise:
+        merged = _weight_operator(*tensors, update.spec)[0]
+    else:
+        merged = _uncompiled(_MergedWeight, *tensors, update)
+    return merged
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _uncompiled(function: Any, *arguments: Any) -> Tensor:
     """Other kernels differentiate by autograd, which an operator cannot use: the graph breaks."""
     return function.apply(*arguments)  # type: ignore[no-any-return]

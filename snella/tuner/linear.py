@@ -42,19 +42,22 @@ class SnellaLinear(nn.Module, SnellaLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = self._live_adapters()
-        if not names:
-            return self.base_layer(x, *args, **kwargs)
-        with offloading.loaded(self):
-            return self._forward(names, x, *args, **kwargs)
+        if names:
+            with offloading.loaded(self):
+                return self._forward(names, x, *args, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return y
 
     def _forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
         absent = self._hidden()
+        y: Tensor
         if not absent and self._folds(names):
             weight = self._fold(names)
             if is_plain(base):
                 return F.linear(x, weight, base.bias)
-            return call_with(base, {"weight": weight}, (x, *args), kwargs)
+            y = call_with(base, {"weight": weight}, (x, *args), kwargs)
+            return y
         self._begin(names)
         inside = None if absent else next((n for n in names if self._joins(n)), None)
         if inside is None:

@@ -23,6 +23,6 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, CONVOLUTIONS):
         return module.out_channels, module.weight[0].numel()
     if is_attention(module):
-        out_features, in_features = module.in_proj_weight.shape  # type: ignore[union-attr, operator, misc]
+        out_features, in_features = module.in_proj_weight.shape  # type: ignore[misc]
         return out_features, in_features
     return module.out_features, module.in_features  # type: ignore[return-value]

@@ -73,7 +73,7 @@ def contract(
                 turned + p * inputs * COORDINATES, b + p * outputs * COORDINATES,
                 rows, columns, inputs, outputs, COORDINATES, True,
             )  # fmt: skip
-            lengths += (squares,)
+            lengths += (squares,)  # type: ignore[assignment]
             linear = add_piece(squares, linear, scalars, p, MIXED, TEMPERATURE, LEARNED)
         exponential, merged = with_softmax(linear, scalars, shift, normaliser, MIXED, TEMPERATURE)
         _, slope = factors_of(merged, flat, selection, slices, s, FORM)

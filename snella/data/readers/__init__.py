@@ -65,7 +65,7 @@ def list_images(root: str | Path, name: str, options: Options) -> Listing:
         state = f"{root} is a file, not a folder" if root.exists() else f"there is no folder {root}"
         raise UserError(f"Data set {name!r}: {state}; correct `path:`.")
     layout = options.layout if options.layout != "auto" else _layout(root, name)
-    listing = LAYOUTS[layout].read(root, options)
+    listing: Listing = LAYOUTS[layout].read(root, options)
     if options.first_label:
         listing.lines = {role: [_lowered(line, options.first_label) for line in lines]
                          for role, lines in listing.lines.items()}  # fmt: skip

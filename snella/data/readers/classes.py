@@ -31,6 +31,9 @@ def read(root: Path, options: Options) -> Listing:
             f"{root} has class folders but no folder of test images (it has {few(held)}); name it: "
             "`options: {test: val}` if the images of val/ are what the papers test on."
         )
+    for role, folder in folders.items():
+        if folder is not None and (inner := folder / folder.name).is_dir() and _folders(inner):
+            raise UserError(f"{inner} holds the class folders of {role}; move them up into {folder}.")
     given = {role: folder for role, folder in folders.items() if folder is not None}
     classes = {role: {p.name for p in _folders(folder)} for role, folder in given.items()}
     names = sorted(classes["train"] | classes.get("val", set()))
@@ -58,4 +61,8 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    """Image files at any depth; hidden ones are what macOS leaves behind."""
+    return sorted(
+        p for p in folder.rglob("*")
+        if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file()
+    )  # fmt: skip

@@ -6,6 +6,7 @@ Warnings are printed by `prepare` and stand in the notes of the tables that show
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sized
 from pathlib import Path
 
 import numpy as np
@@ -222,9 +223,9 @@ def describe(looks: list[Seen]) -> str:
     return ", ".join(parts)
 
 
-def _count(items: list, noun: str) -> str:
+def _count(items: Sized, noun: str) -> str:
     return f"{len(items)} {noun}{'s' * (len(items) != 1)}"
 
 
-def _is(items: list) -> str:
+def _is(items: Sized) -> str:
     return "is" if len(items) == 1 else "are each"

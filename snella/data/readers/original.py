@@ -204,7 +204,8 @@ def _mat(file: Path) -> dict[str, Any]:
             f"{file}: reading .mat files needs scipy; pip install snella[bench]."
         ) from None
     try:
-        return loadmat(file)
+        content: dict[str, Any] = loadmat(file)
+        return content
     except FileNotFoundError:
         raise UserError(f"{file} is missing.") from None
     except Exception as error:

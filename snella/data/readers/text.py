@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 from snella.errors import UserError
 
 
 def read_text(file: Path, needed: str = "") -> str:
     """The content of a UTF-8 text file; ``needed`` says what for where it is missing."""
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise UserError(f"{file} is no regular file; a text file is expected there.")  # a pipe hangs
     try:
         return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -16,9 +21,17 @@ def read_text(file: Path, needed: str = "") -> str:
     except IsADirectoryError:
         raise UserError(f"{file} is a folder; a text file is expected there.") from None
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not a text file in UTF-8.") from None
+        raise UserError(f"{file} is not a text file in UTF-8; save it as UTF-8.") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file; a name that no file system takes is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def rows(file: Path, columns: int) -> list[tuple[int, list[str]]]:
@@ -34,9 +47,19 @@ def rows(file: Path, columns: int) -> list[tuple[int, list[str]]]:
     return found
 
 
-def whole_number(text: str, where: str) -> int:
-    """An integer in a file, or a line that says where it is none."""
+def read_json(file: Path) -> Any:
+    """The content of a JSON file, or a line that says why it is none."""
+    text = read_text(file)
     try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"{where}: {text!r} is not a whole number.") from None
+        return json.loads(text)
+    except RecursionError:
+        raise UserError(f"{file} is not valid JSON: nested too deeply.") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}.") from None
+
+
+def whole_number(text: str, where: str) -> int:
+    """An integer in a file, or a line that says where it is none, or too long to be one."""
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise UserError(f"{where}: {text[:40]!r} is not a whole number of up to 18 digits.")
+    return int(text)

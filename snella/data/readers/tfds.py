@@ -11,7 +11,6 @@ The folder is the one with `features.json` or `dataset_info.json`
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from snella.data.images import decode
 from snella.data.readers.listing import Line, Listing, Options
 from snella.data.readers.records import Feature, Records, parse_example
+from snella.data.readers.text import read_json
 from snella.errors import UserError
 
 SHARD = re.compile(
@@ -241,7 +241,9 @@ def _version_notes(folder: Path) -> list[str]:
     if not file.is_file():
         return []
     try:
-        info = json.loads(file.read_text())
-    except ValueError:
-        return [f"{file} is not valid JSON"]
+        info = read_json(file)
+    except UserError as error:
+        return [str(error)]
+    if not isinstance(info, dict):
+        return [f"{file} is no description of a TFDS version"]
     return [f"TFDS {info.get('name', '?')} version {info.get('version', folder.name)}"]

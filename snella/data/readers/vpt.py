@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from snella.data.readers.listing import Line, Listing, Options, few
-from snella.data.readers.text import read_text
+from snella.data.readers.text import read_json, whole_number
 from snella.errors import UserError
 
 FILES = ("train", "val", "test")
@@ -56,8 +56,8 @@ def read(root: Path, options: Options) -> Listing:
                 "loader, which numbers the ids of each file by themselves, would shift its labels"
             )
     if (root / NOT_VPT).is_file():
-        made = json.loads(read_text(root / NOT_VPT))
-        notes.append(f"the split into train and val is not VPT's: {made.get('note', 'made here')}")
+        made = read_json(root / NOT_VPT)
+        notes.append(f"the split into train and val is not VPT's: {_note(made)}")
     first = lines["train"][0].path
     folder = next((f for f in IMAGE_FOLDERS if (root / f / first).is_file()), IMAGE_FOLDERS[0])
     return Listing(
@@ -66,22 +66,21 @@ def read(root: Path, options: Options) -> Listing:
     )  # fmt: skip
 
 
+def _note(made: Any) -> str:
+    return str(made.get("note", "made here")) if isinstance(made, dict) else "made here"
+
+
 def _read_json(file: Path) -> list[Line]:
-    try:
-        content: Any = json.loads(read_text(file))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}.") from None
+    content: Any = read_json(file)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{file} must hold one object of image path to class id, as VPT's lists.")
     lines = []
     for path, label in content.items():
-        text = str(label)
-        if isinstance(label, bool) or not text.lstrip("-").isdigit():
-            raise UserError(f"{file}: class id {label!r} of {path!r} is not a whole number.")
+        number = whole_number(str(label), f"{file}: class id of {path[:200]!r}")
         clean = posixpath.normpath(path.replace("\\", "/"))
         if posixpath.isabs(clean) or clean.split("/")[0] == "..":
             raise UserError(f"{file}: path {path!r} leaves the data set's folder.")
-        lines.append(Line(str(file), clean, int(text)))
+        lines.append(Line(str(file), clean, number))
     return lines
 
 

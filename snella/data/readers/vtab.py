@@ -3,7 +3,8 @@
 The layout is that of NOAH's get_vtab1k.py, read by most published code: `train800.txt`,
 `val200.txt`, `train800val200.txt` and `test.txt`, a path relative to the folder and an integer
 label per line; `classes.txt`, one name per line, is optional. Copies made for the final training
-alone lack `val200.txt`, and perhaps `train800.txt`.
+alone lack `val200.txt`, and perhaps `train800.txt`; `train800val200.txt` may be missing where both
+are there.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import re
 from pathlib import Path
 
 from snella.data.readers.listing import Line, Listing, Options
-from snella.data.readers.text import read_text
+from snella.data.readers.text import is_file, read_text, whole_number
 from snella.errors import UserError
 
 UNION = "train800val200"
 LISTS = ("train800", "val200", UNION, "test")
 ROLE = {"train800": "train", "val200": "val", "test": "test"}
+DRIVE = re.compile(r"[A-Za-z]:/")
 LINE = re.compile(r"(?P<path>\S.*?)\s+(?P<label>-?[0-9]+)")
 
 
@@ -37,9 +39,10 @@ def read(root: Path, options: Options) -> Listing:
     if have >= {UNION, "test"} and "val200" not in have:
         _without_val(root, listing, "train800" in have)
     else:
-        lists = {split: read_list(root, split, notes) for split in LISTS}
-        listing.lines = {ROLE[split]: lists[split] for split in LISTS if split in ROLE}
-        listing.union = lists[UNION]
+        needed = [split for split in LISTS if split in have or split != UNION]
+        lists = {split: read_list(root, split, notes) for split in needed}
+        listing.lines = {ROLE[split]: lists[split] for split in needed if split in ROLE}
+        listing.union = lists.get(UNION)
     listing.class_names = class_names(root)
     return listing
 
@@ -91,15 +94,17 @@ def read_list(root: Path, split: str, notes: list[str]) -> list[Line]:
                 "number with a space between them."
             )
         path = match["path"]
-        if "\\" in path and not (root / path).exists():
+        if "\\" in path and not is_file(root / path):
             path, windows = path.replace("\\", "/"), True
+        if path[0] == path[-1] == '"' and not is_file(root / path):
+            path = path[1:-1]
         path = posixpath.normpath(path)
-        if posixpath.isabs(path) or path.split("/")[0] == "..":
+        if posixpath.isabs(path) or path.split("/")[0] == ".." or DRIVE.match(path):
             raise UserError(
-                f"{where}: path {match['path']!r} leaves the folder {root}; make the paths of the "
-                "list relative to it."
+                f"{where}: path {match['path'][:200]!r} leaves the folder {root}; make the paths "
+                "of the list relative to it."
             )
-        lines.append(Line(where, path, int(match["label"])))
+        lines.append(Line(where, path, whole_number(match["label"], f"{where}: label")))
     if not lines:
         raise UserError(f"{file} is empty: every split needs at least one image.")
     if windows:

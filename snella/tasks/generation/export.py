@@ -55,7 +55,7 @@ def save_transformer(model: nn.Module, folder: Path) -> None:
 
     Raises :class:`~snella.errors.UserError` if the model still holds an adapter.
     """
-    plain = type(model)(**model.config)  # type: ignore[arg-type, operator]
+    plain = type(model)(**model.config)  # type: ignore[arg-type]
     if model.state_dict().keys() != plain.state_dict().keys():
         extra = sorted(model.state_dict().keys() ^ plain.state_dict().keys())
         raise UserError(f"The update is not folded in ({extra[0]}); call the method's merge first.")

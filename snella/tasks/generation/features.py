@@ -81,7 +81,8 @@ class TimmFeatures:
 
     def __init__(self, arch: str, kwargs: dict[str, Any], file: str | None, setting: str) -> None:
         import timm
-        from timm.data import create_transform, resolve_model_data_config
+        from timm.data.config import resolve_model_data_config
+        from timm.data.transforms_factory import create_transform
 
         if not timm.is_model(arch):
             raise unknown(f"timm architecture in `{setting}_model:`", arch, timm.list_models())

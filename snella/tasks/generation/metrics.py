@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 
 def similarity_to(features: Array, references: Array) -> Array:
     """Mean cosine of each of ``features`` (N, D) to all ``references`` (R, D): (N,)."""
-    return np.clip((features @ references.T).mean(axis=1), -1, 1)
+    return np.asarray(np.clip((features @ references.T).mean(axis=1), -1, 1))
 
 
 def similarity_within(features: Array) -> float:
@@ -45,7 +45,7 @@ def matches(images: Array, texts: Array, own: NDArray[np.int64]) -> Array:
 
 def drift(adapted: Array, base: Array) -> Array:
     """1 - cosine of corresponding rows of two sets of features (N, D): (N,)."""
-    return np.clip(1 - (adapted * base).sum(axis=1), 0, 2)
+    return np.asarray(np.clip(1 - (adapted * base).sum(axis=1), 0, 2))
 
 
 def pairs_within(groups: NDArray[np.int64]) -> list[tuple[int, int]]:

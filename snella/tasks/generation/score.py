@@ -67,7 +67,7 @@ class SubjectScorer(Scorer):
 
     # ------------------------------------------------------------------------------------ parts
 
-    def _of_subject(self, folder: Path, photographs: list, prefix: str) -> dict[str, Score]:
+    def _of_subject(self, folder: Path, photographs: list[Any], prefix: str) -> dict[str, Score]:
         images, prompt = self._read(folder, len(self.templates), self.settings.samples_per_prompt)
         clip, texts = _array(self.clip.images(images)), _array(self.clip.texts(self.texts))
         real_clip = _array(self.clip.images(photographs))
@@ -85,7 +85,7 @@ class SubjectScorer(Scorer):
         }
         return {prefix + name: score for name, score in found.items()}
 
-    def _of_real(self, photographs: list) -> dict[str, Score]:
+    def _of_real(self, photographs: list[Any]) -> dict[str, Score]:
         if len(photographs) < 2:
             return {}
         one = np.zeros(len(photographs), dtype=np.int64)
@@ -151,7 +151,7 @@ class SubjectScorer(Scorer):
 def _array(features: Any) -> np.ndarray:
     """In double precision, again of unit length."""
     double = np.asarray(features.numpy(), dtype=np.float64)
-    return double / np.linalg.norm(double, axis=1, keepdims=True)
+    return np.asarray(double / np.linalg.norm(double, axis=1, keepdims=True))
 
 
 def _mean(values: np.ndarray) -> float:

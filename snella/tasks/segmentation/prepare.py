@@ -50,7 +50,7 @@ def _path(name: str, spec: Any) -> str:
         raise unknown(f"kind of data set {name!r}", spec.kind, KINDS)
     if spec.path is None:
         raise UserError(f"Data set {name!r} of kind {spec.kind} needs `path:`, a folder.")
-    return spec.path
+    return str(spec.path)
 
 
 # ---------------------------------------------------------------------------------- quick
