@@ -10,40 +10,16 @@ from torch import Tensor, nn
 
 from snella.method import Method
 from snella.methods.base import build_method, prepare_model
+from snella.models.tiny import BASE_SIZE, tiny_backbone
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "baselines"
-_TINY: dict[str, dict[str, Any]] = {
-    "vit": {
-        "model_name": "vit_tiny_patch16_224",
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": 48,
-        "depth": 3,
-        "num_heads": 3,
-    },
-    "swin": {
-        "model_name": "swin_tiny_patch4_window7_224",
-        "img_size": 64,
-        "embed_dim": 16,
-        "depths": (2, 2),
-        "num_heads": (2, 4),
-        "window_size": 4,
-        "drop_path_rate": 0.0,
-    },
-    "convnext": {
-        "model_name": "convnext_tiny",
-        "depths": (1, 1, 2, 1),
-        "dims": (8, 16, 24, 32),
-        "ls_init_value": 0.5,
-    },
+# As the golden vectors have them.
+_SIZES: dict[str, dict[str, Any]] = {
+    "vit": {"embed_dim": 48, "num_heads": 3},
+    "swin": {"img_size": 64, "embed_dim": 16, "depths": (2, 2)},
+    "convnext": {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "ls_init_value": 0.5},
 }
-_REAL = {
-    "vit": "vit_base_patch16_224",
-    "swin": "swin_base_patch4_window7_224",
-    "convnext": "convnext_base",
-}
-IMAGE = {"vit": 32, "swin": 64, "convnext": 64}
 
 
 def method(file: str, **hyperparameters: Any) -> Method:
@@ -52,9 +28,8 @@ def method(file: str, **hyperparameters: Any) -> Method:
 
 
 def tiny(family: str, **overrides: Any) -> nn.Module:
-    """A timm backbone of the family with five classes and seeded random weights."""
-    torch.manual_seed(0)
-    model = timm.create_model(**{"num_classes": 5} | _TINY[family] | overrides)
+    """The tiny backbone of the family, with vectors (biases, norms) that are not their initial."""
+    model = tiny_backbone(family, **_SIZES[family] | overrides)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -73,16 +48,15 @@ def adapted(family: str, file: str, **hyperparameters: Any) -> tuple[Method, nn.
 def real_on_meta(family: str, file: str, **hyperparameters: Any) -> nn.Module:
     """The base-size backbone, adapted, without storage: for counting."""
     with torch.device("meta"):
-        model = timm.create_model(_REAL[family], num_classes=10)
+        model = timm.create_model(BASE_SIZE[family][1], num_classes=10)
         prepare_model(method(file, **hyperparameters), model)
     return model
 
 
 def images(family: str, count: int = 6) -> Tensor:
     """Seeded random images for the tiny backbone."""
-    return torch.randn(
-        count, 3, IMAGE[family], IMAGE[family], generator=torch.Generator().manual_seed(2)
-    )
+    size = 32 if family == "vit" else 64
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
 def labels(count: int = 6) -> Tensor:

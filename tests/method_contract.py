@@ -16,6 +16,7 @@ from snella.check import Subject, examine
 from snella.check.contract import ignored_by_backbone
 from snella.method import Method, count_parameters, trainable
 from snella.methods.base import build_method, prepare_model
+from snella.models.tiny import tiny_backbone, toy_batch
 
 BASELINES = Path(__file__).parents[1] / "baselines"
 Batch = dict[str, Tensor]
@@ -30,35 +31,20 @@ def make(name: str, **settings: object) -> Method:
     return build_method(BASELINES / f"{name}.py", settings)
 
 
-def backbone(family: str = "vit", depth: int = 3) -> nn.Module:
-    """A tiny untrained backbone with fixed weights and five classes."""
-    torch.manual_seed(0)
-    if family == "vit":
-        sizes = {"embed_dim": 48, "depth": depth, "num_heads": 3}
-        return timm.create_model(
-            "vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=5, **sizes
-        )
-    if family == "swin":
-        sizes = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
-        return timm.create_model(
-            "swin_tiny_patch4_window7_224", img_size=32, num_classes=5, **sizes
-        )
-    if family == "convnext":
-        sizes = {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 32), "ls_init_value": 1.0}
-        return timm.create_model("convnext_tiny", num_classes=5, conv_mlp=False, **sizes)
-    modeling = pytest.importorskip("segment_anything.modeling")
-    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3, "out_chans": 5}
-    return modeling.ImageEncoderViT(img_size=32, patch_size=8, window_size=2, **sizes)
+def backbone(family: str = "vit", **sizes: object) -> nn.Module:
+    """A tiny untrained backbone with fixed weights and five classes; plain ones 48 wide."""
+    narrow = {"embed_dim": 48, "num_heads": 3} if family in ("vit", "sam") else {}
+    if family == "sam":
+        pytest.importorskip("segment_anything")
+    return tiny_backbone(family, **narrow | sizes)
 
 
 def batch(size: int = 8) -> Batch:
-    images = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return {"image": images, "label": torch.arange(size) % 5}
+    return toy_batch(size=size)
 
 
 def logits(model: nn.Module, images: Tensor | None = None) -> Tensor:
-    y = model(batch()["image"] if images is None else images)
-    return y.mean((2, 3)) if y.ndim == 4 else y
+    return model(batch()["image"] if images is None else images)
 
 
 def loss_fn(model: nn.Module, data: Batch) -> Tensor:

@@ -71,7 +71,7 @@ def test_published_totals() -> None:
 
 
 def plain_vit(depth: int = 2) -> Any:
-    return backbone("vit", depth).eval()
+    return backbone(depth=depth).eval()
 
 
 def tokens_of(model: Any, images: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import peft
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
+from method_contract import backbone as tiny
+from method_contract import logits, loss_fn
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load, save
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from snella.errors import Unsupported, UserError
 from snella.method import Method, count_parameters, trainable
 from snella.methods.base import build_method, prepare_model
+from snella.models.tiny import toy_batch
 
 FILE = Path(__file__).parents[1] / "baselines" / "peft.py"
 GOLDEN = Path(__file__).parent / "golden" / "baselines"
@@ -54,40 +56,11 @@ def make(name: str, **settings: object) -> Method:
 
 
 def backbone(family: str = "vit") -> nn.Module:
-    torch.manual_seed(0)
-    if family == "vit":
-        sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3}
-        return timm.create_model(
-            "vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=5, **sizes
-        )
-    if family == "swin":
-        sizes = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
-        return timm.create_model(
-            "swin_tiny_patch4_window7_224", img_size=32, num_classes=5, **sizes
-        )
-    if family == "convnext":
-        sizes = {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 32)}
-        return timm.create_model(
-            "convnext_tiny", num_classes=5, conv_mlp=False, ls_init_value=1.0, **sizes
-        )
-    modeling = pytest.importorskip("segment_anything.modeling")
-    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3, "out_chans": 5}
-    return modeling.ImageEncoderViT(img_size=32, patch_size=8, window_size=2, **sizes)
+    return tiny(family, **({"depth": 2} if family == "vit" else {}))
 
 
 def batch() -> dict[str, Tensor]:
-    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return {"image": images, "label": torch.arange(6) % 5}
-
-
-def logits(model: nn.Module) -> Tensor:
-    y = model(batch()["image"])
-    return y.mean((2, 3)) if y.ndim == 4 else y
-
-
-def loss_fn(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
-    y = model(data["image"])
-    return F.cross_entropy(y.mean((2, 3)) if y.ndim == 4 else y, data["label"])
+    return toy_batch(size=6)
 
 
 def prepared(method: Method, family: str = "vit", seed: int = 1) -> nn.Module:

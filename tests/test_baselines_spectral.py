@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from method_contract import (
@@ -265,7 +264,7 @@ def test_fact_parameters_on_vit_b16(form: str, rank: int, expected: int) -> None
 
 
 def test_fact_refuses_what_it_cannot_cut_into_blocks() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", embed_dim=48, depth=1, mlp_ratio=2.5)
+    model = backbone(depth=1, mlp_ratio=2.5)
     with pytest.raises(Unsupported, match="blocks of 48 x 48"):
         prepare_model(make("fact"), model)
     with pytest.raises(Unsupported, match="does not support swin"):

@@ -220,8 +220,8 @@ def test_spt_unit_is_a_million_on_vit_b16(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("vit", "paper", 2000),
         ("vit", "released", 2000),
-        ("swin", "paper", 1000),
-        ("convnext", "paper", 1000),
+        ("swin", "paper", 8000),
+        ("convnext", "paper", 2000),
     ],
 )
 def test_spt_contract(family: str, variant: str, budget: int, module: str) -> None:

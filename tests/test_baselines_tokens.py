@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from method_contract import backbone, loss_fn
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from snella.errors import CannotMerge, Unsupported, UserError
 from snella.method import Method, count_parameters, trainable
 from snella.methods.base import build_method, prepare_model
+from snella.models.tiny import toy_batch
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "baselines"
@@ -36,11 +38,7 @@ def make(name: str, **settings: object) -> Method:
 
 
 def tiny(depth: int = 12, mlp_ratio: float = 2) -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"embed_dim": 48, "depth": depth, "num_heads": 3, "mlp_ratio": mlp_ratio}
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=5, **sizes
-    ).eval()
+    return backbone(depth=depth, mlp_ratio=mlp_ratio).eval()
 
 
 def prepared(method: Method, seed: int = 1, **sizes: float) -> nn.Module:
@@ -51,12 +49,7 @@ def prepared(method: Method, seed: int = 1, **sizes: float) -> nn.Module:
 
 
 def batch() -> dict[str, Tensor]:
-    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return {"image": images, "label": torch.arange(6) % 5}
-
-
-def loss_fn(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
-    return F.cross_entropy(model(data["image"]), data["label"])
+    return toy_batch(size=6)
 
 
 def objective(method: Method, model: nn.Module) -> Tensor:

@@ -45,7 +45,7 @@ def tiny_backbone(kind: str = "vit", **overrides: Any) -> nn.Module:
         import timm
 
         return timm.create_model(**{"num_classes": CLASSES, **_TIMM[kind], **overrides})
-    return _tiny_sam() if kind == "sam" else _tiny_sd3()
+    return _tiny_sam(**overrides) if kind == "sam" else _tiny_sd3(**overrides)
 
 
 def missing_extra(kind: str) -> str | None:
@@ -54,11 +54,12 @@ def missing_extra(kind: str) -> str | None:
     return None if importlib.util.find_spec(library) else extra
 
 
-def _tiny_sam() -> nn.Module:
-    return _sam_encoder_with_head()(
-        img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=4, window_size=2,
-        out_chans=16, use_rel_pos=True,
-    )  # fmt: skip
+def _tiny_sam(**overrides: Any) -> nn.Module:
+    sizes: dict[str, Any] = {
+        "img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 4,
+        "window_size": 2, "out_chans": 16, "use_rel_pos": True,
+    }  # fmt: skip
+    return _sam_encoder_with_head()(**{**sizes, **overrides})
 
 
 @cache
@@ -81,14 +82,15 @@ def _sam_encoder_with_head() -> type[nn.Module]:
     return Encoder
 
 
-def _tiny_sd3() -> nn.Module:
+def _tiny_sd3(**overrides: Any) -> nn.Module:
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
-    model: nn.Module = SD3Transformer2DModel(
-        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=24,
-        num_attention_heads=4, joint_attention_dim=16, caption_projection_dim=96,
-        pooled_projection_dim=16, pos_embed_max_size=8,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+        "attention_head_dim": 24, "num_attention_heads": 4, "joint_attention_dim": 16,
+        "caption_projection_dim": 96, "pooled_projection_dim": 16, "pos_embed_max_size": 8,
+    }  # fmt: skip
+    model: nn.Module = SD3Transformer2DModel(**{**sizes, **overrides})
     return model
 
 
