@@ -13,7 +13,7 @@ PACKAGE = ROOT / "snella"
 # From the ground up: a room may import those before it, and nothing else.
 ROOMS = [
     "errors", "files", "seeds", "validation", "records", "protobuf",
-    "equations", "backends", "tuner", "models", "methods", "method",
+    "equations", "backends", "models", "tuner", "methods", "method",
     "data", "quick", "tasks", "check", "runs", "suite", "report", "results", "jobs", "cli",
 ]  # fmt: skip
 

@@ -32,7 +32,6 @@ from snella.models.entries import (
     train_entries,
 )
 from snella.models.families import (
-    ROLES,
     Slot,
     blocks,
     family,
@@ -43,6 +42,7 @@ from snella.models.families import (
     split_qkv,
     unused_parameters,
 )
+from snella.models.names import ROLES
 from snella.models.parameters import count_parameters, freeze, no_decay, seed_everything, trainable
 from snella.validation import hyperparameter_error
 

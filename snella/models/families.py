@@ -1,8 +1,8 @@
-"""Where a backbone's adaptable linear layers are, by role: query, key, value, proj, fc1, fc2.
+"""Which family a backbone is of, and where its adaptable linear layers are, by role.
 
-All methods of the benchmark speak of the same six matrices per block, as every paper it
-reproduces does. Fused ``qkv`` layers are three matrices (row slices, or real layers after
-:func:`split_qkv`). Only module names and types are looked at, so timm, segment-anything and
+All methods of the benchmark speak of the same six matrices per block (q, k, v, proj, fc1, fc2), as
+every paper it reproduces does. Fused ``qkv`` layers are three matrices (row slices, or real layers
+after :func:`split_qkv`). Only module names and types are looked at, so timm, segment-anything and
 diffusers backbones are described by one table.
 """
 
@@ -16,39 +16,33 @@ import torch
 from torch import Tensor, nn
 
 from snella.errors import Unsupported, unknown
+from snella.models.names import ROLES, role_of
 
-ROLES = ("q", "k", "v", "proj", "fc1", "fc2")
-_PARTS = {"qkv": ("q", "k", "v")}
-_ROLE_OF_NAME = {
-    "attn.qkv": "qkv",
-    "attn.qkv.q": "q",
-    "attn.qkv.k": "k",
-    "attn.qkv.v": "v",
-    "attn.to_q": "q",
-    "attn.to_k": "k",
-    "attn.to_v": "v",
-    "attn.proj": "proj",
-    "attn.to_out.0": "proj",
-    "mlp.fc1": "fc1",
-    "mlp.lin1": "fc1",
-    "ff.net.0.proj": "fc1",
-    "mlp.fc2": "fc2",
-    "mlp.lin2": "fc2",
-    "ff.net.2": "fc2",
+
+@dataclass(frozen=True)
+class Family:
+    """What a class of backbones is.
+
+    head: paths of the task's head where ``get_classifier`` does not say; unused: of what has no
+    say in the output of a model without prompts, but for its head.
+    """
+
+    name: str
+    head: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+_FAMILIES = {
+    "VisionTransformer": Family("vit"),
+    "SwinTransformer": Family("swin"),
+    "ConvNeXt": Family("convnext"),
+    "ImageEncoderViT": Family("sam"),
+    "Sam": Family("sam", ("mask_decoder", "prompt_encoder.no_mask_embed"), ("prompt_encoder",)),
+    "SD3Transformer2DModel": Family("sd3"),
 }
 _BLOCK = re.compile(r"^(?P<block>(?:.*\.)?(?:blocks|transformer_blocks)\.\d+)\.(?P<name>.+)$")
-_FAMILIES = {
-    "VisionTransformer": "vit",
-    "SwinTransformer": "swin",
-    "ConvNeXt": "convnext",
-    "ImageEncoderViT": "sam",
-    "Sam": "sam",
-    "SD3Transformer2DModel": "sd3",
-}
-_HEADS = {"Sam": ("mask_decoder", "prompt_encoder.no_mask_embed")}
-_UNUSED = {"Sam": ("prompt_encoder",)}
-"""Where the classes say otherwise than timm: what is the head, and what has no say in the output
-of a model without prompts (but for its head)."""
+# Attention and MLP in a block; what else it holds, such as SD3's layers for the text, has no role.
+_PARTS = ("attn", "mlp", "ff")
 
 
 @dataclass(frozen=True)
@@ -70,13 +64,17 @@ def family(model: nn.Module) -> str:
 
     Raises :class:`~snella.errors.Unsupported` for any other class.
     """
-    for cls in type(model).__mro__:
-        if cls.__name__ in _FAMILIES:
-            return _FAMILIES[cls.__name__]
+    if found := _find(model):
+        return found.name
+    known = sorted({family.name for family in _FAMILIES.values()})
     raise Unsupported(
-        f"{type(model).__name__} is not a supported backbone "
-        f"(supported: {', '.join(sorted(set(_FAMILIES)))})."
+        f"{type(model).__name__} is not a supported backbone (supported: {', '.join(known)})."
     )
+
+
+def _find(model: nn.Module) -> Family | None:
+    names = (cls.__name__ for cls in type(model).__mro__)
+    return next((_FAMILIES[name] for name in names if name in _FAMILIES), None)
 
 
 def block_paths(model: nn.Module) -> list[str]:
@@ -109,10 +107,11 @@ def slots(model: nn.Module, roles: Iterable[str] = ROLES) -> list[Slot]:
         match = _BLOCK.match(path)
         if not match or not isinstance(module, nn.Linear):
             continue
-        role = _ROLE_OF_NAME.get(match["name"])
+        part, _, layer = match["name"].partition(".")
+        role = role_of(layer.removeprefix("qkv.")) if part in _PARTS else None
         if role is None:
             continue
-        parts = _PARTS.get(role, (role,))
+        parts = tuple(role) if role in ("qkv", "kv") else (role,)
         size = module.out_features // len(parts)
         for i, part in enumerate(parts):
             if part in wanted:
@@ -130,8 +129,8 @@ def head(model: nn.Module) -> nn.Module | None:
 
     A timm classifier's, or of SAM the mask decoder with the embedding that stands for no mask.
     """
-    if paths := _HEADS.get(type(model).__name__):
-        return nn.ModuleList(model.get_submodule(path) for path in paths)
+    if (found := _find(model)) and found.head:
+        return nn.ModuleList(model.get_submodule(path) for path in found.head)
     get = getattr(model, "get_classifier", None)
     module = get() if get else None
     return None if module is None or isinstance(module, nn.Identity) else module
@@ -140,7 +139,8 @@ def head(model: nn.Module) -> nn.Module | None:
 def unused_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that have no say in the output, such as SAM's encoders of prompts."""
     of_head = {id(p) for part in [head(model)] if part is not None for p in part.parameters()}
-    parts = [model.get_submodule(path) for path in _UNUSED.get(type(model).__name__, ())]
+    found = _find(model)
+    parts = [model.get_submodule(path) for path in (found.unused if found else ())]
     return [p for part in parts for p in part.parameters() if id(p) not in of_head]
 
 
@@ -160,7 +160,7 @@ class SplitQKV(nn.Module):
     def __init__(self, fused: nn.Linear) -> None:
         super().__init__()
         for part, weight, bias in zip(
-            _PARTS["qkv"], fused.weight.chunk(3), _chunk_bias(fused), strict=True
+            "qkv", fused.weight.chunk(3), _chunk_bias(fused), strict=True
         ):
             setattr(self, part, _linear(weight, bias))
 

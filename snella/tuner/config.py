@@ -18,19 +18,12 @@ from snella.equations.allocation import SCHEDULES, SCORES
 from snella.equations.kernels import Kernel
 from snella.equations.sparsify import BUDGET_RULES, FORMS
 from snella.errors import UserError, unknown
+from snella.models.names import NAMES, STACKED
 from snella.tuner.registration import peft_type
 
 # The released code gives dropout to the updates of all layers but these.
-_ATTENTION_OUTPUTS = ("proj", "o_proj", "out_proj", "to_out.0", "attention.output.dense")
-# Layers that stack several matrices along their output, and how many: timm, CLIP; GPT-2; Flux.
-FUSED_PARTS = {
-    "qkv": 3,
-    "kv": 2,
-    "to_qkv": 3,
-    "to_kv": 2,
-    "c_attn": 3,
-    "in_proj_weight": 3,
-}
+_ATTENTION_OUTPUTS = NAMES["proj"]
+FUSED_PARTS = {**STACKED, "in_proj_weight": 3}
 # name of the field: (paper, released)
 _VARIANTS: dict[str, tuple[Any, Any]] = {
     "coefficients": ("learnable", "fixed"),

@@ -12,31 +12,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from snella.errors import UserError
+from snella.models.names import is_adapted, is_other
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.shapes import is_attention
 
-# Matrices of attention and MLP inside a numbered block, as timm, transformers, diffusers,
-# segment-anything and open_clip name them.
-_ATTENTION = (
-    r"qkv|kv|q|k|v|o|query|key|value|[qkvo]_(proj|lin)|c_attn|out_proj|out_lin|proj|to_qkv|to_kv|"
-    r"to_[qkv]|to_out(\.0)?|to_add_out|add_[qkv]_proj|attention\.output\.dense|attention\.dense"
-)
-_MLP = (
-    r"fc1|fc2|fc1_g|fc1_x|w12|w1|w2|w3|weights_in|weights_out|lin1|lin2|linear1|linear2|c_fc|c_proj|"
-    r"gate_proj|up_proj|down_proj|gate_up_proj|wi|wi_0|wi_1|wo|intermediate\.dense|output\.dense|"
-    r"dense_h_to_4h|dense_4h_to_h|net\.0\.proj|net\.2|pwconv1|pwconv2"
-)
-# Flux joins the MLP and the attention's output of its single blocks in two matrices.
-_FLUX = r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
-DEFAULT_TARGETS = re.compile(rf"(.*\.)?\d+\.(.*\.)?({_ATTENTION}|{_MLP})|(.*\.)?{_FLUX}")
-# Matrices of a block that are neither attention nor MLP: modulation and normalisation, merging of
-# patches, position biases, gates of squeeze-and-excitation and of experts.
-_OTHERS = re.compile(
-    r".*(norm|ada_?ln|modulation|downsample|reduction|cpb_mlp|rel_pos|position|relative|\bse\b|"
-    r"\bgate\b|router|expert|time_?emb|head|classifier).*",
-    re.IGNORECASE,
-)
 _BLOCK = re.compile(r"(.*?\.)?\d+(?=\.)")
 _TYPES = (nn.Linear, Conv1D, SnellaLayer)
 
@@ -51,7 +31,7 @@ def default_targets(model: nn.Module, config: SnellaConfig) -> set[str]:
     attentions = {n for n, m in modules.items() if _is_attention(m) and _BLOCK.match(f"{n}.")}
     inside = {f"{name}.out_proj" for name in attentions}
     linear = {name for name, module in modules.items() if _is_matrix(module)} - inside
-    matched = {name for name in linear if DEFAULT_TARGETS.fullmatch(name)} | attentions
+    matched = {name for name in linear if is_adapted(name)} | attentions
     if not matched:
         raise UserError(
             f"No linear layers to adapt were recognised in {type(model).__name__}; "
@@ -116,7 +96,7 @@ def _warn_of_the_rest(left: set[str], adapted: set[str]) -> None:
     missed = sorted(
         name
         for name in left
-        if (match := _BLOCK.match(name)) and match.group() in blocks and not _OTHERS.fullmatch(name)
+        if (match := _BLOCK.match(name)) and match.group() in blocks and not is_other(name)
     )
     if missed:
         names = ", ".join(missed[:3]) + (", …" if len(missed) > 3 else "")
