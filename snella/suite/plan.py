@@ -6,6 +6,7 @@ resolved: :class:`~snella.runs.run.Run`.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -273,13 +274,27 @@ def for_task(config: Config, task: str, what: str) -> Config:
     return with_suite(config, config.task_suites[task])
 
 
-def figure_runs(config: Config, figure: str) -> list[Run]:
-    """The runs that a figure shows: its methods on the suite's first data set and seed."""
+def figure_config(config: Config, figure: str) -> Config:
+    """The configuration with the suite that a figure shows, as :func:`for_task` finds it."""
     spec = _look_up("figure", figure, config.figures)
-    config = for_task(config, spec.task, f"Figure {figure!r}")
-    suite, enabled = current_suite(config), suite_methods(config)
-    methods = [name for name in spec.methods if name in enabled]
-    return plan(config, methods=methods, datasets=suite.datasets[:1], seeds=suite.seeds[:1])
+    find_task(spec.task, config.tasks).figure_kind(spec.kind)
+    return for_task(config, spec.task, f"Figure {figure!r}")
+
+
+def figure_runs(config: Config, figure: str) -> list[Run]:
+    """The runs that a figure shows.
+
+    Raises :class:`~snella.errors.UserError` for an unknown figure or kind of figure, or where
+    none of its methods is in the suite.
+    """
+    config = figure_config(config, figure)
+    spec, suite, enabled = config.figures[figure], current_suite(config), suite_methods(config)
+    methods = [name for name in spec.methods or enabled if name in enabled]
+    if not methods:
+        raise UserError(f"None of the methods of figure {figure!r} is in suite {config.suite!r}.")
+    every = math.ceil(len(suite.datasets) / (spec.datasets or len(suite.datasets)))
+    seeds = suite.seeds if spec.seeds == "all" else suite.seeds[:1]
+    return plan(config, methods=methods, datasets=suite.datasets[::every], seeds=seeds)
 
 
 def suite_task(config: Config) -> str:
