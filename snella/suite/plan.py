@@ -6,7 +6,9 @@ resolved: :class:`~snella.runs.run.Run`.
 
 from __future__ import annotations
 
+import logging
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,10 @@ from snella.suite.config import (
 from snella.tasks import TaskInfo, find_task
 from snella.tasks.base import Backbone
 from snella.validation import validate
+
+log = logging.getLogger("snella")
+EIGHT_BIT = {"adam8bit": "adam", "adamw8bit": "adamw"}
+"""Optimizers of bitsandbytes, and the same with states in full precision."""
 
 
 def plan(
@@ -139,10 +145,22 @@ def _layers(
         for layer in protocol[:-1]:  # a later one may hide its nonsense
             _validated(info, Layers(config, [layer]), where, alone=True)
     common, settings = _validated(info, Layers(config, protocol), where)
+    common, lacking = _installed(config, common)
     check_image_size(config, suite, settings, Layers(config, protocol))
     chosen = Layers(config, hyperparameters)
     check_hyperparameters(file, chosen)
-    return common, settings, chosen.merged(), notes
+    return common, settings, chosen.merged(), (*notes, *lacking)
+
+
+def _installed(config: Config, protocol: Protocol) -> tuple[Protocol, tuple[str, ...]]:
+    """The protocol with an optimizer that is installed, and what a reader should know of it."""
+    full = EIGHT_BIT.get(protocol.optimizer)
+    if full is None or find_spec("bitsandbytes") is not None:
+        return protocol, ()
+    note = f"bitsandbytes is not installed: {full} in place of {protocol.optimizer}"
+    if config.first_time("optimizer", full):
+        log.warning("%s.", note)
+    return protocol.model_copy(update={"optimizer": full}), (note,)
 
 
 def _validated(
