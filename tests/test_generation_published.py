@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from report_support import record
 
 from snella.jobs.tables import suite_info
+from snella.report.columns import VALUES
 from snella.report.frame import tidy
 from snella.report.spec import parse_spec
+from snella.report.statistics import statistics_grid, table_statistics
 from snella.report.table import Table, build_table
 from snella.report.versus import compare_published, versus_grid
+from snella.report.write import cells
 from snella.suite import plan
 from snella.suite.config import load
 from snella.tasks import find_task
@@ -21,7 +25,9 @@ INFO = find_task("generation", "tasks").metrics
 Value = Callable[[str, int], float]
 
 
-def made(table: str, value: Value = lambda metric, subject: 0.5, suite: str = "dreambooth") -> Table:
+def made(
+    table: str, value: Value = lambda metric, subject: 0.5, suite: str = "dreambooth"
+) -> Table:
     """The table of records in which subject number i has ``value(metric, i)`` of every metric."""
     config = load(overrides={"suite": suite})
     own, spec = suite_info(config), parse_spec(table, config.tables[table])
@@ -63,3 +69,31 @@ def test_table_6_stands_beside_the_printed_one() -> None:
     assert printed["lora-8", "Text align."] == pytest.approx(0.2612)
     assert not any(method.startswith("=") for method, _ in printed)
     assert versus_grid(versus).lines
+
+
+def test_means_over_subjects_have_a_bootstrap_interval() -> None:
+    """Of the mean over subjects: narrower than the spread of subjects, and around the mean."""
+    table = made("table6", lambda metric, subject: 0.4 + 0.01 * subject)
+    frame = cells(table).set_index(["label", "column"])
+    cell = frame.loc["SNELLA-8", "mean clip_i"]
+    assert cell["mean"] == pytest.approx(0.545)
+    error = np.std([0.01 * i for i in range(30)]) / np.sqrt(30)
+    assert cell["low"] == pytest.approx(0.545 - 1.96 * error, abs=2e-3)
+    assert cell["high"] == pytest.approx(0.545 + 1.96 * error, abs=2e-3)
+    assert frame.loc["Unadapted model", "mean clip_i"]["high"] == pytest.approx(cell["high"])
+    assert np.isnan(frame.loc["SNELLA-8", "trainable"]["low"])
+    assert "95 % intervals of the mean: table6_cells.csv" in table.remarks[0]
+
+
+def test_paired_differences_of_cosines_keep_their_digits() -> None:
+    table = made("table6", lambda metric, subject: 0.4 + 0.01 * subject)
+    found = statistics_grid(table_statistics(table, "lora-8"))
+    assert {entry.text for line in found.lines for entry in line.entries} >= {"+0.0000"}
+
+
+def test_a_count_is_printed_in_a_unit_that_shows_all_rows() -> None:
+    counts = VALUES["trainable"]
+    assert counts.unit([85.8e6, 36_000]).symbol == "M"
+    assert counts.unit([2.9e6, 3_400]).symbol == "k"  # 0.00 M says nothing
+    assert counts.unit([2.9e6, 0]).symbol == "M"  # no parameter at all is zero in any unit
+    assert counts.unit([]).symbol == "k"
