@@ -5,7 +5,6 @@
 #   <results>/{table}.tex .csv .md, <results>/{table}.pdf .png                   tables.smk
 #   <results>/{figure}.pdf .png .csv                                             figures.smk
 #   <results>/pretrain/vit_quick.safetensors                                     pretrain.smk
-#   <results>/figure9.pdf figure14.pdf samples.pdf tradeoff_*.pdf                generation.smk
 from snakemake.utils import min_version
 
 min_version("9.27")
@@ -30,7 +29,6 @@ include: "workflow/rules/train.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/pretrain.smk"
-include: "workflow/rules/generation.smk"
 
 
 localrules:

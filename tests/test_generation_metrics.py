@@ -193,26 +193,3 @@ def test_what_scoring_needs_is_named(tmp_path: Path) -> None:
         TimmFeatures("vit_tiny_patch16_224", {}, "no", "dinov2")
     with pytest.raises(UserError, match=r"Unknown timm architecture in `dino_model:`"):
         TimmFeatures("vit_tinny", {}, None, "dino")
-
-
-def test_pareto_front() -> None:
-    from snella.tasks.generation.figure import Point, pareto
-
-    a, b, c = Point("a", 0.1, 0.8), Point("b", 0.2, 0.9), Point("c", 0.3, 0.85)
-    assert pareto([a, b, c], less_x=True) == [a, b]
-    assert pareto([a, b, c], less_x=False) == [b, c]
-
-
-def test_figures_are_written(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from snella.tasks.generation.figure import Line, Point, grid, scatter
-
-    pixels = noise(3)
-    lines = [Line("a sks star in the snow", pixels[0], [pixels[1], None])] * 2
-    grid(lines, ["LoRA", "SNELLA"], "prompt i of subject i, sample 0", tmp_path / "grid.pdf")
-    first = (tmp_path / "grid.pdf").read_bytes()
-    grid(lines, ["LoRA", "SNELLA"], "prompt i of subject i, sample 0", tmp_path / "grid.pdf")
-    assert first == (tmp_path / "grid.pdf").read_bytes() and first.startswith(b"%PDF")
-    points = [Point("LoRA", 0.2, 0.8, 0.01, 0.02), Point("SNELLA", 0.1, 0.9)]
-    scatter(points, "Drift", "CLIP-I", "", tmp_path / "drift.png", less_x=True)
-    assert (tmp_path / "drift.png").stat().st_size > 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
 import signal
 import subprocess
@@ -178,6 +179,23 @@ def test_training_does_not_see_the_reference_images(place: Path, tmp_path: Path)
         data.column("test", "image")
     scorer = SubjectScorer(data, settings())
     assert len(scorer.data.targets("test", "image")) == 3
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_eight_bit_adam_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, installed: bool
+) -> None:
+    """Otherwise AdamW: said once when runs are planned, and in every record."""
+    from snella.suite import config as configuration
+    from snella.suite import plan
+
+    found = importlib.machinery.ModuleSpec("bitsandbytes", None) if installed else None
+    monkeypatch.setattr(plan, "find_spec", {"bitsandbytes": found}.__getitem__)
+    runs = plan.plan(configuration.load(overrides={"suite": "dreambooth"}))
+    note = "bitsandbytes is not installed: adamw in place of adamw8bit"
+    wanted = ("adamw8bit", ()) if installed else ("adamw", (note,))
+    assert {(run.protocol.optimizer, run.notes) for run in runs} == {wanted}
+    assert [r.getMessage() for r in caplog.records] == ([] if installed else [f"{note}."])
 
 
 def test_errors_of_a_run_are_one_line(place: Path, tmp_path: Path) -> None:

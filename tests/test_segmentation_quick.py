@@ -221,4 +221,4 @@ def test_table_and_figure_come_from_the_quick_segmentation_suite(tmp_path: Path)
     with pytest.raises(UserError, match="no finished run to show"):
         figures.draw(config, "figure8")
     with pytest.raises(UserError, match="Did you mean 'figure8'"):
-        plan.figure_runs(config, "figure9")
+        plan.figure_runs(config, "figure88")

@@ -1,4 +1,4 @@
-"""From the predictions on disk to a figure of examples."""
+"""From the predictions and records on disk to a figure."""
 
 from __future__ import annotations
 
@@ -6,32 +6,49 @@ from pathlib import Path
 
 from snella.data.prepared import Prepared
 from snella.errors import UserError
+from snella.jobs.tables import suite_info
 from snella.records import read_record
+from snella.runs.run import Run
 from snella.runs.trainer import prediction_folder
 from snella.suite import plan
 from snella.suite.config import Config
+from snella.tasks.base import Shown
 
 
 def draw(config: Config, name: str) -> Path:
     """Draw the figure ``name`` of the configuration below the results folder; return its PDF.
 
-    A method whose run failed or is missing is left out. The predictions are those of the epoch
-    that the protocol selects. Raises :class:`~snella.errors.UserError` if no run is there.
+    A run that failed or is missing is left out. The predictions are those of the epoch that the
+    protocol selects. Raises :class:`~snella.errors.UserError` if no run is there.
     """
-    folders: dict[str, Path] = {}
     runs = plan.figure_runs(config, name)
-    for run in runs:
-        record = read_record(run.folder)
-        if record is None or record["status"] != "ok":
-            continue
-        selections = record["metrics"]
-        epoch = selections.get(run.protocol.selection, selections["last"])["epoch"]
-        label = config.methods[run.method.name].label or run.method.name
-        folders[label] = prediction_folder(run.folder, epoch, "test")
-    if not folders:
+    config = plan.figure_config(config, name)
+    found = [shown for run in runs if (shown := _shown(config, run)) is not None]
+    if not found:
         raise UserError(f"Figure {name!r} has no finished run to show; train its methods first.")
-    first = runs[0]
-    data = Prepared.open(Path(first.dataset.prepared))
     file = Path(config.results) / f"{name}.pdf"
-    first.task.draw_figure(data, first.task_settings, folders, file)
+    runs[0].task.draw_figure(config.figures[name].kind, found, _note(config, runs), file)
     return file
+
+
+def _shown(config: Config, run: Run) -> Shown | None:
+    record = read_record(run.folder)
+    if record is None or record["status"] != "ok":
+        return None
+    metrics = record["metrics"].get(run.protocol.selection, record["metrics"]["last"])
+    return Shown(
+        method=config.methods[run.method.name].label or run.method.name,
+        dataset=config.datasets[run.dataset.name].label or run.dataset.name,
+        data=Prepared.open(Path(run.dataset.prepared)),
+        settings=run.task_settings,
+        predictions=prediction_folder(run.folder, metrics["epoch"], "test"),
+        metrics=metrics,
+    )
+
+
+def _note(config: Config, runs: list[Run]) -> str:
+    """Where the numbers come from, in one sentence."""
+    suite = suite_info(config)
+    seeds = sorted({run.seed for run in runs})
+    text = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    return f"{suite.banner or suite.title}. Backbone: {suite.label(suite.backbone)}; {text}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -149,11 +150,13 @@ class WorkflowPlan:
         runs = _user(lambda: plan.figure_runs(self.config, wildcards.figure))
         return [] if self.config.allow_missing else [run.record.as_posix() for run in runs]
 
-    def generation_figure_records(self, wildcards: Any) -> list[str]:
-        """The records that a figure of generation shows."""
-        from snella.jobs import generation_figures
+    @property
+    def figure_names(self) -> str:
+        """What figures are called: the configured names, and any that looks like a figure's.
 
-        return _user(lambda: generation_figures.records(self.config, wildcards.figure))
+        The latter are asked for by mistake; :meth:`figure_records` then names the closest one.
+        """
+        return "|".join(["figure[A-Za-z0-9_]+", *map(re.escape, self.config.figures)])
 
     def table_content(self, wildcards: Any) -> str:
         """What a table shows besides its records, and with ``allow_missing`` which there are.

@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
+from snella.methods.base import Batch
 from snella.quick import generation_models as models
-from snella.quick.pretrain_sd3 import arguments, steps, world, write_record
+from snella.quick.generation_recipe import arguments, half_precision, train, world, write_record
 
 log = logging.getLogger(__name__)
+EVERY = 100
+"""Steps between two lines of the history."""
+LARGEST_SCALE = 4.6052
+"""ln 100: the bound on the logarithm of the temperature's inverse in CLIP's paper."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,20 @@ class Recipe:
     max_seconds: float | None = None
 
 
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Similarities (B, B) of images and captions, times the inverse temperature.
+
+    Scenes that were drawn with the same caption are no negatives of each other.
+    """
+    with torch.no_grad():
+        model.get_parameter("logit_scale").clamp_(max=LARGEST_SCALE)
+    with half_precision(batch["image"].device):
+        image, text, scale = model(batch["image"], batch["text"])
+    same = (batch["text"][:, None] == batch["text"][None]).all(-1)
+    same.fill_diagonal_(False)
+    return (scale.float() * image.float() @ text.float().T).masked_fill(same, float("-inf"))
+
+
 def pretrain(recipe: Recipe, out: Path, device: torch.device) -> dict[str, Any]:
     """Train and write the open_clip folder ``out`` and its record in it; return the record."""
     begin = time.perf_counter()
@@ -41,28 +61,25 @@ def pretrain(recipe: Recipe, out: Path, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     model = models.clip_model().to(device).train()
     generator = torch.Generator(device).manual_seed(recipe.seed)
-    history: list[dict[str, float]] = []
     target = torch.arange(recipe.batch_size, device=device)
-    for step, _, precision in steps(recipe, list(model.parameters()), device):
+    right = torch.zeros((), device=device)
+
+    def draw() -> Batch:
         shape = (recipe.batch_size,)
         chosen = torch.randint(len(images), shape, generator=generator, device=device)
-        with torch.no_grad():  # the same bound on the temperature as in CLIP's paper
-            model.logit_scale.clamp_(max=4.6052)
-        with precision:
-            image, text, scale = model(images[chosen].float() / 127.5 - 1, ids[chosen])
-        logits = scale.float() * image.float() @ text.float().T
-        # scenes drawn with the same caption are no negatives of each other
-        same = (ids[chosen][:, None] == ids[chosen][None]).all(-1)
-        same.fill_diagonal_(False)
-        logits = logits.masked_fill(same, float("-inf"))
-        loss = (
-            functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
-        ) / 2
-        loss.backward()
-        if (step + 1) % 100 == 0:
-            right = (logits.argmax(1) == target).float().mean()
-            value, accuracy = round(float(loss.detach()), 4), round(float(right), 4)
-            history.append({"step": step + 1, "loss": value, "accuracy": accuracy})
+        return {"image": images[chosen].float() / 127.5 - 1, "text": ids[chosen]}
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        found = logits(model, batch)
+        right.copy_((found.argmax(1) == target).float().mean())
+        both = functional.cross_entropy(found, target) + functional.cross_entropy(found.T, target)
+        return both / 2
+
+    history: list[dict[str, float]] = []
+    for step, value in train(recipe, model, draw, loss, device):
+        if step % EVERY == 0:
+            numbers = {"loss": round(float(value), 4), "accuracy": round(float(right), 4)}
+            history.append({"step": step, **numbers})
             log.info("%s, %.0f s", history[-1], time.perf_counter() - begin)
     models.save_clip(out, model.cpu())
     count = sum(p.numel() for p in model.parameters())

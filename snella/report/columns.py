@@ -32,12 +32,17 @@ class Unit:
     scale: float = 1.0
     digits: int = 1
 
+    def shows(self, sizes: Sequence[float]) -> bool:
+        """Whether the largest of ``sizes`` reaches 1, and the smallest does not round to zero."""
+        return max(sizes) * self.scale >= 1 and min(sizes) * self.scale >= 0.5 * 10**-self.digits
+
 
 @dataclass(frozen=True)
 class Quantity:
     """A metric, or (with ``source``, a column of the frame) a cost or parameter count.
 
-    Of several ``units`` the first in which the largest printed value reaches 1 is used.
+    Of several ``units`` the first in which the largest printed value reaches 1, and none that is
+    not zero is printed as zero, is used.
     ``after_failure`` says that the number means something even if the run failed.
     """
 
@@ -51,8 +56,8 @@ class Quantity:
 
     def unit(self, values: Iterable[float]) -> Unit:
         """The unit in which ``values`` (as recorded) are printed."""
-        largest = max(map(abs, values), default=0.0)
-        return next((u for u in self.units if largest * u.scale >= 1), self.units[-1])
+        sizes = [abs(v) for v in values if v] or [0.0]
+        return next((u for u in self.units if u.shows(sizes)), self.units[-1])
 
 
 COUNT = (Unit("M", 1e-6, 2), Unit("k", 1e-3, 1))

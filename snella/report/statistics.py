@@ -279,6 +279,21 @@ def table_statistics(table: Table, reference: str) -> Statistics:
     return Statistics(table, reference, quantity, unit, scores, rows, ranks, friedman(scores))
 
 
+def mean_interval(table: Table, method: str, column: Column) -> tuple[float, float] | None:
+    """The 95 % bootstrap interval of a mean over data sets, in the column's unit.
+
+    Data sets are resampled, then seeds within them. None for another column, and where a data set
+    is missing.
+    """
+    if column.kind != "mean_of_tasks" or len(column.datasets) < 2:
+        return None
+    found = [table.results.outcome(method, name, column).values for name in column.datasets]
+    if not all(found):
+        return None
+    scale = table.units[column.key].scale
+    return bootstrap([[value * scale for value in seeds.values()] for seeds in found])
+
+
 def _with_images(
     rows: list[Comparison],
     table: Table,
@@ -326,12 +341,13 @@ def statistics_grid(statistics: Statistics) -> Grid:
     heads = ["Rank", "Difference", f"{LEVEL:.0%} interval", "p", "p (Holm)"]
     heads += ["p images (Holm)"] if images else []
     heads += ["Wins/ties/losses"]
-    rank = statistics.ranks.get
+    rank, digits = statistics.ranks.get, statistics.unit.digits
 
     def cells(row: Comparison) -> list[str]:
-        low, high = (_number(v, "+.1f") for v in (row.low, row.high))
+        low, high = (_number(v, f"+.{digits}f") for v in (row.low, row.high))
         interval = DASH if row.low is None else f"{low} to {high}"
-        result = [_number(rank(row.method), ".1f"), _number(row.difference, "+.2f"), interval]
+        result = [_number(rank(row.method), ".1f"), _number(row.difference, f"+.{max(2, digits)}f")]
+        result += [interval]
         result += [_probability(row.p), _probability(row.p_holm)]
         result += [_probability(row.p_images_holm)] if images else []
         return [*result, f"{row.wins}/{row.ties}/{row.losses}"]

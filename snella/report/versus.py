@@ -167,8 +167,9 @@ def compare_published(table: Table) -> Versus | None:
         if source.backbone in (None, line["backbone"])
         and source.pretraining in (None, line["pretraining"])
     ]
-    rows = match_rows(lines, [m for m, _ in table.methods], source.rows)
-    ours = {m: _ours(table, m) for m, _ in table.methods}
+    shown = [pair for group in table.rows for pair in group.methods]
+    rows = match_rows(lines, [m for m, _ in shown], source.rows)
+    ours = {m: _ours(table, m) for m, _ in shown}
     pairs: dict[tuple[str, str], Pair] = {}
     columns = []
     apart: dict[str, list[str]] = defaultdict(list)
@@ -177,7 +178,7 @@ def compare_published(table: Table) -> Versus | None:
         if where is None or not _occurs(near, where):
             continue
         columns.append(column)
-        for method, label in table.methods:
+        for method, label in shown:
             pair = Pair(method, label, column, table.cells[method, column.key])
             pair = _pair(near, rows.get(method), where, table.units[column.key], pair)
             if pair.printed is not None and column.ranked:
@@ -321,7 +322,8 @@ def versus_grid(versus: Versus) -> Grid:
     )
     absent = [
         label
-        for method, label in table.methods
+        for rows in table.rows
+        for method, label in rows.methods
         if all(versus.pairs[method, c.key].printed is None for c in versus.columns)
     ]
     remarks = [f"Not in the published table: {', '.join(absent)}."] if absent else []

@@ -10,7 +10,12 @@ from snella.errors import unknown
 from snella.files import atomic
 from snella.report.latex import to_latex
 from snella.report.spec import SuiteInfo, TableSpec
-from snella.report.statistics import statistics_frame, statistics_grid, table_statistics
+from snella.report.statistics import (
+    mean_interval,
+    statistics_frame,
+    statistics_grid,
+    table_statistics,
+)
 from snella.report.table import Table, build_table
 from snella.report.text import Grid, print_grid, table_grid, to_markdown
 from snella.report.versus import compare_published, versus_frame, versus_grid
@@ -126,7 +131,10 @@ def wide(table: Table) -> pd.DataFrame:
 
 
 def cells(table: Table) -> pd.DataFrame:
-    """One row per cell, with the single seeds, the mark and the reason of an empty cell."""
+    """One row per cell, with the single seeds, the mark and the reason of an empty cell.
+
+    ``low`` and ``high`` are the 95 % bootstrap interval of a mean over data sets.
+    """
     import pandas as pd
 
     rows = []
@@ -134,6 +142,7 @@ def cells(table: Table) -> pd.DataFrame:
         for method, label in group.methods:
             for column in table.columns:
                 cell = table.cells[method, column.key]
+                low, high = mean_interval(table, method, column) or (None, None)
                 rows.append(
                     {
                         **_origin(table),
@@ -150,6 +159,8 @@ def cells(table: Table) -> pd.DataFrame:
                         "mean": cell.mean,
                         "std": cell.std,
                         "error": cell.error,
+                        "low": low,
+                        "high": high,
                         "n": len(cell.values),
                         "seeds": ";".join(map(str, cell.values)),
                         "values": ";".join(DIGITS % v for v in cell.values.values()),

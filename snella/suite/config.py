@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 
@@ -161,10 +161,18 @@ def _table(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 class FigureEntry(Strict):
-    """Examples of a task's predictions: which rows, in printed order, of which task's suite."""
+    """A figure drawn from predictions: of which task's suite, of which kind, of which runs.
+
+    ``kind`` is one that the task family draws, by default its first. ``methods`` stand in printed
+    order (null: all of the suite); at most ``datasets`` data sets are shown, evenly through the
+    suite (null: all).
+    """
 
     task: str
-    methods: list[Reference] = Field(min_length=1)
+    kind: str | None = None
+    methods: Annotated[list[Reference], Field(min_length=1)] | None = None
+    datasets: int | None = Field(1, gt=0)
+    seeds: Literal["first", "all"] = "first"
 
 
 class Config(Strict):

@@ -6,6 +6,9 @@ resolved: :class:`~snella.runs.run.Run`.
 
 from __future__ import annotations
 
+import logging
+import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,10 @@ from snella.suite.config import (
 from snella.tasks import TaskInfo, find_task
 from snella.tasks.base import Backbone
 from snella.validation import validate
+
+log = logging.getLogger("snella")
+EIGHT_BIT = {"adam8bit": "adam", "adamw8bit": "adamw"}
+"""Optimizers of bitsandbytes, and the same with states in full precision."""
 
 
 def plan(
@@ -139,10 +146,22 @@ def _layers(
         for layer in protocol[:-1]:  # a later one may hide its nonsense
             _validated(info, Layers(config, [layer]), where, alone=True)
     common, settings = _validated(info, Layers(config, protocol), where)
+    common, lacking = _installed(config, common)
     check_image_size(config, suite, settings, Layers(config, protocol))
     chosen = Layers(config, hyperparameters)
     check_hyperparameters(file, chosen)
-    return common, settings, chosen.merged(), notes
+    return common, settings, chosen.merged(), (*notes, *lacking)
+
+
+def _installed(config: Config, protocol: Protocol) -> tuple[Protocol, tuple[str, ...]]:
+    """The protocol with an optimizer that is installed, and what a reader should know of it."""
+    full = EIGHT_BIT.get(protocol.optimizer)
+    if full is None or find_spec("bitsandbytes") is not None:
+        return protocol, ()
+    note = f"bitsandbytes is not installed: {full} in place of {protocol.optimizer}"
+    if config.first_time("optimizer", full):
+        log.warning("%s.", note)
+    return protocol.model_copy(update={"optimizer": full}), (note,)
 
 
 def _validated(
@@ -274,13 +293,27 @@ def for_task(config: Config, task: str, what: str) -> Config:
     return with_suite(config, config.task_suites[task])
 
 
-def figure_runs(config: Config, figure: str) -> list[Run]:
-    """The runs that a figure shows: its methods on the suite's first data set and seed."""
+def figure_config(config: Config, figure: str) -> Config:
+    """The configuration with the suite that a figure shows, as :func:`for_task` finds it."""
     spec = _look_up("figure", figure, config.figures)
-    config = for_task(config, spec.task, f"Figure {figure!r}")
-    suite, enabled = current_suite(config), suite_methods(config)
-    methods = [name for name in spec.methods if name in enabled]
-    return plan(config, methods=methods, datasets=suite.datasets[:1], seeds=suite.seeds[:1])
+    find_task(spec.task, config.tasks).figure_kind(spec.kind)
+    return for_task(config, spec.task, f"Figure {figure!r}")
+
+
+def figure_runs(config: Config, figure: str) -> list[Run]:
+    """The runs that a figure shows.
+
+    Raises :class:`~snella.errors.UserError` for an unknown figure or kind of figure, or where
+    none of its methods is in the suite.
+    """
+    config = figure_config(config, figure)
+    spec, suite, enabled = config.figures[figure], current_suite(config), suite_methods(config)
+    methods = [name for name in spec.methods or enabled if name in enabled]
+    if not methods:
+        raise UserError(f"None of the methods of figure {figure!r} is in suite {config.suite!r}.")
+    every = math.ceil(len(suite.datasets) / (spec.datasets or len(suite.datasets)))
+    seeds = suite.seeds if spec.seeds == "all" else suite.seeds[:1]
+    return plan(config, methods=methods, datasets=suite.datasets[::every], seeds=seeds)
 
 
 def suite_task(config: Config) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from snella.errors import UserError
+from snella.errors import unknown
 from snella.validation import Strict
 
 if TYPE_CHECKING:
@@ -102,9 +102,10 @@ class TaskInfo:
     that make it stale; ``implementation`` and ``scorer`` are "module:class", and ``toy``
     is "module:function", from the name of a family of backbones to a :class:`Toy`: strings, so that
     an edit of one makes only its own stage stale. ``families`` are those that the task trains.
-    ``figure``, "module:function", draws examples from (data, settings, folders of test predictions
-    by label, file without ending) for the figures of the configuration. With
-    ``expensive_scoring`` the workflow scores in a job of its own, with its own resources.
+    ``figures`` are the kinds of figures that the configuration may ask for, the usual one first:
+    "module:function" from (runs as :class:`Shown`, a note on their origin, file.pdf) to that file
+    with a .png and a .csv beside it. With ``expensive_scoring`` the workflow scores in a job of
+    its own, with its own resources.
     """
 
     name: str
@@ -118,7 +119,7 @@ class TaskInfo:
     toy: str
     families: tuple[str, ...]
     expensive_scoring: bool = False
-    figure: str | None = None
+    figures: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def primary(self) -> Metric:
@@ -135,13 +136,19 @@ class TaskInfo:
         found: type[Scorer] = _resolve(self.scorer)
         return found
 
-    def draw_figure(
-        self, data: Prepared, settings: Any, predictions: dict[str, Path], file: Path
-    ) -> None:
-        """Draw examples of test predictions; raises ``UserError`` where the task has no figure."""
-        if self.figure is None:
-            raise UserError(f"The task {self.name} draws no figure of examples.")
-        _resolve(self.figure)(data, settings, predictions, file)
+    def draw_figure(self, kind: str | None, shown: Sequence[Shown], note: str, file: Path) -> None:
+        """Draw the figure ``kind`` (None: the usual one).
+
+        Raises :class:`~snella.errors.UserError` for a kind that the task does not have.
+        """
+        _resolve(self.figures[self.figure_kind(kind)])(shown, note, file)
+
+    def figure_kind(self, kind: str | None) -> str:
+        """The name of a kind of figure; raises ``UserError`` for one that the task lacks."""
+        chosen = kind or next(iter(self.figures), "")
+        if chosen not in self.figures:
+            raise unknown(f"kind of figure of {self.name}", chosen, self.figures)
+        return chosen
 
     def make_toy(self, family: str) -> Toy:
         """A tiny model of ``family`` with a batch to learn by heart; imports torch."""
@@ -152,6 +159,22 @@ class TaskInfo:
 def _resolve(name: str) -> Any:
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A finished run as a figure shows it.
+
+    ``method`` and ``dataset`` are printed names, ``predictions`` the folder of the test split at
+    the epoch that the protocol selects, and ``metrics`` that epoch's numbers.
+    """
+
+    method: str
+    dataset: str
+    data: Prepared
+    settings: Any
+    predictions: Path
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)

@@ -11,5 +11,6 @@ wildcard_constraints:
     dataset=r"[A-Za-z0-9_.-]+",
     method=r"[A-Za-z0-9_.-]+",
     seed=r"\d+",
-    table=r"(?!figure|audit|lr_sweep)(?:(?!_statistics|_ranks|_vs_published)[A-Za-z0-9_])+",
-    figure=r"figure[A-Za-z0-9_]+",
+    table=rf"(?!figure|audit|lr_sweep|(?:{PLAN.figure_names})\.)"
+    r"(?:(?!_statistics|_ranks|_vs_published)[A-Za-z0-9_])+",
+    figure=PLAN.figure_names,

@@ -1,4 +1,5 @@
-# Figures of examples, drawn from the predictions that the runs left.
+# Figures of examples and trade-offs, drawn from the predictions that the runs left. A figure may be
+# called what a table is not: see common.smk.
 rule figure:
     input:
         PLAN.figure_records,

@@ -32,3 +32,23 @@ rule pretrain_sam:
         runtime=120,
     shell:
         "python -m snella.quick.pretrain_sam --out {output:q} > {log:q} 2>&1"
+
+
+# Remakes what ships as workflow/resources/sd3_quick and clip_quick.
+rule pretrain_generation:
+    output:
+        directory("<results>/pretrain/{model}_quick"),
+    log:
+        "<logs>/pretrain_{model}.log",
+    benchmark:
+        "<logs>/benchmarks/pretrain_{model}.tsv"
+    wildcard_constraints:
+        model="sd3|clip",
+    conda:
+        "../../envs/environment.yaml"
+    threads: 2
+    resources:
+        mem_mb=6000,
+        runtime=600,
+    shell:
+        "python -m snella.quick.pretrain_{wildcards.model} --out {output:q} > {log:q} 2>&1"

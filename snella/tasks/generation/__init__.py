@@ -34,4 +34,9 @@ TASK = TaskInfo(
     toy="snella.tasks.generation.toy:toy",
     families=("sd3",),
     expensive_scoring=True,
+    figures={
+        "samples": "snella.tasks.generation.figure:samples",
+        "tradeoff_text": "snella.tasks.generation.figure:tradeoff_text",
+        "tradeoff_drift": "snella.tasks.generation.figure:tradeoff_drift",
+    },
 )

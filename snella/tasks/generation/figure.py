@@ -3,19 +3,26 @@
 A grid has one line per subject (its photograph, its prompt, one image per method) and shows what a
 rule chooses, never a favourite: line i takes prompt number i, sample 0. A scatter shows concept
 alignment against text alignment or drift, with the Pareto front drawn through the methods that no
-other beats in both.
+other beats in both. Each is written as PDF and PNG, with what it shows as CSV beside it.
 """
 
 from __future__ import annotations
 
+import csv
+import math
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from snella.files import atomic
+from snella.tasks.base import Shown
+from snella.tasks.generation.prompts import fill_prompt
+from snella.tasks.generation.sample import image_name, read_png
+from snella.tasks.generation.settings import IMAGES
 
 MARKERS = "osD^vP*Xp"
 INCH = 1.05
@@ -42,9 +49,63 @@ class Point:
     y_error: float = 0.0
 
 
-def chosen_prompt(line: int, prompts: int) -> int:
-    """The number of the prompt that line ``line`` of a grid shows."""
-    return line % prompts
+def samples(shown: Sequence[Shown], note: str, file: Path) -> None:
+    """The grid of the runs ``shown``: lines are their subjects, columns their methods."""
+    methods = list(dict.fromkeys(run.method for run in shown))
+    subjects = list(dict.fromkeys(run.dataset for run in shown))
+    cells = {(run.dataset, run.method): run for run in shown}
+    lines, rows = [], []
+    for number, subject in enumerate(subjects):
+        runs = [cells.get((subject, method)) for method in methods]
+        first = next(run for run in runs if run is not None)
+        templates = first.data.manifest["prompts"][: first.settings.prompts]
+        prompt = number % len(templates)
+        name = Path(IMAGES) / image_name(prompt, 0)
+        files = [None if run is None else run.predictions / name for run in runs]
+        text = fill_prompt(templates[prompt], "<V>", str(first.data.manifest["class_word"]))
+        images = [None if path is None else read_png(path) for path in files]
+        lines.append(Line(text, first.data.images("train")[0], images))
+        rows.append([subject, prompt, text, *("" if p is None else p.as_posix() for p in files)])
+    rule = "Line i shows prompt i of its subject, sample 0; the photograph is its first."
+    grid(lines, methods, f"{rule} {note}", file)
+    _csv(file, ["subject", "number", "prompt", *methods], rows)
+
+
+def tradeoff_text(shown: Sequence[Shown], note: str, file: Path) -> None:
+    """Concept alignment against text alignment."""
+    _tradeoff(shown, "clip_t", "Text alignment (CLIP-T)", note, file, less_x=False)
+
+
+def tradeoff_drift(shown: Sequence[Shown], note: str, file: Path) -> None:
+    """Concept alignment against the drift of unrelated prompts."""
+    label = "Drift of unrelated prompts (less is better)"
+    _tradeoff(shown, "drift", label, note, file, less_x=True)
+
+
+def _tradeoff(
+    shown: Sequence[Shown], metric: str, label: str, note: str, file: Path, *, less_x: bool
+) -> None:
+    points = [
+        _point(method, metric, [run for run in shown if run.method == method])
+        for method in dict.fromkeys(run.method for run in shown)
+    ]
+    text = "Mean ± standard error over subjects. *: on the Pareto front (dashed)."
+    scatter(points, label, "Concept alignment (CLIP-I)", f"{text} {note}", file, less_x=less_x)
+    front = pareto(points, less_x)
+    rows = [[*astuple(point), int(point in front)] for point in points]
+    _csv(file, ["method", metric, "clip_i", f"{metric}_error", "clip_i_error", "pareto"], rows)
+
+
+def _point(method: str, metric: str, runs: Sequence[Shown]) -> Point:
+    """Means over subjects, each the mean over its seeds, with their standard errors."""
+    by_subject: dict[str, list[Any]] = {}
+    for run in runs:
+        numbers = [run.metrics[metric], run.metrics["clip_i"]]
+        by_subject.setdefault(run.dataset, []).append(numbers)
+    means = np.array([np.mean(found, axis=0) for found in by_subject.values()])  # (subjects, 2)
+    n = len(means)
+    errors = means.std(axis=0, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(2)
+    return Point(method, *map(float, (*means.mean(axis=0), *errors)))
 
 
 def grid(lines: Sequence[Line], methods: Sequence[str], note: str, file: Path) -> None:
@@ -59,7 +120,8 @@ def grid(lines: Sequence[Line], methods: Sequence[str], note: str, file: Path) -
         row[0].set_ylabel(_wrap(line.prompt), fontsize=6, rotation=0, ha="right", va="center")
     for axis, label in zip(axes[0], ["Subject", *methods], strict=True):
         axis.set_title(label, fontsize=7)
-    figure.text(0.01, 0.005, note, fontsize=5.5, va="bottom")
+    width = figure.get_size_inches()[0]
+    figure.text(0.01, 0.005, _wrap(note, int(26 * width)), fontsize=5.5, va="bottom")
     _save(figure, file)
 
 
@@ -115,14 +177,20 @@ def _canvas(rows: int, columns: int) -> tuple[Any, Any]:
 
 
 def _wrap(text: str, width: int = 20) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width))
 
 
 def _save(figure: Any, file: Path) -> None:
-    """Write PDF or PNG by the file's suffix; without a date, so that it is the same every time."""
-    kind = file.suffix.removeprefix(".")
-    metadata = {"CreationDate": None} if kind == "pdf" else {}
-    with atomic(file) as temporary:
-        figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
+    """Write PDF and PNG; without a date, so that they are the same every time."""
+    for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+        with atomic(file.with_suffix(f".{kind}")) as temporary:
+            figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
+
+
+def _csv(file: Path, head: list[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write what the figure ``file`` shows beside it."""
+    with (
+        atomic(file.with_suffix(".csv")) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as stream,
+    ):
+        csv.writer(stream).writerows([head, *rows])

@@ -27,5 +27,5 @@ TASK = TaskInfo(
     scorer="snella.tasks.segmentation.score:SegmentationScorer",
     toy="snella.tasks.segmentation.toy:toy",
     families=("sam",),
-    figure="snella.tasks.segmentation.figure:draw",
+    figures={"masks": "snella.tasks.segmentation.figure:masks"},
 )

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from snella.data.prepared import Prepared
 from snella.errors import UserError
+from snella.tasks.base import Shown
 from snella.tasks.segmentation.masks import resize_image, resize_mask
 from snella.tasks.segmentation.metrics import Counts
 from snella.tasks.segmentation.score import Outcome, SegmentationScorer
@@ -67,6 +68,12 @@ def coloured(image: Pixels, outcome: Outcome) -> Pixels:
     ):
         result[region] = 0.4 * result[region] + 0.6 * np.array(colour)
     return result.round().astype(np.uint8)
+
+
+def masks(shown: Sequence[Shown], note: str, file: Path) -> None:
+    """The figure of the configuration: masks of the runs of one data set."""
+    first = shown[0]
+    draw(first.data, first.settings, {run.method: run.predictions for run in shown}, file)
 
 
 def draw(data: Prepared, settings: Any, predictions: Mapping[str, Path], out: Path) -> list[Case]:
