@@ -15,7 +15,7 @@ import sys
 import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -45,6 +45,11 @@ class Sources:
     code: dict[str, str]
     libraries: dict[str, str]
 
+    @cached_property
+    def key(self) -> dict[str, object]:
+        """What of it enters an identity."""
+        return {"code": digest_json(self.code), "libraries": self.libraries}
+
 
 def training_sources(run: Run) -> Sources:
     """What the training of a run executes; the method's ``merge`` comes after training."""
@@ -71,15 +76,18 @@ def prepare_key(task: TaskInfo) -> dict[str, object]:
     """What preparing a family's data executes."""
     module = task.prepare.__module__
     file = Path(sys.modules[module].__file__ or "")
-    sources = _closure([_Module("prepare", file)], {"snella": PACKAGE})
-    return {"code": digest_json(sources.code), "libraries": sources.libraries}
+    return _closure([_Module("prepare", file)], {"snella": PACKAGE}).key
 
 
 def merge_code(file: str) -> str:
     """The digest of a method file's ``merge`` methods, which run after training."""
-    tree = ast.parse(Path(file).read_bytes())
-    found = [ast.unparse(node) for node in ast.walk(tree) if _is_merge(node)]
-    return digest_json(found)
+    return _merge_code(Path(file), Path(file).stat().st_mtime_ns)
+
+
+@cache
+def _merge_code(file: Path, changed: int) -> str:
+    tree = ast.parse(file.read_bytes())
+    return digest_json([ast.unparse(node) for node in ast.walk(tree) if _is_merge(node)])
 
 
 def settings_digest(run: Run) -> str:
@@ -89,20 +97,16 @@ def settings_digest(run: Run) -> str:
 
 def training_key(run: Run) -> dict[str, object]:
     """The part of the training identity that is known before data and weights are there."""
-    sources = training_sources(run)
-    return {
-        "settings": settings_digest(run),
-        "code": digest_json(sources.code),
-        "libraries": sources.libraries,
-    }
+    return {"settings": settings_digest(run), **training_sources(run).key}
 
 
 def evaluation_key(run: Run) -> dict[str, object]:
     """The same for scoring."""
-    sources, settings = evaluation_sources(run), run.task_settings
-    own = settings.model_dump(mode="json", include=set(settings.scoring))
-    key: dict[str, object] = {"code": digest_json(sources.code), "libraries": sources.libraries}
-    return {**key, "settings": digest_json(own)} if own else key
+    key, scoring = evaluation_sources(run).key, set(run.task.settings.scoring)
+    if not scoring:
+        return key
+    own = run.task_settings.model_dump(mode="json", include=scoring)
+    return {**key, "settings": digest_json(own)}
 
 
 def code_key(run: Run) -> list[object]:
@@ -196,8 +200,8 @@ def _read(file: Path, changed: int) -> tuple[str, tuple[str, ...], tuple[str, ..
 def _dropped(tree: ast.Module, file: Path) -> set[int]:
     """Lines of docstrings, and in method files of ``merge``, which training does not call."""
     lines: set[int] = set()
+    outside = PACKAGE not in file.resolve().parents
     for node in ast.walk(tree):
-        outside = PACKAGE not in file.resolve().parents
         if outside and _is_merge(node):
             lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))  # type: ignore[attr-defined]
         body = getattr(node, "body", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -53,15 +54,16 @@ def find_task(name: str, folder: str = "tasks") -> TaskInfo:
 
     Raises :class:`~snella.errors.UserError` if there is none or its folder does not import.
     """
-    found = task_names(folder)
-    if name not in found:
-        raise unknown("task", name, found)
-    return _load(name, found[name].resolve())
+    for root in (folder, SHIPPED):  # asked for every run: text, since paths are slow
+        if name[:1].islower() and os.path.isfile(f"{root}/{name}/__init__.py"):
+            return _load(name, os.path.abspath(f"{root}/{name}"))
+    raise unknown("task", name, task_names(folder))
 
 
 @cache
-def _load(name: str, path: Path) -> TaskInfo:
-    if path.parent == SHIPPED.resolve():
+def _load(name: str, folder: str) -> TaskInfo:
+    path = Path(folder)
+    if path.parent == SHIPPED.absolute():
         module = importlib.import_module(f"snella.tasks.{name}")
     else:
         module = _import_folder(name, path)
