@@ -79,7 +79,9 @@ def read_tensors(path: Path, own: Collection[str], key: str | None = None) -> di
         if tensor.is_floating_point() and tensor.isnan().any():
             raise UserError(f"Backbone file {path}: {name} holds NaN; download the file again.")
         if tensor.dtype in (torch.int8, torch.uint8) and tensor.dim() > 1:
-            raise UserError(f"Backbone file {path} is quantised ({name}); name the original weights.")
+            raise UserError(
+                f"Backbone file {path} is quantised ({name}); name the original weights."
+            )
     return encoder
 
 

@@ -36,6 +36,8 @@ def check_labels(listing: Listing, given: int | None, options: Options, name: st
             allowed = f"0 to {classes - 1}" if known is not None else "0 and upwards"
             file = listing.root / "classes.txt"
             hint = f": {file} names that many classes" if file.is_file() and given is None else ""
+            if given is not None:
+                hint = f": `num_classes` of data set {name!r} is {given}; correct it or the list"
             if known is not None and lowest >= 1 and highest == classes:
                 hint = (
                     f": labels start at 0 and the files' start at {lowest}; set "
