@@ -28,6 +28,7 @@ class VQT(Method):
     paper: ClassVar[str] = "VQT (CVPR 2023)"
     bibkey: ClassVar[str] = "tu2023vqt"
     supports: ClassVar[frozenset[str]] = frozenset({"vit"})
+    replaces_head: ClassVar[bool] = True
 
     queries: int = Field(default=1, gt=0, description="T, per block")
     dropout: float = Field(default=0.1, ge=0, lt=1, description="of the query tokens")

@@ -74,7 +74,7 @@ def explain(error: BaseException) -> Outcome:
         return Outcome(f"{line}, or everything with `make environment`.", MISTAKE)
     if isinstance(error, OSError) and error.errno in REMEDIES:
         place = error.filename2 or error.filename
-        where = f" {place}" if place is not None else ""
+        where = f" {str(place)[:LINE]}" if place is not None else ""
         remedy = REMEDIES[error.errno]
         return Outcome(plain(f"Cannot use{where}: {error.strerror}; {remedy}."), MISTAKE)
     if isinstance(error, MemoryError):

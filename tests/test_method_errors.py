@@ -15,6 +15,8 @@ from snella.models.tiny import tiny_backbone
 from snella.runs import identity
 
 IMPORTS = """\
+from typing import ClassVar
+
 from pydantic import Field
 from torch import nn
 
@@ -43,13 +45,13 @@ BAD = {
     "import": (
         "import torhc\n",
         {},
-        ["mine.py does not import: ModuleNotFoundError: No module named 'torhc'", "line 6"],
+        ["mine.py does not import: ModuleNotFoundError: No module named 'torhc'", "line 8"],
     ),
     "exit": ("raise SystemExit\n", {}, ["mine.py does not import: SystemExit"]),
     "untyped": (
         "class Mine(Method):\n    rank = 8\n",
         {},
-        ["mine.py does not import: PydanticUserError", "rank", "line 6"],
+        ["mine.py does not import: PydanticUserError", "rank", "line 8"],
     ),
     "none": ("", {}, ["mine.py must define exactly one Method class, found none"]),
     "two": (
@@ -74,11 +76,31 @@ BAD = {
         {},
         ["mine.py: Mine moves cls_token", "set requires_grad in adapt"],
     ),
+    "other head": (
+        "from snella.method import head\n\nclass Mine(Method):\n    def adapt(self, model):\n"
+        "        model.requires_grad_(True)\n        model.head = nn.Linear(24, 4)\n",
+        {},
+        ["mine.py: Mine.adapt replaces or removes the head", "replaces_head = True"],
+    ),
+    "no head": (
+        "class Mine(Method):\n    replaces_head: ClassVar[bool] = True\n\n"
+        "    def adapt(self, model):\n"
+        "        model.requires_grad_(True)\n        model.head = nn.Identity()\n",
+        {},
+        ["mine.py: Mine.adapt replaces or removes the head"],
+    ),
+    "late": (
+        NOTHING.replace("qqkv", "qkv")
+        + "\n    def on_epoch_start(self, model, epoch, epochs):\n"
+        "        model.requires_grad_(True)\n",
+        {},
+        ["mine.py: a hook of Mine makes", "set requires_grad in adapt"],
+    ),
     "module": (
         "class Mine(Method):\n    def adapt(self, model):\n"
         "        model.get_submodule('blocks.0.attn.qqkv').requires_grad_(True)\n",
         {},
-        ["mine.py", "Mine.adapt does not fit VisionTransformer", "qqkv", "mine.py, line 8",
+        ["mine.py", "Mine.adapt does not fit VisionTransformer", "qqkv", "mine.py, line 10",
          "Did you mean 'qkv'"],
     ),
     "attribute": (
@@ -90,7 +112,7 @@ BAD = {
         "class Mine(Method):\n    def adapt(self, model):\n"
         "        dict(model.named_parameters())['cls_tokn'].requires_grad_(True)\n",
         {},
-        ["mine.py", "KeyError: 'cls_tokn'", "line 8"],
+        ["mine.py", "KeyError: 'cls_tokn'", "line 10"],
     ),
     "role": (
         "class Mine(Method):\n    def adapt(self, model):\n        slots(model, ('qq',))\n",

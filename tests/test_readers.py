@@ -78,9 +78,9 @@ def test_empty_classes_and_classes_of_one_split(tmp_path):
     _, info = read_images(formats.community(tmp_path / "x", labels), "birds")
     assert info["warnings"] == [
         "classes 2, 4, 6 never occur",
-        "class 5 occur in test only and cannot be learned",
+        "class 5 occurs in test only and cannot be learned",
         "classes 3, 7 never occur in test",
-        "class 3 occur in val but not in train",
+        "class 3 occurs in val but not in train",
     ]
 
 
@@ -99,7 +99,7 @@ def test_absurd_labels_are_refused_at_once(tmp_path, label):
         (b"<!DOCTYPE html><html>no</html>", "a web page, not an image"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        (b"\x00\x01\x02 nothing", "the format is unknown"),
+        (b"\x00\x01\x02 nothing", "no image in a format that is read"),
     ],
 )
 def test_files_that_are_no_images(tmp_path, content, match):
@@ -196,7 +196,7 @@ def test_vpt_lists_that_are_wrong(tmp_path):
     (root / "test.json").write_text(json.dumps({"../x.jpg": 1}))
     refuse("leaves the data set", root)
     (root / "test.json").write_text(json.dumps({"x.jpg": "cat"}))
-    refuse("class id 'cat'", root)
+    refuse("class id of .x.jpg.: .cat. is not a whole number", root)
     (root / "test.json").write_text("[1, 2]")
     refuse("one object of image path to class id", root)
     (root / "test.json").write_text("{")

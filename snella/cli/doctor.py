@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,11 @@ from rich.table import Table
 
 from snella import __version__
 from snella.cli.lists import console, print_json
+from snella.data.prepared import Prepared
+from snella.data.readers import list_images
+from snella.data.readers.listing import options_of
 from snella.errors import UserError, explain, record_traceback
+from snella.models.backbone_files import check_entry
 from snella.suite import plan
 from snella.suite.config import CHECKOUT, Config, locate
 
@@ -35,6 +40,10 @@ OPTIONAL = {
 ROOM = 2 * 2**30
 """Bytes below which a disk is called full: the quick suite with its environment needs about one."""
 SECONDS = 10
+FOLDERS = re.compile(r"(?<![\w.~>:/])/(?:[^/;,'\"`()]+/)+")
+"""The folders of an absolute path, which may name people and projects."""
+USABLE = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+STYLES = ("booktabs", "graphicx", "longtable", "geometry")
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,11 @@ def _tools() -> Iterator[Finding]:
             yield Finding(name, "ok", "installed")
         else:
             yield Finding(name, "note", "not installed", f"Debian: apt install {packages}")
+    if shutil.which("pdflatex") and shutil.which("kpsewhich"):
+        lacking = [style for style in STYLES if not _first_line(["kpsewhich", f"{style}.sty"])]
+        if lacking:
+            remedy = "Debian: apt install texlive-latex-recommended"
+            yield Finding("LaTeX packages", "note", f"missing: {', '.join(lacking)}", remedy)
 
 
 def _gpu() -> Iterator[Finding]:
@@ -130,6 +144,9 @@ def _gpu() -> Iterator[Finding]:
     elif "+cpu" in torch:
         remedy = "install torch for CUDA (https://pytorch.org/get-started)"
         yield Finding("GPU", "note", f"{answer}, but torch {torch} cannot use it", remedy)
+    elif _fails([sys.executable, "-c", USABLE], seconds=120):
+        remedy = "update the driver, or install a torch for an older CUDA (pytorch.org/get-started)"
+        yield Finding("GPU", "problem", f"{answer}, but torch {torch} cannot use it", remedy)
     else:
         yield Finding("GPU", "ok", answer)
 
@@ -138,10 +155,14 @@ def _slurm() -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         yield Finding("SLURM", "note", "not on this machine")
         return
-    yield Finding("SLURM", "ok", _first_line(["sbatch", "--version"]))
+    answer = _first_line(["sbatch", "--version"])
+    if not answer:
+        yield Finding("SLURM", "note", "sbatch does not answer", "ask the cluster's administrators")
+        return
+    yield Finding("SLURM", "ok", answer)
     if _version("snakemake-executor-plugin-slurm") is None:
         remedy = "pip install 'snella[cluster]'"
-        yield Finding("SLURM plug-in", "problem", "not installed", remedy)
+        yield Finding("SLURM plug-in", "note", "not installed: the cluster is not used", remedy)
     if not _first_line(["sacct", "-n", "-X", "-S", "now"], default="") and _fails(["sacct", "-n"]):
         remedy = "keep `slurm-status-command: squeue` in workflow/profiles/slurm"
         yield Finding("SLURM accounting", "note", "sacct does not answer", remedy)
@@ -177,36 +198,51 @@ def _places(config: Config) -> Iterator[Finding]:
 def _data(config: Config) -> Iterator[Finding]:
     for name in plan.current_suite(config).datasets:
         entry = config.datasets[name]
-        prepared = (plan.prepared_folder(config, name) / "manifest.json").exists()
-        if prepared or entry.kind == "quick":
-            yield Finding(f"data {name}", "ok", "prepared" if prepared else "made on demand")
-        elif entry.path is None or not Path(entry.path).expanduser().is_dir():
-            remedy = f"set datasets.{name}.path to its folder (docs/data.md)"
-            yield Finding(f"data {name}", "problem", "its folder does not exist", remedy)
-        else:
-            yield Finding(f"data {name}", "ok", "not prepared yet")
+        folder = plan.prepared_folder(config, name)
+        try:
+            if (folder / "manifest.json").exists():
+                found = f"prepared, {len(Prepared.open(folder)):,} examples"
+            elif entry.kind == "quick":
+                found = "made on demand"
+            elif entry.path is None:
+                raise UserError(f"its folder is not known; set datasets.{name}.path (docs/data.md)")
+            else:
+                found = _raw(config, name)
+            yield Finding(f"data {name}", "ok", found)
+        except UserError as error:
+            yield _problem(f"data {name}", error)
+
+
+def _raw(config: Config, name: str) -> str:
+    """What lies in a data set's own folder; lists are read, images are left to `data check`."""
+    entry = config.datasets[name]
+    if entry.task != "classification" or entry.kind != "folder":
+        if not Path(entry.path or "").expanduser().is_dir():
+            raise UserError(f"its folder does not exist; correct datasets.{name}.path")
+        return "not prepared yet"
+    options = options_of(name, dict(entry.options or {}))
+    listing = list_images(Path(entry.path or ""), name, options)
+    counts = ", ".join(f"{len(lines):,} {role}" for role, lines in listing.lines.items())
+    return f"not prepared yet, {counts} (`snella data check {name}` looks at every image)"
 
 
 def _backbone(config: Config) -> Iterator[Finding]:
     name = plan.current_suite(config).backbone
-    file = config.backbones[name].file
-    if file is None:
-        remedy = f"set backbones.{name}.file"
-        yield Finding(f"backbone {name}", "note", "no file: random weights", remedy)
-        return
-    path = Path(locate(file)).expanduser()
-    if file in ("timm", "random"):
-        yield Finding(f"backbone {name}", "ok", file)
-    elif not path.exists():
-        remedy = "fetch it (docs/backbones.md)"
-        yield Finding(f"backbone {name}", "problem", f"{path.name} is missing", remedy)
-    elif path.is_file() and path.stat().st_size == 0:
-        yield Finding(f"backbone {name}", "problem", f"{path.name} is empty", "fetch it again")
-    elif not os.access(path, os.R_OK):
-        remedy = "give yourself access to it"
-        yield Finding(f"backbone {name}", "problem", f"{path.name} is not readable", remedy)
-    else:
-        yield Finding(f"backbone {name}", "ok", path.name)
+    entry = config.backbones[name]
+    file = entry.file and locate(entry.file)
+    try:
+        check_entry(
+            {"name": name, "arch": entry.arch, "kwargs": entry.kwargs, "file": file, **entry.load}
+        )
+        yield Finding(f"backbone {name}", "ok", Path(file or "").name)
+    except UserError as error:
+        yield _problem(f"backbone {name}", error)
+
+
+def _problem(what: str, error: UserError) -> Finding:
+    """A user's line, which says what is wrong before its first semicolon and then what to do."""
+    found, _, remedy = str(error).rstrip(".").partition("; ")
+    return Finding(what, "problem", found, remedy)
 
 
 def _lock() -> Iterator[Finding]:
@@ -224,7 +260,8 @@ def _private(finding: Finding) -> Finding:
     for folder, short in known:
         if len(folder.parts) > 1:
             texts = [text.replace(folder.as_posix(), short) for text in texts]
-    return Finding(texts[0], finding.level, texts[1], texts[2])
+    found = [FOLDERS.sub("…/", text) for text in texts]
+    return Finding(found[0], finding.level, found[1], found[2])
 
 
 def _version(package: str) -> str | None:
@@ -239,9 +276,9 @@ def _commit() -> str:
     return f"commit {answer}" if answer else "no git checkout"
 
 
-def _fails(command: list[str]) -> bool:
+def _fails(command: list[str], seconds: int = SECONDS) -> bool:
     try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=seconds, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return True
     return done.returncode != 0

@@ -58,6 +58,8 @@ class ProgressDisplay:
                 self.console.print(f"{metric} {value} on test ({rule}, epoch {found['epoch'] + 1})")
             trained = record["parameters"]
             self.console.print(f"{trained['trainable']:,} trainable parameters without the head")
+            for warning in record.get("warnings", ()):
+                self.console.print(f"warning: {warning}")
             self.console.print(f"record: {folder / 'record.json'}")
         else:
             self.console.print(f"{record['status']}: {record['reason']}")

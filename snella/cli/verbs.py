@@ -141,10 +141,16 @@ def datasets(options: argparse.Namespace) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Read or render a data set, check it, and write its prepared arrays and manifest."""
-    from snella.jobs.prepare import prepare_dataset
+    """Read or render a data set, check it, and write its prepared arrays and manifest.
+
+    What is odd but usable (classes without images, images that occur twice) is a warning; it
+    also stands in the notes of the tables that show the data set.
+    """
+    from snella.jobs.prepare import prepare_dataset, warnings_of
 
     folder = prepare_dataset(load(options), options.dataset)
+    for warning in warnings_of(folder):
+        sys.stdout.write(f"warning: {warning}\n")
     sys.stdout.write(f"{folder / 'manifest.json'}\n")
 
 

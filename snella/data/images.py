@@ -14,8 +14,16 @@ from typing import Any, overload
 import numpy as np
 
 JPEG_MAGIC = b"\xff\xd8\xff"
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "WEBP", "TIFF")
+"""What is read: formats whose depth is known before decoding, and that start no other program."""
+MAX_PIXELS = 50_000_000
+"""Pixels of one image; the largest of the papers' data sets, retinopathy, has 18 million."""
 # Pillow clips deeper pixels to 0..255 without a word when it converts them to RGB.
 DEEP_MODES = ("I", "F")
+
+
+class Unusable(ValueError):
+    """An intact image that is not used as it is; the message says why."""
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -24,14 +32,16 @@ def decode(data: bytes) -> np.ndarray:
     As in the published loaders, transparency is dropped and the EXIF orientation is not applied.
 
     Raises:
-        ValueError: the pixels have more than 8 bits.
+        Unusable: the pixels have more than 8 bits, or there are too many.
         OSError and others from Pillow: the image is truncated or not an image.
     """
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if image.mode.startswith(DEEP_MODES):
-            raise ValueError(f"pixels of more than 8 bits (mode {image.mode})")
+            raise Unusable(f"pixels of more than 8 bits (mode {image.mode})")
+        if image.width * image.height > MAX_PIXELS:
+            raise Unusable(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         return np.array(image.convert("RGB"))
 
 

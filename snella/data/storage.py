@@ -24,6 +24,6 @@ def write_array(path: Path, array: np.ndarray) -> None:
             file.write(np.ascontiguousarray(array[start : start + rows]).data)
 
 
-def hash_image(data: bytes) -> bytes:
+def hash_image(data: bytes | memoryview) -> bytes:
     """A short hash by which equal images are found."""
     return hashlib.blake2b(data, digest_size=16).digest()

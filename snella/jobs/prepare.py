@@ -36,6 +36,12 @@ def prepare_dataset(config: Config, name: str, *, missing_only: bool = False) ->
     return folder
 
 
+def warnings_of(folder: Path) -> list[str]:
+    """What the manifest of a prepared folder says is odd about the data, a sentence each."""
+    manifest = _read(folder / "manifest.json") or {}
+    return [str(warning) for warning in manifest.get("warnings", ())]
+
+
 def origin_of(config: Config, name: str) -> dict[str, Any]:
     """What a prepared folder is made from: its entry, its files and the code."""
     spec = config.datasets[name]

@@ -96,6 +96,8 @@ class Method(BaseModel):
     supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext"})
     head_only: ClassVar[bool] = False
     """Whether nothing but the task head trains, by intention."""
+    replaces_head: ClassVar[bool] = False
+    """Whether :meth:`adapt` puts another head in the place of the task's, by intention."""
     calibration_order: ClassVar[Literal["file", "shuffled"]] = "file"
     """Order of the training images that :meth:`calibrate` sees."""
     calibration_views: ClassVar[int] = 0
@@ -287,6 +289,7 @@ def prepare_model(method: Method, model: nn.Module) -> None:
     """
     method.check_supported(model)
     freeze(model)
+    heads = _heads(model)
     try:
         method.adapt(model)
     except Unsupported:
@@ -303,12 +306,26 @@ def prepare_model(method: Method, model: nn.Module) -> None:
     marked = bool(trainable(model)) or method.head_only
     for parameter in unused_parameters(model):
         parameter.requires_grad_(False)
-    task_head = head(model)
-    if task_head is not None:
-        task_head.requires_grad_(True)
+    found = _heads(model)
+    if found != heads and not (method.replaces_head and found):
+        raise UserError(
+            f"{method_file(method)}: {type(method).__name__}.adapt replaces or removes the head, "
+            "which belongs to the task and trains without being marked; leave it as it is, or "
+            "say replaces_head = True."
+        )
+    for part in found:
+        part.requires_grad_(True)
     if not (marked or calibrates) or not trainable(model):
         raise _nothing_marked(method, "adapt")
     _in_single_precision(model)
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """The task head, in the parts that it is made of; modules are equal if they are the same."""
+    found = head(model)
+    if found is None:
+        return []
+    return list(found) if isinstance(found, nn.ModuleList) else [found]
 
 
 def check_marked(method: Method, model: nn.Module) -> None:

@@ -111,8 +111,7 @@ def weights_files(path: Path) -> list[Path]:
         return [p for p in found if not p.relative_to(path).parts[0].startswith(".")]
     for index in SHARDS:
         if (path / index).is_file():
-            names = json.loads((path / index).read_text())["weight_map"].values()
-            return [path / name for name in sorted(set(names))]
+            return _shards(path / index)
     for name in SINGLE:
         if (path / name).is_file():
             return [path / name]
@@ -120,6 +119,18 @@ def weights_files(path: Path) -> list[Path]:
         f"Backbone folder {path} holds neither {SINGLE[0]} nor {SINGLE[1]}, and no {PIPELINE} of "
         "a pipeline; name the weights file."
     )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index of shards names, all of which must lie beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        files = [index.with_name(name) for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} is no index of weights ({error}); download it again.") from error
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UserError(f"{index.parent} lacks {missing[0]}, which {index.name} names; fetch it.")
+    return files
 
 
 def file_digest(path: str | Path | None) -> str:
@@ -150,7 +161,14 @@ def entry_digest(entry: Mapping[str, Any]) -> str:
 
 def require(path: Path) -> None:
     """Raise :class:`~snella.errors.UserError` if there is no such file or folder."""
-    if not path.exists():
+    try:
+        found = path.exists()
+    except (OSError, ValueError) as error:  # a name that no file system takes
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"Backbone file {str(path)[:200]!r}: {reason}; correct `file:`.") from error
+    if found and not (path.is_file() or path.is_dir()):
+        raise UserError(f"Backbone file {path} is no regular file; correct `file:`.")  # or it hangs
+    if not found:
         raise UserError(
             f"Backbone file {path} is missing; download it (docs/backbones.md) or "
             "correct `file:` of the backbone."

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import pathlib
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -73,7 +74,15 @@ def read_tensors(path: Path, own: Collection[str], key: str | None = None) -> di
     if not state:
         kinds = ", ".join(sorted({type(v).__name__ for v in content.values()})) or "nothing"
         raise UserError(f"Backbone file {path} holds no tensors ({kinds}); choose a weights file.")
-    return _one_encoder(state, own)
+    encoder = _one_encoder(state, own)
+    for name, tensor in encoder.items():
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise UserError(f"Backbone file {path}: {name} holds NaN; download the file again.")
+        if tensor.dtype in (torch.int8, torch.uint8) and tensor.dim() > 1:
+            raise UserError(
+                f"Backbone file {path} is quantised ({name}); name the original weights."
+            )
+    return encoder
 
 
 def _unpacked(path: Path) -> Mapping[str, Any]:
@@ -110,7 +119,8 @@ def _load(file: Path) -> Any:
     if _is_torchscript(file):
         return torch.jit.load(str(file), map_location="cpu").state_dict()
     try:
-        with torch.serialization.safe_globals(ALLOWED):
+        with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         if found := _refused(file):

@@ -160,6 +160,13 @@ class Trainer:
         self.report(row, self.epochs)
 
     def _check_frozen(self, before: dict[str, int]) -> None:
+        late = [name for name in trainable(self.model) if name in before]
+        if late:
+            raise UserError(
+                f"{method_file(self.method)}: a hook of {type(self.method).__name__} makes "
+                f"{late[0]} trainable after training began, too late for the optimizer; set "
+                "requires_grad in adapt or calibrate."
+            )
         now = frozen_checksums(self.model)
         moved = [name for name, checksum in before.items() if now.get(name, checksum) != checksum]
         if moved:

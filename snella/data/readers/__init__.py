@@ -7,7 +7,8 @@ returns columns per split with the warnings that go into the manifest and the ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from snella.data.readers import classes, original, tfds, vpt, vtab
 from snella.data.readers.findings import check_labels, check_listing, warnings_of
 from snella.data.readers.listing import ROLES, Images, Listing, Options, options_of
 from snella.data.readers.pixels import SMALL, Seen, decoded, look_at_all
-from snella.errors import UserError
+from snella.errors import UserError, one_line, record_traceback
 
 __all__ = ["Listing", "Options", "list_images", "read_images", "read_listing", "source_files"]
 
@@ -54,7 +55,8 @@ def read_images(
     listing = list_images(root, name, chosen)
     classes_found = check_labels(listing, num_classes, chosen, name)
     check_listing(listing)
-    seen = look_at_all(listing)
+    with _readable(f"Data set {name!r}: the images of {listing.root} cannot be read"):
+        seen = look_at_all(listing)
     return read_listing(listing, seen, name, classes_found, chosen)
 
 
@@ -63,9 +65,10 @@ def list_images(root: str | Path, name: str, options: Options) -> Listing:
     root = Path(root).expanduser()
     if not root.is_dir():
         state = f"{root} is a file, not a folder" if root.exists() else f"there is no folder {root}"
-        raise UserError(f"Data set {name!r}: {state}; correct `path:`.")
+        raise UserError(f"Data set {name!r}: {state}; correct `path:` (docs/data.md).")
     layout = options.layout if options.layout != "auto" else _layout(root, name)
-    listing: Listing = LAYOUTS[layout].read(root, options)
+    with _readable(f"Data set {name!r}: {root} cannot be read as a copy in {layout} layout"):
+        listing: Listing = LAYOUTS[layout].read(root, options)
     if options.first_label:
         listing.lines = {role: [_lowered(line, options.first_label) for line in lines]
                          for role, lines in listing.lines.items()}  # fmt: skip
@@ -80,6 +83,21 @@ def list_images(root: str | Path, name: str, options: Options) -> Listing:
     return listing
 
 
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Whatever a damaged file makes a reader stumble over is the file's fault: one line, and a log.
+
+    Binary releases (.mat, pickles, records) can be wrong in more ways than readers look for.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        record_traceback(error)
+        raise UserError(
+            f"{what} ({one_line(error)}): the copy is damaged or of another release; fetch it anew."
+        ) from error
+
+
 def _lowered(line: Any, by: int) -> Any:
     return type(line)(line.where, line.path, line.label - by)
 
@@ -89,13 +107,19 @@ def _layout(root: Path, name: str) -> str:
         if reader.found(root):
             return layout
     nested = [
-        folder for folder in sorted(root.iterdir())
+        folder for pattern in ("*", "*/*") for folder in sorted(root.glob(pattern))
         if folder.is_dir() and any(reader.found(folder) for reader in LAYOUTS.values())
     ]  # fmt: skip
     if nested:
         raise UserError(
             f"Data set {name!r}: {root} holds no data set itself, but {nested[0]} does; "
             f"set `path: {nested[0]}`."
+        )
+    flat = next((root / n for n in classes.NAMES["train"] if (root / n).is_dir()), None)
+    if flat is not None and any(p.suffix.lower() in classes.SUFFIXES for p in flat.iterdir()):
+        raise UserError(
+            f"Data set {name!r}: {flat} holds images but no class folders; sort them into one "
+            "folder per class, or write lists (docs/data.md)."
         )
     archives = sorted(p.name for p in root.iterdir() if p.name.endswith(ARCHIVES))
     if archives:

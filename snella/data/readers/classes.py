@@ -33,7 +33,9 @@ def read(root: Path, options: Options) -> Listing:
         )
     for role, folder in folders.items():
         if folder is not None and (inner := folder / folder.name).is_dir() and _folders(inner):
-            raise UserError(f"{inner} holds the class folders of {role}; move them up into {folder}.")
+            raise UserError(
+                f"{inner} holds the class folders of {role}; move them up into {folder}."
+            )
     given = {role: folder for role, folder in folders.items() if folder is not None}
     classes = {role: {p.name for p in _folders(folder)} for role, folder in given.items()}
     names = sorted(classes["train"] | classes.get("val", set()))

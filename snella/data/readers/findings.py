@@ -34,7 +34,10 @@ def check_labels(listing: Listing, given: int | None, options: Options, name: st
     for line in lines:
         if not 0 <= line.label < classes:
             allowed = f"0 to {classes - 1}" if known is not None else "0 and upwards"
-            hint = ""
+            file = listing.root / "classes.txt"
+            hint = f": {file} names that many classes" if file.is_file() and given is None else ""
+            if given is not None:
+                hint = f": `num_classes` of data set {name!r} is {given}; correct it or the list"
             if known is not None and lowest >= 1 and highest == classes:
                 hint = (
                     f": labels start at 0 and the files' start at {lowest}; set "
@@ -131,18 +134,22 @@ def class_warnings(listing: Listing, num_classes: int) -> list[str]:
             "1, so the head has a class too many; set `options: {first_label: 1}`"
         )
     elif empty:
-        found.append(f"{_classes(empty, listing)} never occur{'s' * (len(empty) == 1)}")
+        found.append(f"{_classes(empty, listing)} never occur{_s(empty)}")
     training = counts["train"] + counts.get("val", 0)
     unseen = np.flatnonzero((training == 0) & (counts["test"] > 0)).tolist()
     if unseen:
-        found.append(f"{_classes(unseen, listing)} occur in test only and cannot be learned")
+        found.append(
+            f"{_classes(unseen, listing)} occur{_s(unseen)} in test only and cannot be learned"
+        )
     untested = np.flatnonzero((training > 0) & (counts["test"] == 0)).tolist()
     if untested:
-        found.append(f"{_classes(untested, listing)} never occur in test")
+        found.append(f"{_classes(untested, listing)} never occur{_s(untested)} in test")
     if "val" in counts:
         only_val = np.flatnonzero((counts["train"] == 0) & (counts["val"] > 0)).tolist()
         if only_val:
-            found.append(f"{_classes(only_val, listing)} occur in val but not in train")
+            found.append(
+                f"{_classes(only_val, listing)} occur{_s(only_val)} in val but not in train"
+            )
     return found
 
 
@@ -225,6 +232,11 @@ def describe(looks: list[Seen]) -> str:
 
 def _count(items: Sized, noun: str) -> str:
     return f"{len(items)} {noun}{'s' * (len(items) != 1)}"
+
+
+def _s(items: Sized) -> str:
+    """The ending of a verb."""
+    return "s" * (len(items) == 1)
 
 
 def _is(items: Sized) -> str:

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import threading
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from snella.data.images import decode
+from snella.data.images import FORMATS, Unusable, decode
 from snella.data.readers.listing import Line, Listing
+from snella.data.readers.text import is_file
 from snella.data.storage import hash_image
 from snella.errors import UserError
 
 SMALL = 64 * 64
 """Pixels up to which images of one size are stored decoded."""
+LARGE = 1 << 24
+"""Pixels above which images are decoded one at a time, since several would fill the memory."""
+_LARGE = threading.Lock()
 _TEXTS = (
+    (b"{", "a text in JSON (a server's error?), not an image"),
     (b"version https://git-lfs", "a Git LFS pointer, not an image; run `git lfs pull`"),
     (b"<svg", "an SVG drawing, not pixels"),
     (b"<?xml", "an XML file, not an image"),
     (b"<", "a web page, not an image (an expired link?)"),
 )
+
+
+warnings.filterwarnings("error", message="Image size", module="PIL")  # too many pixels to decode
 
 
 @dataclass(frozen=True)
@@ -44,16 +56,35 @@ def look_at_all(listing: Listing) -> dict[str, Seen]:
     for line in (line for part in (*listing.lines.values(), listing.union or ()) for line in part):
         lines.setdefault(line.path, line)
     root = listing.files_root
-    missing = [line for line in lines.values() if not (root / line.path).is_file()]
+    missing = [line for line in lines.values() if not is_file(root / line.path)]
     if missing:
         first, more = missing[0], len(missing) - 1
         others = f", and {more} more of {len(lines)}" if more else ""
         raise UserError(
-            f"{first.where}: image {first.path} is missing{others}; unpack the archive completely."
+            f"{first.where}: image {first.path[:200]} is missing{others}; "
+            f"{_remedy(root, first.path)}."
         )
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         found = pool.map(lambda line: _look_at_file(root, line), lines.values())
         return dict(zip(lines, found, strict=True))
+
+
+def _remedy(root: Path, path: str) -> str:
+    """What to do about a missing image: the list may name it otherwise than the disk does."""
+    place = PurePosixPath(path)
+    for start in range(1, len(place.parts)):
+        if is_file(root.joinpath(*place.parts[start:])):
+            beginning = "/".join(place.parts[:start])
+            return f"without the beginning {beginning}/ it is there: remove that from the list"
+    try:
+        names = sorted(p.name for p in (root / path).parent.iterdir())
+    except (OSError, ValueError):
+        names = []
+    other = next((name for name in names if name.casefold() == place.name.casefold()), None)
+    other = other or next((name for name in names if Path(name).stem == place.stem), None)
+    if other is not None and is_file((root / path).with_name(other)):
+        return f"there is {other}: correct the name in the list"
+    return "unpack the archive completely"
 
 
 def _look_at_file(root: Path, line: Line) -> Seen:
@@ -73,23 +104,30 @@ def look(data: bytes, where: str) -> Seen:
 
     _refuse_text(data, where)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             encoding = image.format or "unknown"
-            bits = _bits(data, image)
+            bits, size = _bits(data, image), image.size
             settings = jpeg_settings(image) if encoding == "JPEG" else None
             image.verify()  # checksums, which decoding does not look at
         if bits > 8:
-            raise ValueError(
-                f"pixels of more than 8 bits ({bits}); convert them, choosing how to scale"
-            )
-        pixels = decode(data)
+            raise Unusable(f"pixels of more than 8 bits ({bits})")
+        with _LARGE if size[0] * size[1] > LARGE else nullcontext():
+            pixels = decode(data)
+            height, width = pixels.shape[:2]
+            return Seen((height, width), encoding, hash_image(pixels.data), settings)
+    except (Unusable, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UserError(f"{where} cannot be used: {_short(error)}; convert it.") from error
     except Exception as error:  # Pillow's decoders raise whatever went wrong inside them
-        reason = str(error).replace(f"{io.BytesIO.__name__}", "file")
+        reason = str(error).rstrip(".")
         if "cannot identify image file" in reason:
-            reason = "the format is unknown, or the file damaged"
-        raise UserError(f"{where} cannot be decoded: {reason}.") from error
-    height, width = pixels.shape[:2]
-    return Seen((height, width), encoding, hash_image(pixels.tobytes()), settings)
+            reason = f"no image in a format that is read ({', '.join(FORMATS)}), or damaged"
+        raise UserError(
+            f"{where} cannot be decoded: {reason}; download or unpack it again."
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    return str(error).partition(", could be")[0]  # Pillow suspects an attack
 
 
 def _refuse_text(data: bytes, where: str) -> None:
@@ -107,8 +145,8 @@ def _bits(data: bytes, image: object) -> int:
     """Bits per channel as stored; Pillow cuts 16-bit colour to 8 without a word."""
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 24:
         return data[24]
-    if data[:2] in (b"P5", b"P6"):
-        maximum = data[:64].split(None, 4)
+    if data[:2] in (b"P2", b"P3", b"P5", b"P6"):
+        maximum = re.sub(rb"#[^\n]*", b"", data[:4096]).split(None, 4)
         return 16 if len(maximum) > 3 and maximum[3].isdigit() and int(maximum[3]) > 255 else 8
     bits = getattr(image, "tag_v2", {}).get(258, 8)  # TIFF's BitsPerSample
     return max(bits) if isinstance(bits, tuple) else int(bits)

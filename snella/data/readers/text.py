@@ -13,7 +13,9 @@ from snella.errors import UserError
 def read_text(file: Path, needed: str = "") -> str:
     """The content of a UTF-8 text file; ``needed`` says what for where it is missing."""
     if file.exists() and not file.is_file() and not file.is_dir():
-        raise UserError(f"{file} is no regular file; a text file is expected there.")  # a pipe hangs
+        raise UserError(
+            f"{file} is no regular file; a text file is expected there."
+        )  # a pipe hangs
     try:
         return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -59,7 +61,7 @@ def read_json(file: Path) -> Any:
 
 
 def whole_number(text: str, where: str) -> int:
-    """An integer in a file, or a line that says where it is none, or too long to be one."""
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
-        raise UserError(f"{where}: {text[:40]!r} is not a whole number of up to 18 digits.")
+    """An integer in a file, or a line that says where it is none (or absurdly long)."""
+    if not re.fullmatch(r"-?[0-9]{1,30}", text):
+        raise UserError(f"{where}: {text[:40]!r} is not a whole number.")
     return int(text)
