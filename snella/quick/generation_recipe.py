@@ -78,7 +78,12 @@ def train(
 
 
 def write_record(
-    out: Path, recipe: Any, history: list, parameters: int, seconds: float, device: torch.device
+    out: Path,
+    recipe: Any,
+    history: list[dict[str, float]],
+    parameters: int,
+    seconds: float,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Write what made the weights into ``out``/recipe.json."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()

@@ -51,7 +51,8 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
         image, text, scale = model(batch["image"], batch["text"])
     same = (batch["text"][:, None] == batch["text"][None]).all(-1)
     same.fill_diagonal_(False)
-    return (scale.float() * image.float() @ text.float().T).masked_fill(same, float("-inf"))
+    similarity: Tensor = scale.float() * image.float() @ text.float().T
+    return similarity.masked_fill(same, float("-inf"))
 
 
 def pretrain(recipe: Recipe, out: Path, device: torch.device) -> dict[str, Any]:
