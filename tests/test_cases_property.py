@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
+import resource
+import subprocess
+import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from snella.cli import main
+from snella.errors import UserError
+from snella.models.backbone_files import sniff
 from snella.records import sign
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,3 +225,199 @@ def test_any_settings(tmp_path, content):
     if isinstance(content, dict):
         content = {**content, "results": f"{tmp_path}/results"}
     assert calmly("execute", "--settings", json.dumps(content)) == 2
+
+
+def lists_of(count: int, split: str) -> str:
+    return "".join(f"images/{split}/{i}.png {i % 2}\n" for i in range(count))
+
+
+LISTS = {"train800": lists_of(3, "a"), "val200": lists_of(2, "b"), "test": lists_of(3, "c")}
+LISTS["train800val200"] = LISTS["train800"] + LISTS["val200"]
+tokens = st.sampled_from(
+    ["images/a/0.png", "images/c/0.png", "0", "1", "-1", "9" * 30, "1e3", " ", "\t", "\n", "\r",
+     "\\", "../outside/kept.txt", "/etc/passwd", '"', ",", ";", "\ufeff", "é", "C:", "x" * 300, "\x00"]
+)  # fmt: skip
+
+
+def damaged(content: bytes) -> st.SearchStrategy[bytes]:
+    """``content`` cut, with bytes changed, or with something put in."""
+    places_ = st.integers(0, len(content))
+    cut = places_.map(lambda n: content[:n])
+    put = st.tuples(places_, st.binary(min_size=1, max_size=20)).map(
+        lambda x: content[: x[0]] + x[1] + content[x[0] :]
+    )
+    over = st.tuples(places_, st.binary(min_size=1, max_size=4)).map(
+        lambda x: content[: x[0]] + x[1] + content[x[0] + len(x[1]) :]
+    )
+    return st.one_of(cut, put, over, st.binary(max_size=60))
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    """A good folder of eight images, a file outside it, and a place for what is prepared."""
+    root = tmp_path_factory.mktemp("raw")
+    (root / "outside").mkdir()
+    (root / "outside/kept.txt").write_text("kept")
+    for split, count in (("a", 3), ("b", 2), ("c", 3)):
+        (root / f"copy/images/{split}").mkdir(parents=True)
+        for i in range(count):
+            image = Image.fromarray(np.full((8, 8, 3), 40 * i + ord(split) % 9, np.uint8))
+            image.save(root / f"copy/images/{split}/{i}.png")
+    return root
+
+
+def prepares(raw: Path, split: str, content: bytes, image: bytes | None = None) -> None:
+    """Prepare the folder with one list and perhaps one image changed; nothing else is touched."""
+    for name, text in LISTS.items():
+        (raw / f"copy/{name}.txt").write_bytes(content if name == split else text.encode())
+    if image is not None:
+        (raw / "copy/images/c/0.png").write_bytes(image)
+    before = contents(raw, "prepared")
+    calmly("prepare", "mine", "--config", f"datasets.mine.path={raw}/copy", f"data={raw}/prepared")
+    assert contents(raw, "prepared") == before
+
+
+def contents(folder: Path, besides: str) -> dict[str, bytes]:
+    """All files below ``folder`` but those of one part."""
+    files = (p for p in folder.rglob("*") if p.is_file())
+    names = ((p.relative_to(folder), p) for p in files)
+    return {str(name): p.read_bytes() for name, p in names if name.parts[0] != besides}
+
+
+@bounded
+@given(
+    split=st.sampled_from(list(LISTS)),
+    content=st.lists(tokens | texts, max_size=9).map(lambda parts: "".join(parts).encode())
+    | damaged(LISTS["test"].encode()),
+)
+def test_any_list(raw, split, content):
+    prepares(raw, split, content)
+
+
+def encodings() -> list[bytes]:
+    """A small picture in every format that is read, and in some that are not."""
+    image = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    found = []
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO", "PDF"):
+        buffer = io.BytesIO()
+        image.save(buffer, kind)
+        found.append(buffer.getvalue())
+    return found
+
+
+@bounded
+@given(image=st.sampled_from(encodings()).flatmap(damaged))
+def test_any_image(raw, image):
+    prepares(raw, "none", b"", image)
+
+
+WEIGHTS = {"model": {"blocks.0.norm1.weight": torch.ones(24), "cls_token": torch.zeros(1, 1, 24)},
+           "epoch": 3, "args": argparse.Namespace(lr=0.1), "best": np.float64(0.5)}  # fmt: skip
+
+
+def torch_bytes(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+tensors = st.sampled_from(
+    [torch.ones(24), torch.full((24,), torch.nan), torch.zeros(3, dtype=torch.int8),
+     torch.zeros(0), torch.ones(2, 2).to_sparse()]
+)  # fmt: skip
+weights = st.one_of(
+    damaged(torch_bytes(WEIGHTS)).map(lambda data: ("w.pth", data)),
+    mutated(WEIGHTS).map(lambda content: ("w.pth", torch_bytes(content))),
+    st.dictionaries(texts | st.just("cls_token"), tensors | leaves, max_size=3).map(
+        lambda content: ("w.bin", torch_bytes({"state_dict": content}))
+    ),
+    damaged(safetensors.torch.save({"cls_token": torch.zeros(1, 1, 24)})).map(
+        lambda data: ("w.safetensors", data)
+    ),
+    st.binary(max_size=60).map(lambda data: ("w.npz", data)),
+    st.binary(max_size=60).map(lambda data: ("w.onnx", data)),
+)
+
+
+@bounded
+@given(file=weights)
+def test_any_weights_and_the_finished_run_stays(tmp_path, make_run, file):
+    """A run with weights of another file fails; what it had finished before is as it was."""
+    run = make_run(epochs=1, warmup_epochs=0)
+    if not (run.folder / "finished.json").exists():
+        assert calmly("execute", "--settings", run.to_json()) == 0
+    before = (run.folder / "finished.json").read_bytes()
+    name, content = file
+    (tmp_path / name).write_bytes(content)
+    backbone = run.backbone.model_copy(update={"file": (tmp_path / name).as_posix()})
+    settings_ = run.model_copy(update={"backbone": backbone}).to_json()
+    assert calmly("execute", "--settings", settings_) == 2
+    assert (run.folder / "finished.json").read_bytes() == before
+
+
+def billions() -> bytes:
+    anchors = "".join(f"b{i + 1}: &b{i + 1} [{f'*b{i}, ' * 9}x]\n" for i in range(9))
+    return f"b0: &b0 [x]\n{anchors}".encode()
+
+
+def flat_png(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def zipped_zeros() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w/data.pkl", bytes(2**28))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "status"),
+    [
+        ("copy/test.txt", b"images/c/0.png 1000000000\n", 2),
+        ("copy/test.txt", b"images/c/0.png " + b"9" * 2**20, 2),
+        ("copy/images/c/0.png", flat_png(7000), 0),
+        ("copy/images/c/0.png", flat_png(30000), 2),
+        ("my.yaml", billions(), 2),
+    ],
+    ids=["label", "digits", "49 megapixels", "bomb", "yaml"],
+)
+def test_memory_is_bounded(tmp_path, name, content, status):
+    """In a process that may not take more than 1 GB of addresses."""
+    for split, text in LISTS.items():
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        (tmp_path / f"copy/{split}.txt").write_text(text)
+    for split, count in (("a", 3), ("b", 2), ("c", 3)):
+        (tmp_path / f"copy/images/{split}").mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (8, 8), (i, 0, ord(split))).save(
+                tmp_path / f"copy/images/{split}/{i}.png"
+            )
+    (tmp_path / "my.yaml").write_text("suite: smoke\n")
+    (tmp_path / name).write_bytes(content)
+    places_ = [f"datasets.mine.path={tmp_path}/copy", f"data={tmp_path}/data"]
+    done = limited("prepare", "mine", "--configfile", f"{tmp_path}/my.yaml", "--config", *places_)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_weights_that_unpack_without_end(tmp_path):
+    """torch alone has more addresses than 1 GB, so the resident memory is what counts here."""
+    (tmp_path / "w.pth").write_bytes(zipped_zeros())
+    with pytest.raises(UserError, match="that unpack to 268,435,456"):
+        sniff(tmp_path / "w.pth")
+
+
+def limited(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of at most 1 GB of addresses and 10 s of processor time."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+
+    return subprocess.run(
+        [sys.executable, "-m", "snella.cli", *arguments], cwd=ROOT, capture_output=True, text=True,
+        check=False, preexec_fn=limit,
+    )  # fmt: skip

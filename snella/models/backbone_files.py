@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,22 @@ def sniff(path: Path) -> None:
         raise UserError(
             f"Backbone file {path} is damaged: a web page instead of the weights (an expired or "
             "viewer link); download it again from the address in docs/backbones.md."
+        )
+    if start[:2] == b"PK":
+        _refuse_bomb(path)
+
+
+def _refuse_bomb(file: Path) -> None:
+    """Weights hardly compress; what unpacks to many times its size would fill the memory."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            total = sum(info.file_size for info in archive.infolist())
+    except (zipfile.BadZipFile, OSError):
+        return
+    if total > 2**27 and total > 20 * file.stat().st_size:
+        raise UserError(
+            f"Backbone file {file} is no weights file: {file.stat().st_size:,} bytes that unpack "
+            f"to {total:,}."
         )
 
 

@@ -35,6 +35,7 @@ _TEXTS = (
 )
 
 
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # the look says it itself
 warnings.filterwarnings("error", message="Image size", module="PIL")  # too many pixels to decode
 
 
