@@ -235,7 +235,8 @@ LISTS = {"train800": lists_of(3, "a"), "val200": lists_of(2, "b"), "test": lists
 LISTS["train800val200"] = LISTS["train800"] + LISTS["val200"]
 tokens = st.sampled_from(
     ["images/a/0.png", "images/c/0.png", "0", "1", "-1", "9" * 30, "1e3", " ", "\t", "\n", "\r",
-     "\\", "../outside/kept.txt", "/etc/passwd", '"', ",", ";", "\ufeff", "é", "C:", "x" * 300, "\x00"]
+     "\\", "../outside/kept.txt", "/etc/passwd", '"', ",", ";", "\ufeff", "é", "C:",
+     "x" * 300, "\x00"]
 )  # fmt: skip
 
 
