@@ -156,6 +156,27 @@ def test_every_difference_of_protocol_is_noted(tmp_path):
     assert "best-test" in cub["cause"]
 
 
+def test_segmentation_says_how_table_5_was_made():
+    """Foreground recall beside what is printed, and every known difference of protocol."""
+    suite = replace(PAPER, groups={"polyp_seg": ["kvasir-seg"]}, backbone="sam-vit-b")
+    methods = {"full": "Full", "snella-8": "SNELLA-8"}
+    recall = {"name": "released-dice", "title": "mDice", "unit": "%", "higher_is_better": True}
+    names = {"suite": "paper", "backbone": "sam-vit-b", "metric_info": [recall]}
+    ours = {"epochs": 20, "batch_size": 1, "lr": 1e-3, "image_size": 512, "train_split": "train"}
+    runs = records(0.95, methods, ["kvasir-seg"], protocol=ours, metric="released-dice", **names)
+    for run in runs:
+        run["metrics"]["last"] = {"epoch": 19, "released-dice": 0.95}
+    columns = [{"datasets_of": "polyp_seg", "metric": "released-dice"}]
+    versus = compare_published(build(shipped("table5", columns=columns), suite, methods, runs))
+    pair = versus.pairs["snella-8", versus.columns[0].key]
+    assert pair.value == pytest.approx(96.88) and pair.verdict[0] == "explained"
+    said = " ".join(versus.mismatches)
+    for word in ("best-test", "those of the test subset", "1024 pixels; ours: 512"):
+        assert word in said
+    for word in ("20 epochs", "batches of one", "learning rate", "ImageNet mean"):
+        assert word not in said
+
+
 def test_a_demo_or_foreign_suite_is_never_compared():
     source = {"source": "snella", "table": 1}
     for suite in (QUICK, REAL):
