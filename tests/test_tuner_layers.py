@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -116,11 +118,44 @@ def test_attention_takes_several_adapters_and_respects_exclusions() -> None:
     assert len([m for m in model.modules() if isinstance(m, SnellaLayer)]) == 1
 
 
-def test_what_is_no_linear_layer_is_not_exported_as_lora() -> None:
-    model = nn.ModuleDict({"layer": nn.Conv2d(4, 6, 3)})
-    model = get_peft_model(model, SnellaConfig(rank=4, target_modules=["layer"]))
-    with pytest.raises(UserError, match=r"'base_model.model.layer' is no linear layer"):
-        convert_to_lora(model, 2)
+@pytest.mark.parametrize("name", ["Conv1D", "Conv1d", "Conv2d", "Conv3d", "embedding"])
+def test_lora_export_of_every_kind_of_layer(name: str, tmp_path: Path) -> None:
+    """PEFT loads the export as LoRA of the same layer; the stated error is what is lost."""
+    make, x, (outputs, inputs), _ = LAYERS[name]
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"layer": make(), "extra": nn.Linear(2, 2)})
+    fresh = copy.deepcopy(base)
+    config = SnellaConfig(
+        rank=4, allocation=False, target_modules=["layer"], modules_to_save=["extra"]
+    )
+    model = get_peft_model(base, config)
+    layer = model.get_base_model()["layer"]
+    with torch.no_grad():
+        layer.snella_A["default"] *= 30
+        model.get_base_model()["extra"].modules_to_save["default"].weight.fill_(7)
+    delta, expected = layer.get_delta_weight("default").detach(), layer(x)
+    singular = torch.linalg.svdvals(delta.double())
+    rough, exact = convert_to_lora(model, 2), convert_to_lora(model, 99)
+    assert rough.error == pytest.approx(float(singular[2:].norm() / singular.norm()), rel=1e-4)
+    assert exact.error < 1e-6 and exact.config.r == min(outputs, inputs)
+    exact.save(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora = PeftModel.from_pretrained(fresh, str(tmp_path)).get_base_model()
+    torch.testing.assert_close(lora["layer"](x), expected, rtol=1e-4, atol=1e-5)
+    assert lora["extra"].modules_to_save["default"].weight.eq(7).all()
+
+
+def test_what_lora_cannot_hold_is_not_exported() -> None:
+    for layer, reason in [(nn.Conv2d(4, 6, 3, groups=2), "knows no groups"),
+                          (nn.MultiheadAttention(8, 2), "are one parameter")]:  # fmt: skip
+        model = nn.ModuleDict({"layer": layer})
+        model = get_peft_model(model, SnellaConfig(rank=4, target_modules=["layer"]))
+        with pytest.raises(UserError, match=rf"'base_model.model.layer'.*{reason}"):
+            convert_to_lora(model, 2)
+    for rank in (0, 1.5, -1):
+        with pytest.raises(UserError, match="rank is a whole number from 1"):
+            convert_to_lora(model, rank)
 
 
 def test_unknown_quantisations_are_refused() -> None:

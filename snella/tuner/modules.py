@@ -42,7 +42,7 @@ class SnellaModule(SnellaLinear):
         return call_with(self.base_layer, weights, args, kwargs)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
+        return False  # PEFT's own conversion writes linear layers only; ``snella.convert_to_lora``
 
 
 class SnellaConvolution(SnellaModule):

@@ -12,7 +12,7 @@ from torch import nn
 from snella.errors import UserError
 from snella.tuner.config import SnellaConfig
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
@@ -28,7 +28,7 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     state = {
-        _PREFIX + name.removeprefix(_PREFIX): value.contiguous() for name, value in state.items()
+        PREFIX + name.removeprefix(PREFIX): value.contiguous() for name, value in state.items()
     }
     save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     inference_mode, config.inference_mode = config.inference_mode, True
