@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,29 @@ def test_a_finished_run_opens_again(place: Path, tmp_path: Path, method: str) ->
     first = next(run.folder.glob("predictions/*/test/images"))
     names = sorted(p.name for p in first.iterdir())
     assert [(made / n).read_bytes() for n in names] == [(first / n).read_bytes() for n in names]
+
+
+def test_the_documented_export_of_a_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines of docs/generation.md from a finished run to an adapter and a plain transformer."""
+    from diffusers import SD3Transformer2DModel
+
+    run = make(place, tmp_path, "snella")
+    execute(run, stage="train")
+    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    (code,) = [b.partition("```")[0] for b in text.split("```python\n") if "open_run(" in b]
+    path = code.partition('Path("')[2].partition('"')[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace(path, run.folder.as_posix()), names)
+    assert (tmp_path / "dog-snella" / "adapter_config.json").is_file()
+    plain = SD3Transformer2DModel.from_pretrained(tmp_path / "dog").eval()
+    task = load_run(run).task
+    batch = next(task.batches("trainval", None))
+    with torch.inference_mode():
+        expected = task.forward(names["model"], batch)
+        torch.testing.assert_close(task.forward(plain, batch), expected)
 
 
 def killed(run: Run, when: Callable[[Path], bool]) -> None:
