@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from snella.data.prepared import Prepared, write_prepared
 from snella.quick import generation_models as small
+from snella.runs.run import Run
 from snella.tasks.generation.settings import GenerationSettings
 
+ROOT = Path(__file__).resolve().parents[1]
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 PROMPTS = ["a {0} {1} in the snow", "a red {0} {1}"]
 
 
@@ -110,3 +114,49 @@ def settings(**changes: Any) -> GenerationSettings:
         "drift_prompts": ("a blue star",), "drift_samples": 2, **changes,
     }  # fmt: skip
     return GenerationSettings(**values)
+
+
+def workplace(folder: Path) -> Path:
+    """Untrained models and a subject, shared by all runs; and with them what they cache."""
+    import timm
+
+    untrained_quick_pipeline(folder / "sd3")
+    torch.manual_seed(0)
+    small.save_clip(folder / "clip", small.clip_model())
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+    save_file(model.state_dict(), folder / "vit.safetensors")
+    subject(folder / "data" / "prepared" / "thing")
+    return folder
+
+
+def make(place: Path, results: Path, method: str = "peft", **protocol: Any) -> Run:
+    """A run of seconds in a :func:`workplace`."""
+    vit = (place / "vit.safetensors").as_posix()
+    own = settings(
+        epoch_batches=2, clip_model=f"local-dir:{place / 'clip'}", lpips_net="dino",
+        dino_model="vit_tiny_patch16_224", dino_kwargs=VIT, dino_file=vit,
+        dinov2_model="vit_tiny_patch16_224", dinov2_kwargs=VIT, dinov2_file=vit,
+    )  # fmt: skip
+    common = {
+        "steps": 4, "batch_size": 2, "accumulation": 2, "lr": 1e-2, "schedule": "constant",
+        "warmup_epochs": 0, "evaluate_every": 1000, **protocol,
+    }  # fmt: skip
+    return Run.model_validate({
+        "suite": "test",
+        "backbone": {"name": "tiny", "arch": "sd3", "file": (place / "sd3").as_posix()},
+        "dataset": {
+            "name": "thing", "task": "generation",
+            "prepared": (place / "data" / "prepared" / "thing").as_posix(),
+        },
+        "method": {"name": method, "file": (ROOT / "baselines" / f"{method}.py").as_posix()},
+        "protocol_name": "test",
+        "protocol": common,
+        "settings": own.model_dump(mode="json"),
+        "results": results.as_posix(),
+    })  # fmt: skip
+
+
+def measured(record: dict[str, Any]) -> dict[str, Any]:
+    """What two runs of the same numbers have in common."""
+    keep = ("identity", "status", "metrics", "groups", "parameters", "merge", "files")
+    return {name: record[name] for name in keep}

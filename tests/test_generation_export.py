@@ -17,7 +17,8 @@ from snella.methods.base import build_method, prepare_model, trainable
 from snella.tasks.generation.export import save_adapter, save_lora, save_transformer
 
 diffusers = pytest.importorskip("diffusers")
-BASELINES = Path(__file__).resolve().parents[1] / "baselines"
+ROOT = Path(__file__).resolve().parents[1]
+BASELINES = ROOT / "baselines"
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("peft", {"method": "lora", "rank": 4}),
     "fourierft": ("peft", {"method": "fourierft", "alpha": 50, "options": {"n_frequency": 40}}),
@@ -26,26 +27,27 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "s2ft": ("s2ft", {"points": 20, "reference_width": 32}),
     "full": ("full", {}),
 }
-LOAD = """
-import sys, numpy, torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-import snella.tuner  # makes PEFT know SNELLA
-from peft import PeftModel
-for case in sys.argv[2:]:
-    how, saved = case.split("=")
-    pipe = StableDiffusion3Pipeline.from_pretrained(sys.argv[1])
-    if how == "peft":
-        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, saved)
-    elif how == "lora":
-        pipe.load_lora_weights(saved)
-    else:
-        pipe.transformer = SD3Transformer2DModel.from_pretrained(saved)
-    pipe.set_progress_bar_config(disable=True)
-    made = pipe("a sks circle", height=64, width=64, num_inference_steps=2,
-                max_sequence_length=8, generator=torch.Generator().manual_seed(0),
-                output_type="np").images
-    numpy.save(saved + ".npy", made)
+DRAW = """
+pipe.set_progress_bar_config(disable=True)
+made = pipe("a sks circle", height=64, width=64, num_inference_steps=2, max_sequence_length=8,
+            generator=torch.Generator().manual_seed(0), output_type="np").images
+numpy.save(saved + ".npy", made)
 """
+
+
+def documented(how: str, folder: Path, saved: str) -> str:
+    """The lines of docs/generation.md that load what was saved, with the paths of a test."""
+    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
+    name, sign = {
+        "peft": ("dog-snella", "PeftModel.from_pretrained"),
+        "lora": ("dog-lora", "load_lora_weights"),
+        "plain": ("dog", "SD3Transformer2DModel.from_pretrained"),
+    }[how]
+    (code,) = [block for block in blocks if sign in block]
+    assert len(code.strip().splitlines()) <= 5
+    code = code.replace("stable-diffusion-3-medium-diffusers", folder.as_posix())
+    return code.replace(f'"{name}"', repr(saved))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def image(pipe: Any) -> np.ndarray:
 
 
 def test_another_process_makes_the_same_image(folder: Path, tmp_path: Path) -> None:
-    """Adapters in PEFT's and diffusers' layout, and folded transformers, all in one new process."""
+    """Adapters in both layouts and folded transformers, loaded by the documented lines."""
     cases: dict[str, np.ndarray] = {}
     for row in ("lora", "fourierft", "snella"):
         model, _, cases[f"peft={tmp_path / row}"] = trained(folder, row)
@@ -96,7 +98,10 @@ def test_another_process_makes_the_same_image(folder: Path, tmp_path: Path) -> N
         method.merge(model)
         save_transformer(model, tmp_path / f"{row}-merged")
         cases[f"plain={tmp_path / row}-merged"] = expected
-    command = [sys.executable, "-c", LOAD, str(folder), *cases]
+    code = "import numpy, torch\n"
+    for how, _, saved in (case.partition("=") for case in cases):
+        code += f"saved = {saved!r}\n" + documented(how, folder, saved) + DRAW
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     for case, expected in cases.items():

@@ -27,7 +27,8 @@ def shown(folder: Path, method: str, dataset: str, **metrics: float) -> Shown:
     images = folder / method / dataset
     for prompt in range(2):
         image = np.full((8, 8, 3), 100 + prompt, np.uint8)
-        write_png(images / "images" / image_name(prompt, 0), image)
+        for place in ("images", "base/images"):
+            write_png(images / place / image_name(prompt, 0), image)
     return Shown(method, dataset, data, settings(), images, metrics)
 
 
@@ -46,6 +47,7 @@ def test_line_i_shows_prompt_i_of_subject_i(tmp_path: Path) -> None:
     assert [row["number"] for row in found] == ["0", "1", "0"]
     assert found[1]["prompt"] == "a red <V> circle"
     assert found[1]["SNELLA"].endswith("SNELLA/two/images/p001_s0.png")
+    assert found[1]["Unadapted"].endswith("LoRA/two/base/images/p001_s0.png")
     assert found[2]["SNELLA"] == ""
     TASK.draw_figure("samples", runs, "Suite test.", file)
     assert first == file.read_bytes() and first.startswith(b"%PDF")

@@ -14,65 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from generation_support import settings, subject, untrained_quick_pipeline
-from safetensors.torch import save_file
+from generation_support import make, measured, settings, workplace
 
 from snella.data.prepared import SealedTargets
 from snella.errors import UserError
-from snella.quick import generation_models as small
 from snella.runs.execute import execute
 from snella.runs.run import Run
 from snella.runs.train import load_run
 from snella.tasks.generation.score import SubjectScorer
 
 ROOT = Path(__file__).resolve().parents[1]
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Untrained models and a subject, shared by all runs; and with them what they cache."""
-    import timm
-
-    folder = tmp_path_factory.mktemp("generation")
-    untrained_quick_pipeline(folder / "sd3")
-    torch.manual_seed(0)
-    small.save_clip(folder / "clip", small.clip_model())
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
-    save_file(model.state_dict(), folder / "vit.safetensors")
-    subject(folder / "data" / "prepared" / "thing")
-    return folder
-
-
-def make(place: Path, results: Path, method: str = "peft", **protocol: Any) -> Run:
-    vit = (place / "vit.safetensors").as_posix()
-    own = settings(
-        epoch_batches=2, clip_model=f"local-dir:{place / 'clip'}", lpips_net="dino",
-        dino_model="vit_tiny_patch16_224", dino_kwargs=VIT, dino_file=vit,
-        dinov2_model="vit_tiny_patch16_224", dinov2_kwargs=VIT, dinov2_file=vit,
-    )  # fmt: skip
-    common = {
-        "steps": 4, "batch_size": 2, "accumulation": 2, "lr": 1e-2, "schedule": "constant",
-        "warmup_epochs": 0, "evaluate_every": 1000, **protocol,
-    }  # fmt: skip
-    return Run.model_validate({
-        "suite": "test",
-        "backbone": {"name": "tiny", "arch": "sd3", "file": (place / "sd3").as_posix()},
-        "dataset": {
-            "name": "thing", "task": "generation",
-            "prepared": (place / "data" / "prepared" / "thing").as_posix(),
-        },
-        "method": {"name": method, "file": (ROOT / "baselines" / f"{method}.py").as_posix()},
-        "protocol_name": "test",
-        "protocol": common,
-        "settings": own.model_dump(mode="json"),
-        "results": results.as_posix(),
-    })  # fmt: skip
-
-
-def measured(record: dict[str, Any]) -> dict[str, Any]:
-    keep = ("identity", "status", "metrics", "groups", "parameters", "merge", "files")
-    return {name: record[name] for name in keep}
+    return workplace(tmp_path_factory.mktemp("generation"))
 
 
 @pytest.mark.parametrize("method", ["peft", "snella", "ssf", "full"])
@@ -145,6 +101,29 @@ def test_a_finished_run_opens_again(place: Path, tmp_path: Path, method: str) ->
     assert [(made / n).read_bytes() for n in names] == [(first / n).read_bytes() for n in names]
 
 
+def test_the_documented_export_of_a_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines of docs/generation.md from a finished run to an adapter and a plain transformer."""
+    from diffusers import SD3Transformer2DModel
+
+    run = make(place, tmp_path, "snella")
+    execute(run, stage="train")
+    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    (code,) = [b.partition("```")[0] for b in text.split("```python\n") if "open_run(" in b]
+    path = code.partition('Path("')[2].partition('"')[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace(path, run.folder.as_posix()), names)
+    assert (tmp_path / "dog-snella" / "adapter_config.json").is_file()
+    plain = SD3Transformer2DModel.from_pretrained(tmp_path / "dog").eval()
+    task = load_run(run).task
+    batch = next(task.batches("trainval", None))
+    with torch.inference_mode():
+        expected = task.forward(names["model"], batch)
+        torch.testing.assert_close(task.forward(plain, batch), expected)
+
+
 def killed(run: Run, when: Callable[[Path], bool]) -> None:
     """Start the run in a process of its own and end it by SIGKILL once ``when`` its folder."""
     command = [sys.executable, "-m", "snella.cli", "execute", "--settings", run.to_json()]
@@ -196,16 +175,6 @@ def test_eight_bit_adam_where_it_is_installed(
     wanted = ("adamw8bit", ()) if installed else ("adamw", (note,))
     assert {(run.protocol.optimizer, run.notes) for run in runs} == {wanted}
     assert [r.getMessage() for r in caplog.records] == ([] if installed else [f"{note}."])
-
-
-def test_errors_of_a_run_are_one_line(place: Path, tmp_path: Path) -> None:
-    run = make(place, tmp_path)
-    file = run.backbone.model_copy(update={"file": (place / "clip").as_posix()})
-    with pytest.raises(UserError, match=r"has no model_index.json: it is not a pipeline folder"):
-        execute(run.model_copy(update={"backbone": file}))
-    weights = {**run.settings, "clip_model": "local-dir:nowhere"}
-    with pytest.raises(UserError, match="CLIP local-dir:nowhere cannot be loaded"):
-        execute(run.model_copy(update={"settings": weights}))
 
 
 REAL = Path(os.environ.get("SNELLA_DREAMBOOTH", ROOT / "data" / "dreambooth"))

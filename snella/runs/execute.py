@@ -36,6 +36,9 @@ from snella.runs.train import Report, finished_training, looks, open_data, run_i
 
 log = logging.getLogger("snella")
 WAIT_SECONDS = 60
+MEMORY = (
+    "lower `batch_size` (`accumulation` makes up for it), or set `gradient_checkpointing: true`"
+)
 
 
 class Terminated(Exception):
@@ -191,7 +194,9 @@ def _reason(error: BaseException, run: Run) -> str:
     """One line; an exception in a hook names the line of the method's file."""
     if isinstance(error, Diverged | Terminated):
         return " ".join(str(error).split())
-    return one_line(error, Path(run.method.file))
+    text = one_line(error, Path(run.method.file))
+    unexplained = _status(error) == "oom" and error.__cause__ is None
+    return f"{text}; {MEMORY}" if unexplained else text
 
 
 @contextmanager

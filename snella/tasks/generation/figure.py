@@ -1,9 +1,10 @@
 """Figures of generation: sample grids (Figures 9 and 14) and trade-offs between metrics.
 
-A grid has one line per subject (its photograph, its prompt, one image per method) and shows what a
-rule chooses, never a favourite: line i takes prompt number i, sample 0. A scatter shows concept
-alignment against text alignment or drift, with the Pareto front drawn through the methods that no
-other beats in both. Each is written as PDF and PNG, with what it shows as CSV beside it.
+A grid has one line per subject (its prompt, its photograph, the unadapted model's image, one image
+per method) and shows what a rule chooses, never a favourite: line i takes prompt number i, sample
+0. A scatter shows concept alignment against text alignment or drift, with the Pareto front drawn
+through the methods that no other beats in both. Each is written as PDF and PNG, with what it shows
+as CSV beside it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from snella.files import atomic
 from snella.tasks.base import Shown
 from snella.tasks.generation.prompts import fill_prompt
 from snella.tasks.generation.sample import image_name, read_png
-from snella.tasks.generation.settings import IMAGES
+from snella.tasks.generation.settings import BASE, IMAGES
 
 MARKERS = "osD^vP*Xp"
-INCH = 1.05
-"""Width of one image of a grid."""
+INCH, LEFT = 1.05, 1.25
+"""Inches of one image of a grid, and of the prompts beside it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Point:
 def samples(shown: Sequence[Shown], note: str, file: Path) -> None:
     """The grid of the runs ``shown``: lines are their subjects, columns their methods."""
     methods = list(dict.fromkeys(run.method for run in shown))
+    columns = ["Unadapted", *methods] if shown[0].settings.unadapted else methods
     subjects = list(dict.fromkeys(run.dataset for run in shown))
     cells = {(run.dataset, run.method): run for run in shown}
     lines, rows = [], []
@@ -62,13 +64,15 @@ def samples(shown: Sequence[Shown], note: str, file: Path) -> None:
         prompt = number % len(templates)
         name = Path(IMAGES) / image_name(prompt, 0)
         files = [None if run is None else run.predictions / name for run in runs]
+        if first.settings.unadapted:
+            files.insert(0, first.predictions / BASE / name)
         text = fill_prompt(templates[prompt], "<V>", str(first.data.manifest["class_word"]))
         images = [None if path is None else read_png(path) for path in files]
         lines.append(Line(text, first.data.images("train")[0], images))
         rows.append([subject, prompt, text, *("" if p is None else p.as_posix() for p in files)])
     rule = "Line i shows prompt i of its subject, sample 0; the photograph is its first."
-    grid(lines, methods, f"{rule} {note}", file)
-    _csv(file, ["subject", "number", "prompt", *methods], rows)
+    grid(lines, columns, f"{rule} {note}", file)
+    _csv(file, ["subject", "number", "prompt", *columns], rows)
 
 
 def tradeoff_text(shown: Sequence[Shown], note: str, file: Path) -> None:
@@ -109,19 +113,20 @@ def _point(method: str, metric: str, runs: Sequence[Shown]) -> Point:
 
 
 def grid(lines: Sequence[Line], methods: Sequence[str], note: str, file: Path) -> None:
-    """Write a sample grid; a missing image is an empty frame."""
-    figure, axes = _canvas(len(lines), 1 + len(methods))
+    """Write a sample grid; a missing image is a dash."""
+    figure, axes = _canvas(len(lines), 1 + len(methods), note)
     for row, line in zip(axes, lines, strict=True):
         for axis, image in zip(row, [line.photograph, *line.images], strict=True):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if image is not None:
-                axis.imshow(image, interpolation="nearest" if len(image) < 128 else "antialiased")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set(linewidth=0.4, color="0.5")
+            if image is None:
+                axis.text(0.5, 0.5, "–", ha="center", va="center", transform=axis.transAxes)
+            else:
+                pixelated = len(image) < 128
+                axis.imshow(image, interpolation="nearest" if pixelated else "antialiased")
         row[0].set_ylabel(_wrap(line.prompt), fontsize=6, rotation=0, ha="right", va="center")
     for axis, label in zip(axes[0], ["Subject", *methods], strict=True):
-        axis.set_title(label, fontsize=7)
-    width = figure.get_size_inches()[0]
-    figure.text(0.01, 0.005, _wrap(note, int(26 * width)), fontsize=5.5, va="bottom")
+        axis.set_title(_wrap(label, 17), fontsize=7)
     _save(figure, file)
 
 
@@ -163,16 +168,21 @@ def pareto(points: Sequence[Point], less_x: bool) -> list[Point]:
     return [p for p in points if not any(beats(other, p) for other in points)]
 
 
-def _canvas(rows: int, columns: int) -> tuple[Any, Any]:
+def _canvas(rows: int, columns: int, note: str) -> tuple[Any, Any]:
+    """A figure of square axes, room for prompts on the left, and the note below."""
     from matplotlib.figure import Figure
 
-    size = (1.3 + INCH * columns, 0.45 + INCH * rows)
-    figure = Figure(figsize=size)
+    width = LEFT + INCH * columns
+    text = _wrap(note, int(22 * width))
+    bottom, top = 0.1 * (text.count("\n") + 1) + 0.08, 0.36
+    figure = Figure(figsize=(width, bottom + INCH * rows + top))
     axes = figure.subplots(rows, columns, squeeze=False)
+    height = figure.get_figheight()
     figure.subplots_adjust(
-        left=1.25 / size[0], right=0.995, bottom=0.2 / size[1], top=1 - 0.25 / size[1],
+        left=LEFT / width, right=1 - 0.02 / width, bottom=bottom / height, top=1 - top / height,
         wspace=0.04, hspace=0.04,
     )  # fmt: skip
+    figure.text(0.03 / width, 0.04 / height, text, fontsize=5.5, va="bottom")
     return figure, axes
 
 
