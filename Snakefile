@@ -2,6 +2,7 @@
 #
 #   <data>/prepared/{dataset}/manifest.json                                     prepare.smk
 #   <results>/runs/{suite}/{backbone}/{dataset}/{method}/seed{seed}/record.json  train.smk
+#   <results>/{suite}/search.yaml lr_sweep.pdf                                   search.smk
 #   <results>/{table}.tex .csv .md, <results>/{table}.pdf .png                   tables.smk
 #   <results>/{figure}.pdf .png .csv                                             figures.smk
 #   <results>/pretrain/vit_quick.safetensors                                     pretrain.smk
@@ -26,6 +27,7 @@ report: "workflow/report/workflow.rst"
 
 include: "workflow/rules/prepare.smk"
 include: "workflow/rules/train.smk"
+include: "workflow/rules/search.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/pretrain.smk"

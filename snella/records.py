@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from snella.errors import UserError
-from snella.files import digest_json, write_json
+from snella.files import digest_json, json_text, sha256, write_json
 
 SCHEMA = 2
 READABLE = (1, 2)
@@ -48,9 +48,9 @@ def write_record(folder: Path, record: Record) -> Path:
 
 
 def sign(record: Record) -> Record:
-    """The record with the digest of its content."""
+    """The record with the digest of its content, as text: a reader need not write it anew."""
     content = {key: value for key, value in record.items() if key != "digest"}
-    return {**content, "digest": digest_json(content)}
+    return {**content, "digest": sha256(json_text(content).encode())}
 
 
 def read_record(folder: Path) -> Record | None:
@@ -74,7 +74,8 @@ def read_failure(folder: Path) -> Record | None:
 def read_file(path: Path) -> Record:
     """One record, in the present schema; errors as in :func:`read_record`."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        record = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not a readable record ({type(error).__name__}); delete it and rerun."
@@ -88,26 +89,38 @@ def read_file(path: Path) -> Record:
     try:
         if found == 1:
             return _from_schema_1(record)
-        _check(record)
+        _check(record, text)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = str(error) if type(error) is ValueError else f"it lacks or breaks {error}"
         raise UserError(f"{path}: {reason}; delete the file and rerun the run.") from error
     return dict(record)
 
 
-def _check(record: Record) -> None:
+def _check(record: Record, text: bytes) -> None:
     """Raise ``ValueError`` for a record that is not as it was written, or out of range."""
     if record["status"] not in STATUSES:
         raise ValueError(f"status {record['status']!r} is unknown")
     for name in ("suite", "backbone", "dataset", "method", "protocol", "seed"):
         record["run"][name]
-    if sign(record)["digest"] != record.get("digest"):
+    if not _unchanged(record, text):
         raise ValueError("its content does not match its digest, so it was changed by hand")
     for info in record.get("metric_info", []):
         for rule, values in record.get("metrics", {}).items():
             value = values[info["name"]]
             if not (math.isfinite(value) and info["lower"] <= value <= info["upper"]):
                 raise ValueError(f"{rule} {info['name']} {value} is out of its range")
+
+
+def _unchanged(record: Record, text: bytes) -> bool:
+    """Whether a record is as it was written: by its text or, laid out anew, by its values.
+
+    Records of earlier versions have a digest of another text of the same content.
+    """
+    digest = str(record.get("digest"))
+    if sha256(text.replace(f'  "digest": "{digest}",\n'.encode(), b"", 1)) == digest:
+        return True
+    content = {key: value for key, value in record.items() if key != "digest"}
+    return digest in (sign(record)["digest"], digest_json(content))
 
 
 def _from_schema_1(record: Record) -> Record:

@@ -75,10 +75,11 @@ def _against(config: Config) -> Stale:
 
 def record_folders(results: Path) -> Iterator[Path]:
     """The folders of all runs with a record, in order of their names."""
-    for folder, names, files in os.walk(
-        results / "runs" if (results / "runs").is_dir() else results
-    ):
+    top = results / "runs" if (results / "runs").is_dir() else results
+    for folder, names, files in os.walk(top):
         names.sort()
+        if Path(folder) == results and "search" in names:  # trials are no results
+            names.remove("search")
         if not NAMES.isdisjoint(files):
             yield Path(folder)
 

@@ -18,6 +18,8 @@ from snella.suite.config import Config
 from snella.suite.status import state
 
 WIDE = 10_000
+LONG = 500
+"""Rows from which on a list is plain columns."""
 FINISHED = ("done", "diverged")
 
 
@@ -41,6 +43,13 @@ def _table(*columns: str, title: str | None = None, fixed: int = 1) -> Table:
 
 
 def _print(table: Table, rows: list[list[str]], fixed: int = 1) -> None:
+    if len(rows) > LONG:  # rich takes half a millisecond per row
+        names = [str(column.header) for column in table.columns]
+        widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+        for row in (names, *rows):
+            line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            sys.stdout.write(f"{line.rstrip()}\n")
+        return
     for number, column in enumerate(table.columns[:fixed]):
         column.min_width = max([len(row[number]) for row in rows] + [len(str(column.header))])
     for row in rows:

@@ -89,6 +89,21 @@ def versus(options: argparse.Namespace) -> None:
     _list(tables.write_versus(load(options), options.table, stale=options.stale))
 
 
+def search(options: argparse.Namespace) -> None:
+    """Write what a search of settings found, from the records of its trials; and its plot.
+
+    The workflow runs the trials and then this: snakemake -- results/SUITE/search.yaml. What it
+    costs is said by: snella plan --search.
+    """
+    from snella.jobs import search as searching
+    from snella.suite import plan
+
+    config = load(options)
+    if options.suite is not None:
+        config = plan.with_suite(config, options.suite)
+    _list(searching.write(config))
+
+
 def audit(options: argparse.Namespace) -> None:
     """Write the list of every published number and what became of it here."""
     from snella.jobs import tables

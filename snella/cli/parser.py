@@ -152,6 +152,8 @@ def _writing(verb: Callable[..., Any]) -> None:
     statistics.add_argument("--reference", help="a row (default: the one that the table names)")
     _table(verb(outputs.versus, "snella versus table1"))
     _with_config(verb(outputs.audit, "snella audit"))
+    search = _with_config(verb(outputs.search, "snella search quick"))
+    search.add_argument("suite", nargs="?", help="a suite (default: the configured one)")
     figure = _with_config(verb(outputs.figure, "snella figure figure8"))
     figure.add_argument("figure", help="a figure of config/figures/")
     pdf = verb(outputs.pdf, "snella pdf results/table1.tex")

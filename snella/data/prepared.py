@@ -91,13 +91,18 @@ def write_prepared(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared data set, opened read-only; nothing is read before it is asked for."""
+    """A prepared data set, opened read-only; nothing is read before it is asked for.
+
+    With ``scored="val"`` the validation split plays the test split, whose own examples cannot be
+    reached: what a search of settings may see.
+    """
 
     folder: Path
     manifest: dict[str, Any]
+    scored: str = "test"
 
     @classmethod
-    def open(cls, folder: Path) -> Prepared:
+    def open(cls, folder: Path, scored: str = "test") -> Prepared:
         """Open a prepared data set after checking that it is there, current and complete.
 
         Raises:
@@ -117,13 +122,19 @@ class Prepared:
                 f"The prepared data in {folder} have schema {schema}, "
                 f"this version reads schema {SCHEMA}: {again}."
             )
-        for name, size in manifest["files"].items():
+        if scored not in manifest["counts"]:
+            raise UserError(
+                f"Data set {manifest['name']!r} has no {scored} split, so that no settings can be "
+                "searched on it; name others under `search: {datasets: [...]}` of the suite."
+            )
+        found = cls(folder, manifest, scored)
+        for name, size in found.files.items():
             path = folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                state = "missing" if found is None else f"{found} bytes long instead of {size}"
+            length = path.stat().st_size if path.is_file() else None
+            if length != size:
+                state = "missing" if length is None else f"{length} bytes long instead of {size}"
                 raise UserError(f"{path} is {state}: {again}.")
-        return cls(folder, manifest)
+        return found
 
     @property
     def name(self) -> str:
@@ -144,6 +155,14 @@ class Prepared:
     def digest(self) -> str:
         """SHA-256 over all columns, as recorded when they were written."""
         return str(self.manifest["digest"])
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Sizes in bytes of the files that may be read, by name."""
+        sizes: dict[str, int] = self.manifest["files"]
+        if self.scored == "test":
+            return sizes
+        return {n: size for n, size in sizes.items() if not Path(n).name.startswith("test_")}
 
     def __len__(self) -> int:
         """Number of examples in all splits together."""
@@ -211,14 +230,15 @@ class Prepared:
         Raises:
             UserError: some byte has changed since the data set was prepared.
         """
-        stamp = {name: _stamp(self.folder / name) for name in self.manifest["files"]}
-        mark = self.folder.with_name(f".{self.folder.name}.verified")
-        large = sum(self.manifest["files"].values()) > SMALL_BYTES
+        stamp = {name: _stamp(self.folder / name) for name in self.files}
+        kind = "verified" if self.scored == "test" else f"{self.scored}-verified"
+        mark = self.folder.with_name(f".{self.folder.name}.{kind}")
+        large = sum(self.files.values()) > SMALL_BYTES
         expected = json.dumps([self.digest, stamp], sort_keys=True)
         if large and mark.is_file() and mark.read_text() == expected:
             return
-        for name, known in self.manifest["sha256"].items():
-            if digest_file(self.folder / name) != known:
+        for name in self.files:
+            if digest_file(self.folder / name) != self.manifest["sha256"][name]:
                 raise UserError(
                     f"{self.folder / name} has changed since it was prepared: "
                     f"run `snella prepare {self.folder.name}`."
@@ -232,6 +252,10 @@ class Prepared:
         if split == "train" and self.manifest.get("only_trainval"):
             return ()  # the validation images are among them and cannot be told apart
         parts = ("train", "val") if split == "trainval" else (split,)
+        if split == "test":
+            parts = (self.scored,)
+        elif self.scored in parts:
+            return ()
         return tuple(part for part in parts if part in self.manifest["counts"])
 
     def _require(self, split: str) -> tuple[str, ...]:

@@ -84,15 +84,6 @@ def write_audit(config: Config) -> list[Path]:
     return audit.write(results.frame(config.results), Path(config.results))
 
 
-def write_lr_sweep(config: Config, suite: str | None = None) -> list[Path]:
-    """Draw ``lr_sweep.{pdf,png}`` from the runs of a search suite (the configured one)."""
-    from snella.report.figures import lr_sweep
-
-    frame = results.frame(config.results)
-    mine = frame[frame["suite"] == (suite or config.suite)]
-    return lr_sweep(mine, Path(config.results) / "lr_sweep", labels=results.labels(config))
-
-
 def show(config: Config, name: str, stale: bool = False) -> None:
     """Print the table ``name`` in the terminal."""
     m = material(config, name, stale)

@@ -30,12 +30,17 @@ Answer = TypeVar("Answer")
 
 def _user(call: Callable[[], Answer]) -> Answer:
     """Turn a user's mistake into the error that Snakemake prints as one line."""
-    from snakemake.exceptions import WorkflowError
-
     try:
         return call()
     except UserError as error:
-        raise WorkflowError(str(error)) from None
+        raise _workflow_error(str(error)) from None
+
+
+def _workflow_error(line: str) -> Exception:
+    from snakemake.exceptions import WorkflowError
+
+    error: Exception = WorkflowError(line)
+    return error
 
 
 class WorkflowPlan:
@@ -65,12 +70,14 @@ class WorkflowPlan:
             raise SystemExit(outcome.status) from None
 
     def run(self, wildcards: Any) -> Run:
-        """The run of a train job, of any configured suite."""
-        folder = Path(self.config.results) / "runs" / wildcards.suite / wildcards.backbone
-        folder = folder / wildcards.dataset / wildcards.method / f"seed{wildcards.seed}"
-        key = (folder / "record.json").as_posix()
+        """The run of a train job, of any configured suite or of a trial of its search."""
+        folder = Path(self.config.results) / wildcards.place / "runs" / wildcards.suite
+        folder = folder / wildcards.backbone / wildcards.dataset / wildcards.method
+        key = (folder / f"seed{wildcards.seed}" / "record.json").as_posix()
         if key not in self.runs:
             self.runs[key] = _user(lambda: self._of_suite(wildcards))
+            if self.runs[key].record.as_posix() != key:
+                raise _workflow_error(f"There is no run {key}; trials of a search lie in search/.")
         return self.runs[key]
 
     def _of_suite(self, wildcards: Any) -> Run:
@@ -139,6 +146,19 @@ class WorkflowPlan:
         if self.config.allow_missing:
             return []
         return [run.record.as_posix() for run in self._table_runs(wildcards)]
+
+    def search_records(self, wildcards: Any) -> list[str]:
+        """The records of all trials of a suite's search; none with ``allow_missing``."""
+        if self.config.allow_missing:
+            return []
+        runs = _user(lambda: plan.search_runs(plan.with_suite(self.config, wildcards.suite)))
+        return [run.record.as_posix() for run in runs]
+
+    def search_content(self, wildcards: Any) -> str:
+        """What a search shows besides its records."""
+        suite = _user(lambda: plan.with_suite(self.config, wildcards.suite))
+        search = plan.current_suite(suite).search.model_dump(mode="json")
+        return json.dumps([search, _report_code()], sort_keys=True)
 
     def all_records(self, wildcards: Any) -> str:
         """A digest over which records there are, of any suite, and when they were written."""

@@ -33,10 +33,7 @@ def critical_difference(statistics: Statistics, path: Path) -> list[Path]:
     """
     test = statistics.friedman
     if test is None or not statistics.ranks:
-        figure, axes = _empty(WIDTH / INCH, 0.5)
-        why = "Ranks need three rows that all have run on two data sets."
-        axes.text(0.5, 0.5, why, ha="center", va="center", fontsize=8, color=QUIET)
-        return _save(figure, path)
+        return nothing("Ranks need three rows that all have run on two data sets.", path)
     labels = dict(statistics.table.methods)
     order = sorted(statistics.ranks, key=lambda m: statistics.ranks[m])
     ranks = [statistics.ranks[m] for m in order]
@@ -129,7 +126,10 @@ def lr_sweep(
 
 
 def sweep(frame: pd.DataFrame) -> tuple[pd.DataFrame, Unit, str]:
-    """(method, lr, value, higher_is_better) as means over data sets and seeds; unit; title."""
+    """(method, lr, value, higher_is_better): means over data sets and seeds; unit; title.
+
+    Where other settings vary with the rate (trials are suites), the best of them counts.
+    """
     chosen = frame[
         (frame["status"] == "ok")
         & frame["primary"].eq(True)
@@ -144,7 +144,10 @@ def sweep(frame: pd.DataFrame) -> tuple[pd.DataFrame, Unit, str]:
         raise UserError(
             f"The runs have different primary metrics ({found}); plot one task at once."
         )
-    means = chosen.groupby(["method", "lr", "dataset"], sort=False)["value"].mean().reset_index()
+    trial = ["method", "lr", "dataset", "suite"]
+    means = chosen.groupby(trial, sort=False)["value"].mean().reset_index()
+    best = "max" if chosen.iloc[0]["higher_is_better"] else "min"
+    means = means.groupby(trial[:3], sort=False)["value"].agg(best).reset_index()
     wanted = means.groupby("method")["dataset"].transform("nunique")
     present = means.groupby(["method", "lr"])["dataset"].transform("nunique")
     table = means[present == wanted].groupby(["method", "lr"], sort=False)["value"].mean()
@@ -154,6 +157,13 @@ def sweep(frame: pd.DataFrame) -> tuple[pd.DataFrame, Unit, str]:
     result["higher_is_better"] = bool(first["higher_is_better"])
     unit = UNITS.get(first["unit"], (Unit(first["unit"]),))[0]
     return result, unit, str(first["title"])
+
+
+def nothing(why: str, path: Path) -> list[Path]:
+    """Write ``path`` with ``.pdf`` and ``.png`` that say why there is nothing to draw."""
+    figure, axes = _empty(WIDTH / INCH, 0.5)
+    axes.text(0.5, 0.5, why, ha="center", va="center", fontsize=8, color=QUIET)
+    return _save(figure, path)
 
 
 def _empty(width: float, height: float, *, frame: bool = False) -> tuple[Figure, Axes]:

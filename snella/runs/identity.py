@@ -187,21 +187,33 @@ def _read(file: Path, changed: int) -> tuple[str, tuple[str, ...], tuple[str, ..
         raise UserError(
             f"Method file {file} does not import: {one_line(error, file)}; correct the file."
         ) from error
-    text = _normalised(source.decode("utf-8"), _dropped(tree, file))
-    companions = tuple(
-        sha256((file.parent / node.value).read_bytes())
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        if node.value.endswith((".cpp", ".cu")) and (file.parent / node.value).is_file()
-    )
-    return text, tuple(dict.fromkeys(_imports(tree))), companions
+    statements = list(_statements(tree))
+    text = _normalised(source.decode("utf-8"), _dropped(tree, statements, file))
+    companions: tuple[str, ...] = ()
+    if b".cpp" in source or b".cu" in source:
+        companions = tuple(
+            sha256((file.parent / node.value).read_bytes())
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if node.value.endswith((".cpp", ".cu")) and (file.parent / node.value).is_file()
+        )
+    return text, tuple(dict.fromkeys(_imports(statements))), companions
 
 
-def _dropped(tree: ast.Module, file: Path) -> set[int]:
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """All statements, without looking into expressions, and those that only a type checker sees."""
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for node in getattr(tree, field, ()):
+            yield node
+            if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+                yield from _statements(node)
+
+
+def _dropped(tree: ast.Module, statements: Iterable[ast.AST], file: Path) -> set[int]:
     """Lines of docstrings, and in method files of ``merge``, which training does not call."""
     lines: set[int] = set()
     outside = PACKAGE not in file.resolve().parents
-    for node in ast.walk(tree):
+    for node in (tree, *statements):
         if outside and _is_merge(node):
             lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))  # type: ignore[attr-defined]
         body = getattr(node, "body", None)
@@ -226,18 +238,14 @@ def _normalised(source: str, dropped: set[int]) -> str:
     return "\n".join(line for line in kept if line)
 
 
-def _imports(tree: ast.AST) -> Iterator[str]:
-    """Names of all imported modules; what only a type checker sees is left out."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
+def _imports(statements: Iterable[ast.AST]) -> Iterator[str]:
+    """Names of all imported modules."""
+    for node in statements:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        else:
-            yield from _imports(node)
 
 
 @cache

@@ -8,13 +8,20 @@ values, so that a record can carry them and two records can be compared.
 from __future__ import annotations
 
 import math
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from snella.validation import Strict
 
 SELECTIONS = ("last", "val", "best-test")
+
+
+def _source(name: str) -> str:
+    if not re.fullmatch(r"fixed|released|search(/[A-Za-z0-9_-]+)?", name):
+        raise ValueError("is `fixed`, `released`, `search` or `search/NAME`")
+    return name
 
 
 class Protocol(Strict):
@@ -24,6 +31,9 @@ class Protocol(Strict):
     split, or best epoch on the test set (as many published numbers; marked wherever it is shown).
     ``train_split="train"`` keeps the validation examples out of training, so that all three
     selections can be recorded by one run; with ``trainval`` there is no ``val`` selection.
+
+    ``hyperparameters`` says where a row's settings come from: ``fixed``, the authors' scripts
+    (``released``), or what a search of the suite, or of ``search/NAME``, found.
 
     Training lasts ``epochs``, or as many as ``steps`` optimizer steps need. ``threads`` is the
     number of CPU threads: sums in another order differ in their last digits, so it belongs here.
@@ -57,7 +67,7 @@ class Protocol(Strict):
     selection: Literal["last", "val", "best-test"] = "last"
     evaluate_every: int = Field(10, gt=0)
     evaluate_last: int = Field(1, gt=0)
-    hyperparameters: Literal["fixed", "released"] = "fixed"
+    hyperparameters: Annotated[str, AfterValidator(_source)] = "fixed"
 
     @model_validator(mode="after")
     def _consistent(self) -> Protocol:

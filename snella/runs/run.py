@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from snella.runs.protocol import Protocol
 from snella.tasks import TaskInfo, TaskSettings, find_task
@@ -13,11 +13,12 @@ from snella.validation import Strict, validate
 
 
 class Dataset(Strict):
-    """A prepared data set: its name, task family and folder."""
+    """A prepared data set: its name, task family and folder, and the split that plays the test."""
 
     name: str
     task: str
     prepared: str
+    scored: Literal["test", "val"] = "test"
 
 
 class MethodChoice(Strict):
@@ -88,7 +89,7 @@ class Run(Strict):
         settings = self.task_settings
         return {
             "backbone": self.backbone.model_dump(exclude={"name", "file"}, exclude_defaults=True),
-            "dataset": {"name": self.dataset.name, "task": self.dataset.task},
+            "dataset": self.dataset.model_dump(exclude={"prepared"}, exclude_defaults=True),
             "hyperparameters": self.method.hyperparameters,
             "protocol": self.protocol.model_dump(mode="json", exclude=skip),
             "settings": settings.model_dump(mode="json", exclude=set(settings.scoring)),

@@ -52,7 +52,7 @@ class Loaded:
 
 def open_data(run: Run) -> Prepared:
     """The run's prepared data, every byte as it was written."""
-    data = Prepared.open(Path(run.dataset.prepared))
+    data = Prepared.open(Path(run.dataset.prepared), run.dataset.scored)
     data.verify()
     return data
 

@@ -32,12 +32,16 @@ KNOWN: dict[str, Any] = {
 """What an annotation may be made of to be understood here."""
 
 
+Layer = tuple[tuple[str, ...], Mapping[str, Any]]
+"""Settings, and their path in the configuration."""
+
+
 @dataclass(frozen=True)
 class Layers:
     """Layers of settings, the last of which counts, with the path of each in the configuration."""
 
     config: Config
-    stack: Sequence[tuple[tuple[str, ...], Mapping[str, Any]]]
+    stack: Sequence[Layer]
 
     def merged(self) -> dict[str, Any]:
         """All layers as one."""
@@ -122,6 +126,14 @@ def _all_known(
         if name not in choices:
             where = config.where((*path, name))
             raise _placed(where, unknown(f"{kind} in {'.'.join(path)}:", name, choices))
+
+
+def look_up(kind: str, name: str, known: dict[str, Any], where: str = "") -> Any:
+    """What ``known`` calls ``name``; raises :class:`~snella.errors.UserError` with the closest."""
+    if name not in known:
+        error = unknown(kind, name, known)
+        raise UserError(f"{where}: {error}") if where else error
+    return known[name]
 
 
 def _placed(where: str, error: UserError) -> UserError:

@@ -8,16 +8,17 @@ the key and the closest match.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 
 from snella.errors import UserError
 from snella.suite.overlays import clean, difference, expand, overlay
 from snella.suite.reading import COMMAND_LINE, Origins, lines_of, read_yaml
+from snella.suite.search import FOLDER, Search, Trial
 from snella.tasks.base import DatasetSpec
 from snella.validation import Strict, check_distinct, check_name, validate
 
@@ -26,6 +27,7 @@ DEFAULT = Path("config/config.yaml")
 CHECKOUT = Path(__file__).resolve().parents[2]
 """The repository this package runs from; what it ships is found from other directories too."""
 LARGEST_SEED = 2**31 - 1
+Answer = TypeVar("Answer")
 
 Reference = str
 """A name defined elsewhere; an unknown one is reported with the closest match when it is used."""
@@ -135,11 +137,35 @@ class SuiteEntry(Strict):
         Annotated[list[Reference], Field(min_length=1), AfterValidator(check_distinct)] | None
     ) = None
     method_overrides: dict[Reference, MethodOverride] = {}
+    search: Search = Search()
 
     @property
     def datasets(self) -> list[str]:
         """All data sets of the suite, by group."""
         return [name for group in self.groups.values() for name in group]
+
+
+class Searched(Strict):
+    """What a search found: settings by row and data set, ``*`` for all, and how they were found.
+
+    ``scores`` of the trials are in the order of the grid; ``edge`` names settings whose best value
+    is the lowest or highest that was tried, and ``failed`` the trials without a score.
+    """
+
+    suite: str = ""
+    command: str = ""
+    criterion: str = ""
+    grid: dict[str, list[Any]] = {}
+    grids: dict[Reference, dict[str, list[Any]]] = {}
+    choose: str = ""
+    seeds: list[int] = []
+    trials: int = 0
+    runs: int = 0
+    made: dict[str, Any] = {}
+    edge: dict[Reference, dict[str, list[str]]] = {}
+    failed: list[str] = []
+    rows: dict[Reference, dict[str, MethodOverride]] = {}
+    scores: dict[Reference, dict[str, list[float | None]]] = {}
 
 
 def _table(spec: dict[str, Any]) -> dict[str, Any]:
@@ -194,9 +220,30 @@ class Config(Strict):
     tables: dict[TableName, Annotated[dict[str, Any], AfterValidator(_table)]]
     figures: dict[Name, FigureEntry] = {}
     released: dict[Reference, dict[Reference, MethodOverride]] = {}
+    searched: dict[Name, Searched] = {}
 
     _origins: Origins = PrivateAttr(default_factory=Origins)
     _checked: set[tuple[str, ...]] = PrivateAttr(default_factory=set)
+    _known: dict[tuple[Any, ...], Any] = PrivateAttr(default_factory=dict)
+    _trial: Trial | None = PrivateAttr(None)
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], Answer]) -> Answer:
+        """What ``make`` returned when it was first called for ``key``."""
+        if key not in self._known:
+            self._known[key] = make()
+        found: Answer = self._known[key]
+        return found
+
+    @property
+    def trial(self) -> Trial | None:
+        """The trial of the suite's search that is planned, if any."""
+        return self._trial
+
+    def with_trial(self, number: int) -> Config:
+        """The configuration of one trial of the suite's search; its records lie apart."""
+        found = self.model_copy(update={"results": f"{self.results}/{FOLDER}"})
+        found._trial = Trial(number, self.suites[self.suite].search)
+        return found
 
     def first_time(self, *key: str) -> bool:
         """Whether this is the first call with ``key``: a check of the whole is done once."""
@@ -278,6 +325,10 @@ def _sections(folder: Path, stamp: tuple[tuple[str, int], ...]) -> tuple[dict[st
         base[section] = {}
         for file in sorted((folder / section).glob("*.yaml")):
             base[section].update(read_yaml(file, origins, section))
+    base["searched"] = {
+        file.stem: read_yaml(file, origins, "searched", file.stem)
+        for file in sorted((folder / "search").glob("*.yaml"))
+    }
     base["released"] = _released(folder / "released", base["datasets"], origins)
     return base, origins
 

@@ -6,36 +6,18 @@ resolved: :class:`~snella.runs.run.Run`.
 
 from __future__ import annotations
 
-import logging
 import math
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from snella.errors import UserError, unknown
-from snella.runs.protocol import Protocol
 from snella.runs.run import Dataset, MethodChoice, Run
-from snella.suite.checks import (
-    Layers,
-    check_hyperparameters,
-    check_image_size,
-    check_suite,
-)
-from snella.suite.config import (
-    CHECKOUT,
-    LARGEST_SEED,
-    Config,
-    MethodOverride,
-    SuiteEntry,
-    locate,
-)
-from snella.tasks import TaskInfo, find_task
+from snella.suite import search
+from snella.suite.checks import check_suite, look_up
+from snella.suite.config import CHECKOUT, LARGEST_SEED, Config, SuiteEntry, locate
+from snella.suite.settings import settings_of
+from snella.tasks import find_task
 from snella.tasks.base import Backbone
-from snella.validation import validate
-
-log = logging.getLogger("snella")
-EIGHT_BIT = {"adam8bit": "adam", "adamw8bit": "adamw"}
-"""Optimizers of bitsandbytes, and the same with states in full precision."""
 
 
 def plan(
@@ -47,36 +29,41 @@ def plan(
 ) -> list[Run]:
     """Expand the configured suite to runs, in the order methods x data sets x seeds."""
     suite = current_suite(config)
-    return [
-        resolve(config, method, dataset, seed)
-        for method in methods or suite_methods(config)
-        for dataset in datasets or suite.datasets
-        for seed in (suite.seeds if seeds is None else seeds)
-    ]
+    first, *others = suite.seeds if seeds is None else seeds
+    runs: list[Run] = []
+    for method in methods or suite_methods(config):
+        for dataset in datasets or suite.datasets:
+            run = resolve(config, method, dataset, first)
+            runs += [run, *(run.model_copy(update={"seed": seed}) for seed in others)]
+    return runs
 
 
 def current_suite(config: Config) -> SuiteEntry:
     """The configured suite; unknown names of its parts are reported here, before anything runs."""
-    where = config.where(["suite"])
-    suite: SuiteEntry = _look_up("suite", config.suite, config.suites, where)
+    suite: SuiteEntry = look_up("suite", config.suite, config.suites, config.where(["suite"]))
     if not config.first_time("suite", config.suite):
         return suite
     at = ("suites", config.suite)
-    _look_up("backbone", suite.backbone, config.backbones, config.where((*at, "backbone")))
-    _look_up("protocol", suite.protocol, config.protocols, config.where((*at, "protocol")))
+    look_up("backbone", suite.backbone, config.backbones, config.where((*at, "backbone")))
+    look_up("protocol", suite.protocol, config.protocols, config.where((*at, "protocol")))
     for group, members in suite.groups.items():
         for dataset in members:
             place = config.where((*at, "groups", group, dataset))
-            _look_up("data set", dataset, config.datasets, place)
+            look_up("data set", dataset, config.datasets, place)
     for method in suite_methods(config):
-        _look_up("method", method, config.methods, config.where((*at, "methods")))
+        look_up("method", method, config.methods, config.where((*at, "methods")))
+    for dataset in suite.search.datasets or ():
+        place = config.where((*at, "search", "datasets"))
+        look_up(f"data set of suite {config.suite}:", dataset, dict.fromkeys(suite.datasets), place)
+    for method in suite.search.rows:
+        look_up("method", method, config.methods, config.where((*at, "search", "rows", method)))
     check_suite(config, suite)
     return suite
 
 
 def suite_methods(config: Config) -> list[str]:
     """The suite's rows; every configured method where the suite names none."""
-    suite = _look_up("suite", config.suite, config.suites)
+    suite: SuiteEntry = look_up("suite", config.suite, config.suites)
     return list(config.methods) if suite.methods is None else suite.methods
 
 
@@ -85,13 +72,15 @@ def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
     suite = current_suite(config)
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"Seed {seed} is not in 0 to {LARGEST_SEED}.")
-    row = _look_up("method", method, config.methods)
-    data = _look_up("data set", dataset, config.datasets)
+    row = look_up("method", method, config.methods)
+    data = look_up("data set", dataset, config.datasets)
     entry = config.backbones[suite.backbone]
     file = method_path(config, row.file)
-    protocol, settings, hyperparameters, notes = _layers(config, suite, method, dataset, file)
+    typed, notes = settings_of(config, suite, method, dataset, file)
+    protocol, settings, hyperparameters = typed
+    trial = config.trial
     return Run(
-        suite=config.suite,
+        suite=config.suite if trial is None else f"{config.suite}{search.NAME}{trial.number}",
         backbone=Backbone(
             name=suite.backbone,
             arch=entry.arch,
@@ -100,7 +89,10 @@ def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
             load=entry.load,
         ),
         dataset=Dataset(
-            name=dataset, task=data.task, prepared=prepared_folder(config, dataset).as_posix()
+            name=dataset,
+            task=data.task,
+            prepared=prepared_folder(config, dataset).as_posix(),
+            scored="test" if trial is None else "val",
         ),
         method=MethodChoice(name=method, file=file, hyperparameters=hyperparameters),
         protocol_name=suite.protocol,
@@ -112,75 +104,6 @@ def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
         tasks=config.tasks,
         notes=notes,
     )
-
-
-def _layers(
-    config: Config, suite: SuiteEntry, method: str, dataset: str, file: str
-) -> tuple[Protocol, dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """The protocol, the task's settings, the hyper-parameters, and what a reader should know."""
-    row = config.methods[method]
-    special = suite.method_overrides.get(method, MethodOverride())
-    at_suite, preset = ("suites", config.suite), suite.protocol
-    protocol = [
-        (("protocols", preset), config.protocols[preset]),
-        (("methods", method, "protocol"), row.protocol),
-        ((*at_suite, "overrides"), suite.overrides),
-        ((*at_suite, "method_overrides", method, "protocol"), special.protocol),
-    ]
-    hyperparameters = [
-        (("methods", method, "hyperparameters"), row.hyperparameters),
-        ((*at_suite, "method_overrides", method, "hyperparameters"), special.hyperparameters),
-    ]
-    notes: tuple[str, ...] = ()
-    if Layers(config, protocol).merged().get("hyperparameters") == "released":
-        released = config.released.get(method, {}).get(dataset)
-        if released is None:
-            notes = (f"no released settings for {method} on {dataset}: the fixed ones were used",)
-        else:
-            at = ("released", method, dataset)
-            protocol.append(((*at, "protocol"), released.protocol))
-            hyperparameters.append(((*at, "hyperparameters"), released.hyperparameters))
-    where = f"protocol {preset!r} of suite {config.suite!r} for {method}"
-    info = find_task(config.datasets[dataset].task, config.tasks)
-    if config.first_time("layers", config.suite, info.name, method):
-        for layer in protocol[:-1]:  # a later one may hide its nonsense
-            _validated(info, Layers(config, [layer]), where, alone=True)
-    common, settings = _validated(info, Layers(config, protocol), where)
-    common, lacking = _installed(config, common)
-    check_image_size(config, suite, settings, Layers(config, protocol))
-    chosen = Layers(config, hyperparameters)
-    check_hyperparameters(file, chosen)
-    return common, settings, chosen.merged(), (*notes, *lacking)
-
-
-def _installed(config: Config, protocol: Protocol) -> tuple[Protocol, tuple[str, ...]]:
-    """The protocol with an optimizer that is installed, and what a reader should know of it."""
-    full = EIGHT_BIT.get(protocol.optimizer)
-    if full is None or find_spec("bitsandbytes") is not None:
-        return protocol, ()
-    note = f"bitsandbytes is not installed: {full} in place of {protocol.optimizer}"
-    if config.first_time("optimizer", full):
-        log.warning("%s.", note)
-    return protocol.model_copy(update={"optimizer": full}), (note,)
-
-
-def _validated(
-    info: TaskInfo, layers: Layers, where: str, alone: bool = False
-) -> tuple[Protocol, dict[str, Any]]:
-    """The common fields and the task's, both typed; an unknown key is an error.
-
-    Of a layer ``alone`` only single fields are checked, not whether they agree.
-    """
-    values = layers.merged()
-    common = {k: v for k, v in values.items() if k in Protocol.model_fields}
-    own = {k: v for k, v in values.items() if k not in Protocol.model_fields}
-    for name in own:
-        if name not in info.settings.model_fields:
-            known = [*Protocol.model_fields, *info.settings.model_fields]
-            error = unknown(f"key in {where}:", name, known)
-            raise UserError(f"{layers.where([name])}: {error}")
-    settings = validate(info.settings, own, where, layers, parts=alone)
-    return validate(Protocol, common, where, layers, parts=alone), settings.model_dump(mode="json")
 
 
 def prepared_folder(config: Config, dataset: str) -> Path:
@@ -225,14 +148,7 @@ def find_method(config: Config, name: str) -> tuple[Path, dict[str, Any]]:
     if name.endswith(".py"):
         return Path(method_path(config, name)), {}
     files = method_files(config)
-    return _look_up("method", name, {**dict.fromkeys(config.methods), **files}), {}
-
-
-def _look_up(kind: str, name: str, known: dict[str, Any], where: str = "") -> Any:
-    if name not in known:
-        error = unknown(kind, name, known)
-        raise UserError(f"{where}: {error}") if where else error
-    return known[name]
+    return look_up("method", name, {**dict.fromkeys(config.methods), **files}), {}
 
 
 def table_methods(config: Config, table: str) -> list[tuple[str | None, list[str]]]:
@@ -266,14 +182,36 @@ def table_runs(config: Config, table: str) -> list[Run]:
 
 
 def with_suite(config: Config, suite: str) -> Config:
-    """The configuration with another suite chosen."""
-    _look_up("suite", suite, config.suites)
+    """The configuration with another suite, or with a trial of its search, chosen."""
+    base, _, number = suite.rpartition(search.NAME)
+    if suite not in config.suites and base in config.suites and number.isdigit():
+        config = with_suite(config, base)
+        if not 1 <= int(number) <= config.suites[base].search.trials:
+            raise UserError(f"The search of suite {base!r} has no trial {number}.")
+        return config.with_trial(int(number))
+    look_up("suite", suite, config.suites)
     return config.model_copy(update={"suite": suite})
+
+
+def search_runs(config: Config) -> list[Run]:
+    """All trials of the suite's search: the same number for every row."""
+    suite = current_suite(config)
+    wanted = suite.search
+    rows = None
+    if wanted.table is not None:
+        rows = [name for _, names in table_methods(config, wanted.table) for name in names]
+    return [
+        run
+        for number in range(1, wanted.trials + 1)
+        for run in plan(
+            config.with_trial(number), methods=rows, datasets=wanted.datasets, seeds=wanted.seeds
+        )
+    ]
 
 
 def for_table(config: Config, table: str) -> Config:
     """The configuration with the suite that a table shows, as :func:`for_task` finds it."""
-    spec = _look_up("table", table, config.tables)
+    spec = look_up("table", table, config.tables)
     return for_task(config, spec.get("task", "classification"), f"Table {table!r}")
 
 
@@ -295,7 +233,7 @@ def for_task(config: Config, task: str, what: str) -> Config:
 
 def figure_config(config: Config, figure: str) -> Config:
     """The configuration with the suite that a figure shows, as :func:`for_task` finds it."""
-    spec = _look_up("figure", figure, config.figures)
+    spec = look_up("figure", figure, config.figures)
     find_task(spec.task, config.tasks).figure_kind(spec.kind)
     return for_task(config, spec.task, f"Figure {figure!r}")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,7 +65,7 @@ def differences(run: Run, record: Record) -> list[str]:
     training, evaluation, merge = code_key(run)
     assert isinstance(training, dict)
     planned = {**training, "evaluation": digest_json(evaluation), "merge": merge}
-    data = _data_digest(Path(run.dataset.prepared))
+    data = _data_digest(run.dataset.prepared)
     if data is not None:
         planned["data"] = data
     return [
@@ -75,11 +77,17 @@ def _moved(part: str, planned: dict[str, Any], known: dict[str, Any]) -> bool:
     return bool(planned[part] != known.get(part))
 
 
-def _data_digest(folder: Path) -> str | None:
+def _data_digest(folder: str) -> str | None:
+    manifest = f"{folder}/manifest.json"
     try:
-        return str(json.loads((folder / "manifest.json").read_text())["digest"])
+        return _digest_in(manifest, os.stat(manifest).st_mtime_ns)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+@cache
+def _digest_in(manifest: str, changed: int) -> str:
+    return str(json.loads(Path(manifest).read_text())["digest"])
 
 
 def is_running(folder: Path) -> bool:

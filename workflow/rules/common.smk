@@ -6,6 +6,7 @@ CONFIG = PLAN.config
 
 
 wildcard_constraints:
+    place=r"(search/)?",
     suite=r"[A-Za-z0-9_-]+",
     backbone=r"[A-Za-z0-9_.-]+",
     dataset=r"[A-Za-z0-9_.-]+",

@@ -1,18 +1,18 @@
 # One job is one run. Its settings and the digest of the code that trains and scores it are
 # parameters, so that an edit makes stale only the runs whose number it can move; data and
 # weights are inputs, compared by content. A job does what is missing: a finished training is only
-# scored. Where scoring needs resources of its own, training is the job of the second rule.
+# scored. `place` is empty, or `search/` for a trial of a search. Where scoring needs resources of its own, training is the job of the second rule.
 rule run:
     input:
         manifest="<data>/prepared/{dataset}/manifest.json",
         backbone=PLAN.backbone_file,
         training=PLAN.training,
     output:
-        "<results>/runs/{suite}/{backbone}/{dataset}/{method}/seed{seed}/record.json",
+        "<results>/{place}runs/{suite}/{backbone}/{dataset}/{method}/seed{seed}/record.json",
     log:
-        "<logs>/run/{suite}/{backbone}/{dataset}/{method}/seed{seed}.log",
+        "<logs>/{place}run/{suite}/{backbone}/{dataset}/{method}/seed{seed}.log",
     benchmark:
-        "<logs>/benchmarks/run/{suite}/{backbone}/{dataset}/{method}/seed{seed}.tsv"
+        "<logs>/benchmarks/{place}run/{suite}/{backbone}/{dataset}/{method}/seed{seed}.tsv"
     conda:
         "../../envs/environment.yaml"
     threads: PLAN.threads
@@ -32,11 +32,11 @@ rule train:
         manifest="<data>/prepared/{dataset}/manifest.json",
         backbone=PLAN.backbone_file,
     output:
-        "<results>/runs/{suite}/{backbone}/{dataset}/{method}/seed{seed}/training.json",
+        "<results>/{place}runs/{suite}/{backbone}/{dataset}/{method}/seed{seed}/training.json",
     log:
-        "<logs>/train/{suite}/{backbone}/{dataset}/{method}/seed{seed}.log",
+        "<logs>/{place}train/{suite}/{backbone}/{dataset}/{method}/seed{seed}.log",
     benchmark:
-        "<logs>/benchmarks/train/{suite}/{backbone}/{dataset}/{method}/seed{seed}.tsv"
+        "<logs>/benchmarks/{place}train/{suite}/{backbone}/{dataset}/{method}/seed{seed}.tsv"
     conda:
         "../../envs/environment.yaml"
     threads: PLAN.threads

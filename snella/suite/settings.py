@@ -1,0 +1,179 @@
+"""The settings of one run: layers of the configuration, one over another, typed and checked.
+
+Protocol preset < row < suite < the suite's word on the row < released or searched settings < trial.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from snella.errors import UserError, unknown
+from snella.runs.protocol import Protocol
+from snella.suite import search
+from snella.suite.checks import Layer, Layers, check_hyperparameters, check_image_size, look_up
+from snella.suite.config import Config, MethodOverride, Searched, SuiteEntry
+from snella.tasks import TaskInfo, find_task
+from snella.validation import validate
+
+log = logging.getLogger("snella")
+EIGHT_BIT = {"adam8bit": "adam", "adamw8bit": "adamw"}
+"""Optimizers of bitsandbytes, and the same with states in full precision."""
+
+Typed = tuple[Protocol, dict[str, Any], dict[str, Any]]
+"""The protocol, the task's settings and the hyper-parameters of a run."""
+
+
+def settings_of(
+    config: Config, suite: SuiteEntry, method: str, dataset: str, file: str
+) -> tuple[Typed, tuple[str, ...]]:
+    """All settings of a row on a data set, and what a reader of its number should know."""
+    info = find_task(config.datasets[dataset].task, config.tasks)
+    protocol, hyperparameters = _configured(config, suite, method)
+    at, found, notes = _found(config, method, dataset, Layers(config, protocol).merged())
+    protocol.append(((*at, "protocol"), found.protocol))
+    hyperparameters.append(((*at, "hyperparameters"), found.hyperparameters))
+    trial = config.trial
+    if trial is not None:
+        selection = Layers(config, protocol).merged().get("selection", "last")
+        place, point = _point(config, trial, method, info)
+        protocol += [(place, point.protocol), (place, trial.protocol(selection))]
+        hyperparameters.append((place, point.hyperparameters))
+        notes = (f"trial {trial.number} of a search: scored on validation examples",)
+    layers = Layers(config, protocol), Layers(config, hyperparameters)
+    # Most data sets share a row's settings, which are checked once.
+    key = ("settings", config.suite, trial and trial.number, method, file, info.name, at)
+    common, settings, chosen = config.once(
+        key, lambda: _typed(config, suite, method, file, info, *layers)
+    )
+    common, lacking = _installed(config, common)
+    return (common, settings, chosen), (*notes, *lacking)
+
+
+def _configured(config: Config, suite: SuiteEntry, method: str) -> tuple[list[Layer], list[Layer]]:
+    """The layers of the protocol and of the hyper-parameters that any row has."""
+    row = config.methods[method]
+    special = suite.method_overrides.get(method, MethodOverride())
+    at_row, at_suite = ("methods", method), ("suites", config.suite)
+    at_special = (*at_suite, "method_overrides", method)
+    return [
+        (("protocols", suite.protocol), config.protocols[suite.protocol]),
+        ((*at_row, "protocol"), row.protocol),
+        ((*at_suite, "overrides"), suite.overrides),
+        ((*at_special, "protocol"), special.protocol),
+    ], [
+        ((*at_row, "hyperparameters"), row.hyperparameters),
+        ((*at_special, "hyperparameters"), special.hyperparameters),
+    ]
+
+
+def _typed(
+    config: Config,
+    suite: SuiteEntry,
+    method: str,
+    file: str,
+    info: TaskInfo,
+    protocol: Layers,
+    hyperparameters: Layers,
+) -> Typed:
+    where = f"protocol {suite.protocol!r} of suite {config.suite!r} for {method}"
+    if config.first_time("layers", config.suite, info.name, method):
+        for layer in protocol.stack[:-1]:  # a later one may hide its nonsense
+            _validated(info, Layers(config, [layer]), where, alone=True)
+    common, settings = _validated(info, protocol, where)
+    check_image_size(config, suite, settings, protocol)
+    check_hyperparameters(file, hyperparameters)
+    return common, settings, hyperparameters.merged()
+
+
+def _installed(config: Config, protocol: Protocol) -> tuple[Protocol, tuple[str, ...]]:
+    """The protocol with an optimizer that is installed, and what a reader should know of it."""
+    full = EIGHT_BIT.get(protocol.optimizer)
+    if full is None or find_spec("bitsandbytes") is not None:
+        return protocol, ()
+    note = f"bitsandbytes is not installed: {full} in place of {protocol.optimizer}"
+    if config.first_time("optimizer", full):
+        log.warning("%s.", note)
+    return protocol.model_copy(update={"optimizer": full}), (note,)
+
+
+def _found(
+    config: Config, method: str, dataset: str, protocol: Mapping[str, Any]
+) -> tuple[tuple[str, ...], MethodOverride, tuple[str, ...]]:
+    """Where settings of the authors or of a search stand, these, and what a reader should know."""
+    kind, _, name = str(protocol.get("hyperparameters", "fixed")).partition("/")
+    nothing = MethodOverride()
+    if kind == "released":
+        released = config.released.get(method, {}).get(dataset)
+        notes = (f"no released settings for {method} on {dataset}: the fixed ones were used",)
+        return ("released", method, dataset), released or nothing, () if released else notes
+    if kind != "search":
+        return (), nothing, ()
+    if name:
+        look_up("search", name, config.searched)
+    name = name or config.suite
+    edge = config.searched.get(name, Searched()).edge.get(method, {})
+    key, found = _searched(config, name, method, dataset)
+    note = ""
+    if found is None:
+        note = f"no settings in search/{name}: the fixed ones were used"
+    elif edge.get(key):
+        note = "the best value of a searched setting is the lowest or highest that was tried"
+    found = found or nothing
+    source = {**found.protocol, "hyperparameters": f"search/{name}"}
+    at = ("searched", name, "rows", method, key)
+    return at, found.model_copy(update={"protocol": source}), (note,) * bool(note)
+
+
+def searched_settings(config: Config, method: str, dataset: str, source: str) -> MethodOverride:
+    """What an earlier search, ``search/NAME``, found; nothing for any other source of settings."""
+    kind, _, name = source.partition("/")
+    if kind != "search":
+        return MethodOverride()
+    return _searched(config, name, method, dataset)[1] or MethodOverride()
+
+
+def _searched(
+    config: Config, name: str, method: str, dataset: str
+) -> tuple[str, MethodOverride | None]:
+    """Settings that a search found for a data set, or for all, and the name they stand under."""
+    rows = config.searched.get(name, Searched()).rows.get(method, {})
+    key = dataset if dataset in rows else search.EVERY
+    return key, rows.get(key)
+
+
+def _point(
+    config: Config, trial: search.Trial, method: str, info: TaskInfo
+) -> tuple[tuple[str, ...], MethodOverride]:
+    """The settings of a trial: fields of the protocol and, of a row's own grid, the method's."""
+    own = method in trial.search.rows
+    at = ("suites", config.suite, "search", *(("rows", method) if own else ("grid",)))
+    known = [*Protocol.model_fields, *info.settings.model_fields]
+    point = trial.point(method)
+    protocol = {name: value for name, value in point.items() if name in known}
+    rest = {name: value for name, value in point.items() if name not in known}
+    for name in () if own else rest:
+        error = unknown("setting in the grid of a search:", name, known)
+        raise UserError(f"{config.where((*at, name)) or '.'.join(at)}: {error}")
+    return at, MethodOverride(protocol=protocol, hyperparameters=rest)
+
+
+def _validated(
+    info: TaskInfo, layers: Layers, where: str, alone: bool = False
+) -> tuple[Protocol, dict[str, Any]]:
+    """The common fields and the task's, both typed; an unknown key is an error.
+
+    Of a layer ``alone`` only single fields are checked, not whether they agree.
+    """
+    values = layers.merged()
+    common = {k: v for k, v in values.items() if k in Protocol.model_fields}
+    own = {k: v for k, v in values.items() if k not in Protocol.model_fields}
+    for name in own:
+        if name not in info.settings.model_fields:
+            known = [*Protocol.model_fields, *info.settings.model_fields]
+            error = unknown(f"key in {where}:", name, known)
+            raise UserError(f"{layers.where([name])}: {error}")
+    settings = validate(info.settings, own, where, layers, parts=alone)
+    return validate(Protocol, common, where, layers, parts=alone), settings.model_dump(mode="json")
