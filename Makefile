@@ -7,7 +7,7 @@ VENV := .venv
 # Let Python keep its compiled bytecode: start-up takes three times as long without.
 unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-SNAKEMAKE := snakemake --profile workflow/profiles/local --cores $(CORES) --quiet rules host reason
+SNAKEMAKE := snakemake --cores $(CORES) --quiet rules host reason
 
 .PHONY: table1 table5 table6 test lint unit smoke environment requirements docs pretrain clean
 
@@ -44,7 +44,7 @@ unit: environment
 smoke: environment
 	rm -rf results/smoke
 	$(SNAKEMAKE) --config suite=smoke results=results/smoke -- results/smoke/table1.tex
-	snakemake --profile workflow/profiles/local --cores 1 --config suite=smoke results=results/smoke \
+	snakemake --cores 1 --config suite=smoke results=results/smoke \
 	  --quiet host -- results/smoke/table1.tex 2>&1 | grep "Nothing to be done"
 	@if command -v pdflatex >/dev/null; then \
 	  $(SNAKEMAKE) --config suite=smoke results=results/smoke -- results/smoke/table1.pdf; fi

@@ -50,13 +50,13 @@ rule pretrain:
 
 
 onstart:
-    PLAN.begin(workflow.dag.needrun_jobs())
+    PLAN.begin(workflow)
 
 
 onerror:
     shell(
         "echo 'Some jobs failed; what is finished is kept and the same command retries the rest."
         " To see what failed and why: snella status."
-        " To build the table with gaps: snakemake --profile workflow/profiles/local"
+        " To build the table with gaps: snakemake"
         " --config allow_missing=true -- results/table1.tex' >&2"
     )

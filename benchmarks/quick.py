@@ -55,7 +55,7 @@ def main() -> None:
 def run_workflow(folder: Path, results: Path, suite: str, cores: int) -> dict[str, float]:
     """Wall time of the whole workflow from no data, and of a second call with nothing to do."""
     command = [
-        "snakemake", "--profile", "workflow/profiles/local", "--cores", str(cores),
+        "snakemake", "--cores", str(cores),
         "--quiet", "all", "--config", f"suite={suite}", f"results={results}",
         f"data={folder / 'data'}",
         "--", str(results / "table1.tex"),

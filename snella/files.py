@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,11 +12,12 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from snella.errors import UserError
 
 CHUNK = 1 << 24
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -95,6 +97,24 @@ def durable(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         os.fsync(file.fileno())  # some file systems report a full disk or quota only here
+
+
+def try_lock(file: IO[Any]) -> bool | None:
+    """Lock a file that is open for writing; whether that succeeded, None where locks do not exist.
+
+    The kernel releases the lock when its holder ends, however it ends. On NFS it holds across
+    nodes (Linux turns ``flock`` into the locks that NFS has); a node that vanishes loses it with
+    its lease.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        raise
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:

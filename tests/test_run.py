@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -247,9 +248,12 @@ def test_a_user_error_is_recorded_and_raised(make_run, tmp_path):
     assert json.loads(file(tmp_path / "x", "failure.json").read_text())["status"] == "failed"
 
 
-def test_two_processes_never_write_one_run(make_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "WAIT_SECONDS", 0)
-    run = at(make_run(), tmp_path)
+def test_a_second_process_waits_for_the_first(make_run, tmp_path):
+    run = at(make_run(epochs=1), tmp_path)
     run.folder.mkdir(parents=True)
-    with running.exclusive(run.folder), pytest.raises(UserError, match="Another process"):
-        running.execute(run)
+    with ThreadPoolExecutor(1) as pool:
+        with running.exclusive(run.folder):
+            second = pool.submit(running.execute, run)
+            time.sleep(2 * running.POLL_SECONDS)
+            assert not second.done()
+        assert second.result(60)["status"] == "ok"

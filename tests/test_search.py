@@ -162,7 +162,7 @@ def test_a_rows_own_grid_may_vary_its_hyper_parameters(settings):
     runs = [r for r in plan.search_runs(config) if r.method.name == "adapter-8"]
     assert [r.method.hyperparameters["bottleneck"] for r in runs] == [2, 4]
     wrong = searching_for(settings, grid={"lrr": [1, 2]})
-    with pytest.raises(UserError, match="setting in the grid.*'lrr'.*'lr'"):
+    with pytest.raises(UserError, match=r"setting in the grid.*'lrr'.*'lr'"):
         plan.search_runs(wrong)
 
 

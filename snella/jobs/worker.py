@@ -5,12 +5,13 @@ imports them once and forks a child per job; ``snella execute --warm`` is a clie
 over its arguments, environment and output streams and waits. One job stays one process: a
 crash, a kill or a memory leak is contained, and if the client dies its job is ended. The
 server ends itself when it has been idle for a while. It never touches CUDA before forking.
+Inside a cluster job, whose limits must hold, only a server of that very job is used: one that
+:func:`start_in_job` started because the job runs several cells.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,22 +22,49 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
+
+from snella.files import try_lock
 
 IDLE_SECONDS = 20
 START_SECONDS = 90
 PRELOAD = ("torch", "timm", "peft", "snella.runs.execute")
 MESSAGE_BYTES = 2**20
+SHORT_PLACES = ("/tmp", "/var/tmp")
+LONGEST_PLACE = 60
+"""Bytes of a temporary folder's path; a socket's whole path may have 107."""
 Command = Callable[[list[str]], int]
 """Runs the arguments of ``snella`` and returns the exit status."""
 
 
 def available() -> bool:
-    """Whether warm workers make sense: not inside a cluster job, whose limits must hold."""
-    in_cluster_job = any(name in os.environ for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"))
-    return hasattr(os, "fork") and hasattr(socket, "send_fds") and not in_cluster_job
+    """Whether a warm worker may be used here: in a cluster job only the job's own."""
+    if not (hasattr(os, "fork") and hasattr(socket, "send_fds")):
+        return False
+    return not _in_job() or _serving()
+
+
+def _in_job() -> bool:
+    return any(name in os.environ for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"))
+
+
+def start_in_job(command: Sequence[str]) -> None:
+    """Start a server in a cluster job of several cells, as Snakemake's ``command`` tells.
+
+    It belongs to the whole job: one that a cell started would end with that cell's step.
+    """
+    marker = "--target-jobs"
+    if "SLURM_JOB_ID" in os.environ and marker in command:
+        members = list(takewhile(_is_value, command[command.index(marker) + 1 :]))
+        if len(members) > 1 and not _serving():
+            _spawn()
+
+
+def _is_value(argument: str) -> bool:
+    return not argument.startswith("-")
 
 
 def call(arguments: list[str]) -> int | None:
@@ -44,7 +72,7 @@ def call(arguments: list[str]) -> int | None:
 
     None if no server could be reached, or the worker was lost: the caller does the work itself.
     """
-    connection = _connect() or _start()
+    connection = _connect() or _await(None if _in_job() else _spawn())
     if connection is None:
         return None
     with connection:
@@ -61,15 +89,23 @@ def call(arguments: list[str]) -> int | None:
 
 
 def _address() -> Path:
-    """A socket of this user, this interpreter and this state of the package's source."""
+    """A socket of this user, interpreter, cluster job and state of the package's source."""
     sources = sorted(Path(__file__).parents[1].rglob("*.py"))
-    stamp = [sys.executable, *(f"{p}@{p.stat().st_mtime_ns}" for p in sources)]
+    stamp = [sys.executable, os.environ.get("SLURM_JOB_ID", "")]
+    stamp += [f"{p}@{p.stat().st_mtime_ns}" for p in sources]
     name = hashlib.sha256("\n".join(stamp).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"snella-{os.getuid()}"
+    return _folder() / f"{name}.sock"
+
+
+def _folder() -> Path:
+    """A folder of this user whose path leaves room for a socket's name."""
+    places = (tempfile.gettempdir(), *SHORT_PLACES)
+    fitting = [p for p in places if len(os.fsencode(p)) <= LONGEST_PLACE] or places[-1:]
+    folder = Path(fitting[0]) / f"snella-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to somebody else")
-    return folder / f"{name}.sock"
+    return folder
 
 
 def _connect() -> socket.socket | None:
@@ -82,22 +118,37 @@ def _connect() -> socket.socket | None:
     return connection
 
 
-def _start() -> socket.socket | None:
-    """Start the server unless somebody else just did, and wait until it listens."""
+def _serving() -> bool:
+    """Whether a server is there or about to be: it holds its lock from its first moment."""
+    try:
+        with open(_address().with_suffix(".lock"), "a") as lock:
+            return try_lock(lock) is False
+    except OSError:
+        return False
+
+
+def _spawn() -> subprocess.Popen[bytes]:
+    """Start a server; it gives way if there is one."""
     null = subprocess.DEVNULL
-    server = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "snella.cli", "worker"],
         stdin=null,
         stdout=null,
         stderr=null,
         start_new_session=True,
     )
+
+
+def _await(server: subprocess.Popen[bytes] | None) -> socket.socket | None:
+    """Wait until a server listens; None if there is none or it does not come."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         connection = _connect()
         if connection is not None:
             return connection
-        if server.poll() not in (None, 0):  # 0: another server holds the lock and is starting
+        if server is None and not _serving():
+            return None
+        if server is not None and server.poll() not in (None, 0):  # 0: another one was first
             return None
         time.sleep(0.1)
     return None
@@ -107,9 +158,7 @@ def serve(command: Command) -> None:
     """Listen until idle; ``command`` runs in one forked child per connection."""
     address = _address()
     with open(address.with_suffix(".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if try_lock(lock) is False:
             return
         for name in PRELOAD:
             __import__(name)

@@ -10,14 +10,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from snella.errors import MISTAKE, UserError, explain, record_traceback
 from snella.files import digest_json
-from snella.jobs import cells
+from snella.jobs import cells, retries, slurm, worker
+from snella.jobs.coordinator import Coordinator, start_over, watch_pending
 from snella.jobs.prepare import origin_of
 from snella.runs.identity import code_key, training_key
 from snella.runs.run import Run
@@ -26,6 +27,8 @@ from snella.suite import plan
 from snella.suite.config import Config
 
 Answer = TypeVar("Answer")
+LOCAL_MEMORY_MB = 3000
+"""Of a run without a cluster: counts only where ``--resources mem_mb=`` sets a limit."""
 
 
 def _user(call: Callable[[], Answer]) -> Answer:
@@ -43,30 +46,45 @@ def _workflow_error(line: str) -> Exception:
     return error
 
 
+def _say(line: str) -> None:
+    sys.stderr.write(f"snella: {line}\n")
+    sys.stderr.flush()
+
+
+@cache
+def _has_gpu() -> bool:
+    """Whether this machine has a GPU, without the seconds that asking PyTorch takes."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+
+
 class WorkflowPlan:
     """The plan of a configuration, indexed by the paths that Snakemake knows."""
 
-    def __init__(self, config: Config, overlay: dict[str, Any]) -> None:
-        self.config = config
+    def __init__(
+        self, config: Config, overlay: dict[str, Any], remote: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.config, self.remote = config, remote
         self.overlay = json.dumps(overlay, sort_keys=True, default=str)
         self.runs = {run.record.as_posix(): run for run in plan.plan(config)}
         self.warm = "--warm" if config.warm_workers else ""
         self._origin = cache(lambda name: json.dumps(origin_of(config, name), sort_keys=True))
 
     @classmethod
-    def from_snakemake(cls, config: dict[str, Any], files: Iterable[str] = ()) -> WorkflowPlan:
+    def from_snakemake(cls, config: dict[str, Any], workflow: Any) -> WorkflowPlan:
         """Build from Snakemake's merged configuration and the files it comes from.
 
         A user's mistake ends it with one line and status 2.
         """
         try:
-            found = configuration.from_snakemake(dict(config), map(Path, files))
-            return cls(found, dict(config))
+            found = configuration.from_snakemake(dict(config), map(Path, workflow.configfiles))
+            if found.warm_workers and workflow.remote_exec:
+                worker.start_in_job(sys.argv)
+            return cls(found, dict(config), lambda: bool(workflow.non_local_exec))
         except Exception as error:
             outcome = explain(error)
             if outcome.status != MISTAKE:
                 record_traceback(error)
-            sys.stderr.write(f"snella: {outcome.line}\n")
+            _say(outcome.line)
             raise SystemExit(outcome.status) from None
 
     def run(self, wildcards: Any) -> Run:
@@ -90,10 +108,33 @@ class WorkflowPlan:
             )
         return run
 
-    @staticmethod
-    def begin(jobs: Iterable[Any]) -> None:
-        """Note which records a workflow is to make, for the line that each finished one prints."""
-        cells.begin(str(job.output[0]) for job in jobs if job.rule.name == "run")
+    def begin(self, workflow: Any) -> None:
+        """Start a workflow: alone on its results, after the jobs of one that died, retries chosen.
+
+        A user's mistake ends it with one line and status 2.
+        """
+        try:
+            self.coordinator = Coordinator(Path(self.config.results))
+            name = self._begin_slurm(workflow) if workflow.non_local_exec else ""
+            self.coordinator.note(name)
+            jobs = workflow.dag.needrun_jobs()
+            records = [str(job.output[0]) for job in jobs if job.rule.name == "run"]
+            cells.begin(records)
+            retries.install(retries.Retries(records, name), _say)
+        except UserError as error:
+            _say(str(error))
+            raise SystemExit(MISTAKE) from None
+
+    def _begin_slurm(self, workflow: Any) -> str:
+        """Check what is asked of SLURM, wait for former jobs, return the new jobs' common name."""
+        name = str(getattr(workflow.scheduler._executor, "run_uuid", ""))
+        if not name:  # another scheduler's executor
+            return name
+        slurm.check_jobs(job for job in workflow.dag.needrun_jobs() if not job.is_local)
+        if self.coordinator.wait_for_former(_say) and not workflow.execution_settings.lock:
+            start_over()
+        watch_pending(name, _say)
+        return name
 
     def settings(self, wildcards: Any) -> str:
         """The run's resolved settings, canonical JSON."""
@@ -126,6 +167,30 @@ class WorkflowPlan:
     def threads(self, wildcards: Any) -> int:
         """CPU threads of a run, from its protocol."""
         return self.run(wildcards).protocol.threads
+
+    def gpu(self, wildcards: Any) -> int:
+        """GPUs of a run: none where its device is the CPU."""
+        return self.config.cluster.gpus if self.remote() or _has_gpu() else 0
+
+    def memory(self, wildcards: Any, attempt: int) -> int:
+        """MB of main memory of a run; more after each failure."""
+        return self.config.cluster.memory_mb * attempt if self.remote() else LOCAL_MEMORY_MB
+
+    def minutes(self, wildcards: Any, attempt: int) -> int:
+        """The time limit of a run; more after each failure, which continues from a checkpoint."""
+        return self.config.cluster.minutes * attempt
+
+    def partition(self, wildcards: Any) -> str:
+        """Where runs go; empty is the cluster's default."""
+        return self.config.cluster.partition
+
+    def cpu_partition(self, wildcards: Any) -> str:
+        """Where jobs go that use no GPU; empty is the cluster's default."""
+        return self.config.cluster.cpu_partition
+
+    def account(self, wildcards: Any) -> str:
+        """Whom the cluster charges; empty leaves it to the cluster."""
+        return self.config.cluster.account
 
     def dataset_overlay(self, wildcards: Any) -> str:
         """A configuration with one data set's entry: all that preparing it needs."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
+import json
 import logging
 import math
+import os
 import signal
+import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +20,7 @@ import torch
 
 from snella.data.prepared import Prepared
 from snella.errors import Diverged, UserError, one_line
-from snella.files import digest_file, write_text
+from snella.files import digest_file, try_lock, write_text
 from snella.records import (
     FINAL,
     FINISHED,
@@ -35,10 +38,10 @@ from snella.runs.run import Run
 from snella.runs.train import Report, finished_training, looks, open_data, run_identity, train
 
 log = logging.getLogger("snella")
-WAIT_SECONDS = 60
 MEMORY = (
     "lower `batch_size` (`accumulation` makes up for it), or set `gradient_checkpointing: true`"
 )
+POLL_SECONDS = 0.5
 
 
 class Terminated(Exception):
@@ -75,10 +78,11 @@ def execute(
                 return {**record, "status": "ok", "reason": None}
             record |= _score(run, data, training, folder)
         except UserError as error:
-            _finish(folder, record, "failed", str(error))
+            _finish(folder, record | {"transient": transient(error)}, "failed", str(error))
             raise
         except (Exception, SystemExit) as error:
             log.exception("The run ended before its record was complete")
+            record["transient"] = transient(error)
             _finish(folder, record, _status(error), _reason(error, run))
             return sign(record)
         _finish(folder, record, "ok", None)
@@ -190,6 +194,18 @@ def _status(error: BaseException) -> str:
     return "oom" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "failed"
 
 
+def transient(error: BaseException) -> bool:
+    """Whether another try may end otherwise: what the machine did, not what the code says.
+
+    Out of memory, stopped by a signal, a disk or network that failed, a GPU in disorder.
+    """
+    if isinstance(error, Terminated | OSError | MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, UserError):
+        return isinstance(error.__cause__, OSError)
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+
+
 def _reason(error: BaseException, run: Run) -> str:
     """One line; an exception in a hook names the line of the method's file."""
     if isinstance(error, Diverged | Terminated):
@@ -201,20 +217,42 @@ def _reason(error: BaseException, run: Run) -> str:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Keep a second process out of the run: an orphan of a killed workflow may still be at it."""
-    with open(folder / ".lock", "w") as lock:
-        begin = time.monotonic()
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - begin > WAIT_SECONDS:
-                    raise UserError(
-                        f"Another process is working on {folder}; wait for it or end it."
-                    ) from None
-                time.sleep(0.5)
+    """Keep a second process out of the run, which waits: the first may well finish it.
+
+    A job whose workflow was killed goes on, and so does one of another node. The lock is the
+    kernel's, so that no crash leaves it behind; where there are none, two processes waste time but
+    no result, since files are written whole.
+    """
+    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
+        told = False
+        while (held := try_lock(lock)) is False:
+            if not told:
+                lock.seek(0)
+                sys.stderr.write(
+                    f"snella: {folder} is at work in {_holder(lock.read())}; waiting\n"
+                )
+                told = True
+            time.sleep(POLL_SECONDS)
+        if held is None:
+            log.warning("%s: this file system has no locks", folder)
+        lock.truncate(0)
+        lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()} | _job()))
+        lock.flush()
         yield
+
+
+def _holder(text: str) -> str:
+    try:
+        who = json.loads(text)
+        job = f", SLURM job {who['slurm']}" if "slurm" in who else ""
+        return f"process {who['pid']} on {who['host']}{job}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _job() -> dict[str, str]:
+    number = os.environ.get("SLURM_JOB_ID")
+    return {"slurm": number} if number else {}
 
 
 @contextmanager
@@ -236,10 +274,16 @@ def _log_file(path: Path) -> Iterator[None]:
 def _terminable() -> Iterator[None]:
     """Turn the scheduler's signals into an exception, so that the record can say so."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated("stopped by a signal (time limit or cancelled); rerun to resume")
-
     kinds = (signal.SIGTERM, signal.SIGUSR1)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for kind in kinds:  # schedulers send several; the record is being written now
+            signal.signal(kind, signal.SIG_IGN)
+        raise Terminated(
+            f"stopped by {signal.Signals(number).name} (time limit, preemption or cancelled); "
+            "rerun to resume from the last whole epoch"
+        )
+
     try:
         previous = [signal.signal(kind, stop) for kind in kinds]
     except ValueError:  # not in the main thread: leave signals to whoever is

@@ -8,6 +8,7 @@ the key and the closest match.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -201,6 +202,26 @@ class FigureEntry(Strict):
     seeds: Literal["first", "all"] = "first"
 
 
+def _from_environment(name: str) -> Any:
+    return Field(default_factory=partial(os.environ.get, name, ""))
+
+
+class Cluster(Strict):
+    """What jobs ask of a cluster (docs/cluster.md); a run that failed for it gets more.
+
+    ``partition`` is for runs, ``cpu_partition`` for preparing data; empty names are the
+    environment's ``SNELLA_PARTITION``, ``SNELLA_CPU_PARTITION`` and ``SNELLA_ACCOUNT``, or else the
+    cluster's defaults. Memory and minutes are those of one run at the first attempt.
+    """
+
+    partition: str = _from_environment("SNELLA_PARTITION")
+    cpu_partition: str = _from_environment("SNELLA_CPU_PARTITION")
+    account: str = _from_environment("SNELLA_ACCOUNT")
+    gpus: Annotated[int, Field(ge=0, le=1, strict=True)] = 1
+    memory_mb: Annotated[int, Field(ge=500, strict=True)] = 16000
+    minutes: Annotated[int, Field(ge=1, strict=True)] = 120
+
+
 class Config(Strict):
     """The merged configuration."""
 
@@ -211,6 +232,7 @@ class Config(Strict):
     tasks: Place = "tasks"
     allow_missing: bool = False
     warm_workers: bool = True
+    cluster: Cluster = Cluster()
     task_suites: dict[Name, Reference] = {}
     backbones: dict[Name, BackboneEntry]
     datasets: dict[Column, DatasetSpec]

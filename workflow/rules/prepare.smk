@@ -9,6 +9,11 @@ rule prepare:
         "<logs>/benchmarks/prepare/{dataset}.tsv"
     conda:
         "../../envs/environment.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=120,
+        slurm_partition=PLAN.cpu_partition,
+        slurm_account=PLAN.account,
     params:
         overlay=PLAN.dataset_overlay,
         origin=PLAN.dataset_origin,

@@ -17,7 +17,11 @@ rule run:
         "../../envs/environment.yaml"
     threads: PLAN.threads
     resources:
-        mem_mb=3000,
+        gpu=PLAN.gpu,
+        mem_mb=PLAN.memory,
+        runtime=PLAN.minutes,
+        slurm_partition=PLAN.partition,
+        slurm_account=PLAN.account,
     params:
         settings=PLAN.settings,
         code=PLAN.code,
@@ -41,7 +45,11 @@ rule train:
         "../../envs/environment.yaml"
     threads: PLAN.threads
     resources:
-        mem_mb=3000,
+        gpu=PLAN.gpu,
+        mem_mb=PLAN.memory,
+        runtime=PLAN.minutes,
+        slurm_partition=PLAN.partition,
+        slurm_account=PLAN.account,
     params:
         settings=PLAN.settings,
         code=PLAN.training_code,
