@@ -249,7 +249,7 @@ def test_a_user_error_is_recorded_and_raised(make_run, tmp_path):
 
 
 def test_a_second_process_waits_for_the_first(make_run, tmp_path):
-    run = at(make_run(epochs=1), tmp_path)
+    run = at(make_run(), tmp_path)
     run.folder.mkdir(parents=True)
     with ThreadPoolExecutor(1) as pool:
         with running.exclusive(run.folder):
