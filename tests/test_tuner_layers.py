@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,3 +237,29 @@ def test_bitsandbytes(bits: int) -> None:
         if bits == 4:
             with pytest.raises(UserError, match="packed its weight for a CPU"):
                 layer.merge()
+
+
+def test_torchao() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"q": nn.Linear(64, 96)})
+    settings = quantization.Int8WeightOnlyConfig()
+    quantization.quantize_(model, settings)
+    # As transformers does, for PEFT to quantise again after merging.
+    own = SimpleNamespace(get_apply_tensor_subclass=lambda: settings)
+    model.hf_quantizer = SimpleNamespace(quantization_config=own)
+    x = draw(4, 64)
+    base = model["q"](x)
+    model = get_peft_model(model, SnellaConfig(rank=4, allocation=False, target_modules=["q"]))
+    layer = model.get_base_model()["q"]
+    with torch.no_grad():
+        layer.snella_A["default"] *= 20
+    expected = base + x @ layer.get_delta_weight("default").T
+    y = layer(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+    assert layer.snella_A["default"].grad.any()
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), expected, rtol=1e-4, atol=1e-4)
+        merged = model.merge_and_unload()["q"]
+        assert (merged(x) - expected).abs().max() < 0.05  # quantised again

@@ -25,7 +25,7 @@ OPTIMIZERS = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused"
 SPARSITY = 0.6
 
 
-def made(name: str) -> tuple[PeftModel, Callable[[], nn.Module], Forward]:
+def made(name: str, rank: int = 4) -> tuple[PeftModel, Callable[[], nn.Module], Forward]:
     """An adapted model, the same backbone anew, and a forward pass."""
     make, _ = MODELS[name]
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def made(name: str) -> tuple[PeftModel, Callable[[], nn.Module], Forward]:
         return fresh
 
     torch.manual_seed(1)
-    model = get_peft_model(backbone, SnellaConfig(rank=4, target_sparsity=SPARSITY))
+    model = get_peft_model(backbone, SnellaConfig(rank=rank, target_sparsity=SPARSITY))
     return model, again, forward
 
 
@@ -72,7 +72,10 @@ def run(model: nn.Module, loss: Callable[[], Tensor], epochs: int = 3, **optimiz
 
 
 # Fused ones, which leave the least trace, on all; the others on two.
-KINDS = ("ViT", "open_clip", "Swin", "ConvNeXt", "CLIP", "BERT", "Llama", "segment-anything")
+KINDS = (
+    *("ViT", "open_clip", "Swin", "ConvNeXt", "CLIP", "BERT", "Llama", "segment-anything"),
+    *("transformers ViT", "DINOv2 with SwiGLU", "SD3"),
+)
 PAIRS = [(n, "fused") for n in KINDS] + [(n, o) for n in KINDS[:2] for o in ("plain", "foreach")]
 
 
@@ -205,6 +208,81 @@ def test_accelerate_accumulates_and_resumes(tmp_path: Path) -> None:
     assert budgets(resumed) == budgets(through)
     for name, value in resumed.state_dict().items():
         assert value.equal(through.state_dict()[name]), name
+
+
+def scaled_loss(model: nn.Module, forward: Forward) -> Tensor:
+    with torch.autocast("cpu", torch.float16):
+        return forward(model.train()).float().square().mean()
+
+
+def test_a_gradient_scaler_skips_steps(tmp_path: Path) -> None:
+    """torch's own scaler, as for fp16: its first scale overflows, and it leaves the step out."""
+    model, again, forward = made("ViT")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-12)
+    update = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
+    skipped = []
+    for epoch in range(3):
+        on_epoch_start(model, epoch, 3)
+        for _ in range(3):
+            before = trainable(model)[0].detach().clone()
+            scaler.scale(scaled_loss(model, forward)).backward()
+            scaler.step(update)
+            scaler.update()
+            on_step_end(model)
+            update.zero_grad()
+            skipped.append(trainable(model)[0].equal(before))
+    assert skipped[0] and not any(skipped[-4:])
+    assert all(p.isfinite().all() for p in trainable(model))
+    check(model, again, forward, tmp_path)
+
+
+def test_accelerate_with_a_scaler_skips_steps(tmp_path: Path) -> None:
+    """The optimizer that accelerate wraps for fp16, which asks for a GPU only to make a scaler."""
+    from accelerate import Accelerator
+
+    model, again, forward = made("ViT")
+    accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-12)
+    update = torch.optim.AdamW(trainable(model), lr=1e-3)
+    model, update = accelerator.prepare(model, update)
+    skipped = []
+    for epoch in range(3):
+        on_epoch_start(model, epoch, 3)
+        for _ in range(6):
+            with accelerator.accumulate(model):
+                accelerator.backward(scaled_loss(model, forward))
+                update.step()
+                if accelerator.sync_gradients:
+                    on_step_end(model)
+                    skipped.append(accelerator.optimizer_step_was_skipped)
+                update.zero_grad()
+    assert skipped[0] and not any(skipped[-4:])
+    check(accelerator.unwrap_model(model), again, forward, tmp_path)
+
+
+def eight_bits(library: str) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW whose averages have eight bits, of tensors with 4,096 entries or more."""
+    module = pytest.importorskip(library)
+    make: Callable[..., torch.optim.Optimizer] = module.AdamW8bit
+    return make
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes.optim", "torchao.optim"])
+def test_optimizers_of_eight_bits(library: str, tmp_path: Path) -> None:
+    make = eight_bits(library)
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
+        model, again, forward = made("ViT", rank=256)
+        update = make(trainable(model), lr=1e-3)
+        for epoch in range(3):
+            on_epoch_start(model.train(), epoch, 3)
+            for _ in range(2):
+                forward(model).square().mean().backward()
+                update.step()
+                on_step_end(model)
+                update.zero_grad()
+        values = [v for state in update.state.values() for v in state.values()]
+        assert any(getattr(v, "dtype", None) == torch.uint8 or hasattr(v, "codes") for v in values)
+        check(model, again, forward, tmp_path)
 
 
 def _in_parallel(rank: int, port: int, folder: str) -> None:
