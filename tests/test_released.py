@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from snella.method import ROLES
 from snella.methods.base import build_method
 from snella.runs.protocol import Protocol
 from snella.suite.config import load
@@ -111,3 +113,24 @@ def test_numbers_of_looks_at_the_test_set():
 
     assert (looks("snella-released"), looks("snella-released", evaluate_every=1)) == (19, 100)
     assert (looks("fact"), looks("gps"), looks("ssf")) == (10, 110, 110)
+
+
+def test_spt_counts_as_its_released_allocations_do():
+    """All 266 files: sizes of modules, and what their totals are made of."""
+    size = type(build_method(ROOT / "baselines" / "spt.py", {})).adapt.__globals__["module_size"]
+    shapes = {"fc1": (3072, 768), "fc2": (768, 3072)}
+    with (ROOT / "config/released/spt_allocations.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len({tuple(line.values())[:3] for line in lines}) == 2 * 19 * 7
+    script = yaml.safe_load((ROOT / "config/released/spt.yaml").read_text(encoding="utf-8"))
+    assert {line["dataset"] for line in lines} == set(script["rows"]["spt-lora"])
+    for line in lines:
+        modules = {role: int(line[f"structured_{role}"]) for role in ROLES}
+        sizes = {r: size(line["structured_type"], 8, *shapes.get(r, (768, 768))) for r in modules}
+        structured = sum(n * sizes[role] for role, n in modules.items())
+        assert int(line["structured_matrix_params"]) == structured
+        assert int(line["structured_matrices"]) == sum(modules.values())
+        single = {k: int(line[f"unstructured_{k}_entries"]) for k in ("weight", "bias", "norm")}
+        total = structured + int(line["full_vector_params"]) + sum(single.values()) + 768
+        assert int(line["allocated_params"]) == total
+        assert int(line["trained_params_without_head"]) == total - single["norm"]
