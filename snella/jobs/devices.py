@@ -7,7 +7,6 @@ none, nothing is done.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from snella.files import try_lock
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SHARE = "SNELLA_GPU_SHARE"
@@ -105,11 +106,10 @@ def take(devices: Sequence[str], share: int, folder: Path) -> tuple[str, IO[str]
     for device in devices:
         for number in range(share):
             slot: IO[str] = open(folder / f"{device.replace('/', '_')}.{number}", "w")  # noqa: SIM115
-            try:
-                fcntl.flock(slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                free.setdefault(device, []).append(slot)
-            except BlockingIOError:
+            if try_lock(slot) is False:
                 slot.close()
+            else:
+                free.setdefault(device, []).append(slot)
     if not free:
         return None
     best = max(free, key=lambda device: len(free[device]))
