@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        remove_leftovers(path.parent, glob.escape(path.name))
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -39,8 +40,9 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _remove_leftovers(path: Path) -> None:
-    for old in path.parent.glob(f".{path.name}.*"):
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what processes left behind in ``folder`` when they were killed while they wrote."""
+    for old in folder.glob(f".{name}.*"):
         number = old.name.rpartition(".")[2]
         if number.isdigit() and not _alive(int(number)):
             old.unlink(missing_ok=True)

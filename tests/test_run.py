@@ -257,3 +257,15 @@ def test_a_second_process_waits_for_the_first(make_run, tmp_path):
             time.sleep(2 * running.POLL_SECONDS)
             assert not second.done()
         assert second.result(60)["status"] == "ok"
+
+
+def test_what_a_killed_process_was_writing_is_removed_at_the_start(make_run, tmp_path):
+    """Also where the run is finished and nothing is written any more."""
+    chosen = make_run(epochs=1, warmup_epochs=0)
+    execute(chosen, tmp_path)
+    folder = file(tmp_path, ".lock").parent
+    dead, alive = folder / ".checkpoint.pt.4194305", folder / f".x.json.{os.getpid()}"
+    dead.write_bytes(b"half")
+    alive.write_bytes(b"half")
+    execute(chosen, tmp_path)
+    assert not dead.exists() and alive.exists()

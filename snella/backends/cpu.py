@@ -30,6 +30,7 @@ from snella.backends.scratch import FreshMemory, Scratch
 from snella.backends.update import Found, Gradients, Update, compute_type, new_tensor
 from snella.equations.kernels import Kernel
 from snella.equations.sparsify import Selection, select_all_or_nothing
+from snella.files import digest_file
 
 SELECTION_TYPE = torch.float64
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -141,15 +142,33 @@ def _build(settings: list[str]) -> Path:
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snella"
     library = cache / f"{name}.so"
-    if not library.is_file():
+    if not _whole(library):
         cache.mkdir(parents=True, exist_ok=True)
         # Compiled beside its place and moved there whole: other processes may be at the same.
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             built = Path(folder) / library.name
             command += [str(SOURCE), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True)
+            digest = Path(folder) / "digest"
+            digest.write_text(digest_file(built))
             built.replace(library)
+            digest.replace(_digest_of(library))
     return library
+
+
+def _digest_of(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _whole(library: Path) -> bool:
+    """Whether a cached library is as it was compiled.
+
+    Loading one that a full disk or a crash cut short would end the process with SIGBUS.
+    """
+    try:
+        return digest_file(library) == _digest_of(library).read_text()
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 class _Layer:

@@ -49,12 +49,14 @@ def run(options: argparse.Namespace) -> int:
     config = load(options)
     chosen = planning.resolve(config, options.method, options.dataset, options.seed)
     from snella.cli.progress import ProgressDisplay
+    from snella.jobs import devices
     from snella.jobs.prepare import prepare_dataset
     from snella.runs.execute import execute as execute_run
 
     prepare_dataset(config, options.dataset, missing_only=True)
+    devices.announce(config.gpu_share)
     title = f"{chosen.method.name} on {chosen.dataset.name}, seed {chosen.seed}"
-    with ProgressDisplay(title) as display:
+    with devices.lease(), ProgressDisplay(title) as display:
         record = execute_run(chosen, display.report, again=options.again)
         display.finish(record, chosen.folder)
     return 0 if record["status"] == "ok" else 1
@@ -73,10 +75,12 @@ def execute(options: argparse.Namespace) -> int:
         status = warm.call(arguments) if warm.available() else None
         if status is not None:
             return status
+    from snella.jobs import devices
     from snella.jobs.cells import finished_line
     from snella.runs.execute import execute as execute_run
 
-    record = execute_run(chosen, stage=options.stage)
+    with devices.lease():
+        record = execute_run(chosen, stage=options.stage)
     sys.stdout.write(f"{finished_line(record)}\n")
     return 0 if record["status"] in ("ok", "diverged") else 1
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from snella.errors import MISTAKE, UserError, explain, record_traceback
 from snella.files import digest_json
-from snella.jobs import cells, retries, slurm, worker
+from snella.jobs import cells, devices, retries, slurm, worker
 from snella.jobs.coordinator import Coordinator, start_over, watch_pending
 from snella.jobs.prepare import origin_of
 from snella.runs.identity import code_key, training_key
@@ -67,6 +67,7 @@ class WorkflowPlan:
         self.overlay = json.dumps(overlay, sort_keys=True, default=str)
         self.runs = {run.record.as_posix(): run for run in plan.plan(config)}
         self.warm = "--warm" if config.warm_workers else ""
+        devices.announce(config.gpu_share)
         self._origin = cache(lambda name: json.dumps(origin_of(config, name), sort_keys=True))
 
     @classmethod

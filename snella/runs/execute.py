@@ -20,7 +20,7 @@ import torch
 
 from snella.data.prepared import Prepared
 from snella.errors import Diverged, UserError, one_line
-from snella.files import digest_file, try_lock, write_text
+from snella.files import digest_file, remove_leftovers, try_lock, write_text
 from snella.records import (
     FINAL,
     FINISHED,
@@ -61,6 +61,7 @@ def execute(
     folder = run.folder
     _make(folder)
     with exclusive(folder), _log_file(folder / "log.txt"), _terminable():
+        remove_leftovers(folder)
         torch.set_num_threads(run.protocol.threads)
         write_text(folder / "config.json", run.to_json() + "\n")
         record = _header(run)

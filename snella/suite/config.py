@@ -232,6 +232,7 @@ class Config(Strict):
     tasks: Place = "tasks"
     allow_missing: bool = False
     warm_workers: bool = True
+    gpu_share: Annotated[int, Field(ge=1, le=64, strict=True)] = 1
     cluster: Cluster = Cluster()
     task_suites: dict[Name, Reference] = {}
     backbones: dict[Name, BackboneEntry]
