@@ -95,5 +95,6 @@ def test_a_count_is_printed_in_a_unit_that_shows_all_rows() -> None:
     counts = VALUES["trainable"]
     assert counts.unit([85.8e6, 36_000]).symbol == "M"
     assert counts.unit([2.9e6, 3_400]).symbol == "k"  # 0.00 M says nothing
+    assert counts.unit([2.9e6, 12_700]).symbol == "k"  # 0.01 M little
     assert counts.unit([2.9e6, 0]).symbol == "M"  # no parameter at all is zero in any unit
     assert counts.unit([]).symbol == "k"

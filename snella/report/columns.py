@@ -33,16 +33,16 @@ class Unit:
     digits: int = 1
 
     def shows(self, sizes: Sequence[float]) -> bool:
-        """Whether the largest of ``sizes`` reaches 1, and the smallest does not round to zero."""
-        return max(sizes) * self.scale >= 1 and min(sizes) * self.scale >= 0.5 * 10**-self.digits
+        """Whether the largest of ``sizes`` reaches 1, and the smallest exceeds the last digit."""
+        return max(sizes) * self.scale >= 1 and min(sizes) * self.scale >= 1.5 * 10**-self.digits
 
 
 @dataclass(frozen=True)
 class Quantity:
     """A metric, or (with ``source``, a column of the frame) a cost or parameter count.
 
-    Of several ``units`` the first in which the largest printed value reaches 1, and none that is
-    not zero is printed as zero, is used.
+    Of several ``units`` the first in which the largest printed value reaches 1, and none but zero
+    is lost in rounding, is used.
     ``after_failure`` says that the number means something even if the run failed.
     """
 
