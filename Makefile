@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SNAKEMAKE := snakemake --cores $(CORES) --quiet rules host reason
 
-.PHONY: table1 table5 table6 test lint unit smoke environment requirements docs pretrain clean
+.PHONY: table1 table5 table6 report test lint unit smoke environment requirements docs pretrain clean
 
 table1: environment
 	$(SNAKEMAKE) -- results/table1.tex
@@ -27,6 +27,10 @@ table6: environment
 	$(SNAKEMAKE) -- results/table6.tex results/s2ft_table3.tex \
 	  results/figure9.pdf results/figure14.pdf results/tradeoff_text.pdf results/tradeoff_drift.pdf
 	@snella show table6
+
+# All results so far as one page, results/report.html, which any browser opens without a network
+report: environment
+	@snella report
 
 test: lint unit smoke
 
@@ -79,4 +83,4 @@ pretrain: environment
 	$(SNAKEMAKE) -- results/pretrain/vit_quick.safetensors
 
 clean:
-	rm -rf results/runs results/smoke results/*.tex results/*.csv results/*.md results/*.pdf results/*.png logs
+	rm -rf results/runs results/smoke results/*.tex results/*.csv results/*.md results/*.pdf results/*.png results/*.html logs

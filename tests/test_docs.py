@@ -13,12 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import report_support
 import yaml
 
 from snella.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUNS = ("show", "diff", "crate")
+"""Verbs that look at runs: two of them are there."""
 SMALL = ["--config", "protocols.quick.epochs=1", "protocols.quick.warmup_epochs=0"]
 """Settings that shorten the one command that trains."""
 CHECKED_ELSEWHERE = ("snella check ",)
@@ -60,6 +63,15 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
+def write_runs(folder: Path) -> None:
+    """The same run in two results folders, and none of an earlier crate."""
+    (folder / "results-crate.zip").unlink(missing_ok=True)
+    for results in ("results", "reproduced"):
+        made = report_support.record("snella-8", "digits", 0.5, suite="quick")
+        shutil.rmtree(folder / results, ignore_errors=True)
+        report_support.write_run(folder / results, made)
+
+
 def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
@@ -80,6 +92,8 @@ def test_verbs(clone, monkeypatch, capsys, command):
     arguments = shlex.split(command.partition(">")[0])[1:]
     if arguments[:1] == ["new-baseline"]:
         (clone / "baselines" / f"{arguments[1]}.py").unlink(missing_ok=True)
+    if arguments[0] in RUNS:
+        write_runs(clone)
     if arguments[0] == "run" and "--help" not in arguments:
         arguments += SMALL
     try:
@@ -116,6 +130,8 @@ def test_the_workflow_writes_a_table_in_a_folder_of_any_name(clone):
     done = snakemake(clone, *arguments, "--", "results/table1.tex")
     assert done.returncode == 0, done.stderr
     assert "not run" in (clone / "results/table1.tex").read_text()
+    done = snakemake(clone, *arguments[2:], "--report", "s.html", "--", "results/table1.tex")
+    assert done.returncode == 0 and "table1.tex" in (clone / "s.html").read_text(), done.stderr
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])

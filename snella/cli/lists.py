@@ -21,6 +21,7 @@ WIDE = 10_000
 LONG = 500
 """Rows from which on a list is plain columns."""
 FINISHED = ("done", "diverged")
+ATTENTION = ("running", "failed", "stale", "damaged", "diverged")
 
 
 def console() -> Console:
@@ -116,10 +117,10 @@ def print_plan(config: Config, table_name: str, as_json: bool = False) -> None:
 
 
 def print_status(config: Config, table_name: str, as_json: bool = False) -> None:
-    """Print how many runs are in which state, and the reasons of those that need attention."""
+    """Print how many runs are in which state, where some are running, and what is wrong and why."""
     runs = run_list(config, table_name)
     total = summary(runs)
-    wrong = [run for run in runs if run["state"] in ("failed", "stale", "damaged", "diverged")]
+    wrong = [run for run in runs if run["state"] in ATTENTION]
     if as_json:
         print_json({"suite": config.suite, "table": table_name, **total, "attention": wrong})
         return
@@ -127,6 +128,8 @@ def print_status(config: Config, table_name: str, as_json: bool = False) -> None
     for run in wrong:
         cell = f"{run['method']} on {run['dataset']}, seed {run['seed']}"
         sys.stdout.write(f"  {run['state']}: {cell}: {run['reason']}\n")
+    if total["states"].get("failed"):
+        sys.stdout.write("`snella retry` lets the workflow try failed runs again.\n")
 
 
 def _print_total(total: dict[str, Any]) -> None:

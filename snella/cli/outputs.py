@@ -24,11 +24,17 @@ def table(options: argparse.Namespace) -> None:
     _list(tables.write(load(options), options.table, stale=options.stale))
 
 
-def show(options: argparse.Namespace) -> None:
-    """Print a table in the terminal, from the records there are."""
-    from snella.jobs import tables
+def report(options: argparse.Namespace) -> None:
+    """Write all results as one HTML page that works offline, from whatever records there are.
 
-    tables.show(load(options), options.table, stale=options.stale)
+    Every table with its published numbers, every run behind a cell, failures and gaps, trade-offs,
+    examples, and the audit.
+    """
+    from snella.jobs.page import write_page
+
+    config = load(options)
+    out = options.out or Path(config.results) / "report.html"
+    sys.stdout.write(f"{write_page(config, out, stale=options.stale)}\n")
 
 
 def figure(options: argparse.Namespace) -> None:

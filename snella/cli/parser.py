@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from snella import __version__
-from snella.cli import outputs, verbs
+from snella.cli import outputs, runs, verbs
 from snella.errors import UserError, unknown
 from snella.suite.config import DEFAULT, LARGEST_SEED
 
@@ -18,7 +18,9 @@ snella: parameter-efficient fine-tuning of vision models, measured so that numbe
 
   snella run --method snella-8 --dataset digits    train one method on one data set
   snella plan, snella status                       the runs there are, what is done, time left
-  snella show table1                               a table in the terminal
+  snella show table1, snella show RUN              a table, or all about one run
+  snella report                                    all results as one page for the browser
+  snella diff A B                                  what differs between two runs or results folders
   snella methods, snella datasets                  the rows and the columns there are
   snella new-baseline NAME, snella check NAME      write a method of your own, and certify it
   snella doctor                                    what this machine and configuration lack
@@ -121,6 +123,9 @@ def _running(verb: Callable[..., Any]) -> None:
     execute.add_argument("--warm", action="store_true", help="use a warm worker")
     verb(verbs.worker, "snella worker")
 
+    retry = _with_config(verb(runs.retry, "snella retry", "snella retry digits/lora-8/seed0"))
+    retry.add_argument("runs", nargs="*", help="runs (default: all that failed)")
+
     prepare = _with_config(verb(verbs.prepare, "snella prepare digits"))
     prepare.add_argument("dataset", help="a column (snella datasets)")
     data = _with_config(
@@ -141,7 +146,23 @@ def _looking(verb: Callable[..., Any]) -> None:
         sub = _with_config(verb(call, *examples))
         sub.add_argument("table", nargs="?", default="table1", help="a table (default: table1)")
         sub.add_argument("--json", action="store_true", help="the same as JSON, for programs")
-    _table(verb(outputs.show, "snella show table1"))
+    show = _with_config(
+        verb(
+            runs.show,
+            "snella show table1",
+            "snella show quick/vit-quick/digits/lora-8/seed0",
+            "snella show digits/lora-8 --json",
+        )
+    )
+    show.add_argument(
+        "name", nargs="?", default="table1", help="a table or a run (default: table1)"
+    )
+    show.add_argument("--stale", action="store_true", help="show a table's stale records, marked")
+    show.add_argument("--json", action="store_true", help="the same as JSON, for programs")
+    diff = _with_config(verb(runs.diff, "snella diff results reproduced"))
+    for name, which in (("a", "a results folder, or a run"), ("b", "another one")):
+        diff.add_argument(name, metavar=name.upper(), help=which)
+    diff.add_argument("--json", action="store_true", help="every difference as JSON")
     doctor = _with_config(verb(verbs.doctor, "snella doctor", "snella doctor --json > report.json"))
     doctor.add_argument("--json", action="store_true", help="the report as JSON")
 
@@ -160,6 +181,14 @@ def _writing(verb: Callable[..., Any]) -> None:
     pdf.add_argument("tex", type=Path, help="a table written by `snella table`")
     check = _with_config(verb(verbs.check, "snella check snella-8", "snella check ~/work/svf.py"))
     check.add_argument("method", help="a row, a file in baselines/, or a path to any .py file")
+    report = _with_config(
+        verb(outputs.report, "snella report", "snella report --config suite=smoke")
+    )
+    report.add_argument("--stale", action="store_true", help="show stale records too, marked")
+    report.add_argument("--out", type=Path, help="the file to write (default: RESULTS/report.html)")
+    crate = _with_config(verb(runs.crate, "snella crate table1-crate.zip"))
+    crate.add_argument("out", type=Path, help="a new folder, or a file ending in .zip")
+    crate.add_argument("--adapters", action="store_true", help="with the trained weights")
     new = _with_config(verb(verbs.new_baseline, "snella new-baseline mymethod"))
     new.add_argument("name", help="letters, digits and underscores, or a path ending in .py")
     completion = verb(

@@ -124,7 +124,7 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def status(options: argparse.Namespace) -> None:
-    """Summarise the runs of a table: counts, time left, and what failed and why."""
+    """Summarise the runs of a table: counts, time left, what runs where, what is wrong and why."""
     from snella.cli.lists import print_status
 
     print_status(load(options), options.table, options.json)

@@ -228,7 +228,16 @@ class WorkflowPlan:
 
     def all_records(self, wildcards: Any) -> str:
         """A digest over which records there are, of any suite, and when they were written."""
-        found = sorted(Path(self.config.results).glob("runs/*/*/*/*/*/record.json"))
+        return self._written("record.json")
+
+    def page_content(self, wildcards: Any) -> str:
+        """What the page shows: all records and failures, and the code that writes it."""
+        return digest_json(
+            [self._written("record.json"), self._written("failure.json"), _report_code()]
+        )
+
+    def _written(self, name: str) -> str:
+        found = sorted(Path(self.config.results).glob(f"runs/*/*/*/*/*/{name}"))
         return digest_json([[p.as_posix(), p.stat().st_mtime_ns] for p in found])
 
     def figure_records(self, wildcards: Any) -> list[str]:

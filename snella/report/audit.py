@@ -57,7 +57,8 @@ def _table(row: dict[str, Any]) -> str:
     return f"{row['source']} {row['table']}"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def number_cells(row: dict[str, Any]) -> list[str]:
+    """A published number as printed, under :data:`HEADS`."""
     digits, ours, difference = int(row["decimals"]), "", ""
     if row["ours"] is not None and math.isfinite(row["ours"]):
         ours, difference = f"{row['ours']:.{digits}f}", signed(row["difference"], digits)
@@ -76,7 +77,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _total_rows(found: pd.DataFrame) -> list[list[str]]:
+def total_rows(found: pd.DataFrame) -> list[list[str]]:
+    """Title, count of each verdict and of all numbers for every table, and for all of them."""
     counted = totals(found)
     rows = [
         [
@@ -95,12 +97,12 @@ def markdown(found: pd.DataFrame) -> str:
     heads = ["Table", *[TITLES[v] for v in VERDICTS], "numbers"]
     lines = ["# Audit of the published numbers", "", summary(found), "", LEGEND, ""]
     lines += [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
-    lines += [_row(row) for row in _total_rows(found)]
+    lines += [_row(row) for row in total_rows(found)]
     rows = list(decided(found))
     if rows:
         lines += ["", "## Decided numbers", "", _row([*HEADS, "Command"])]
         lines += [_row(["---"] * (len(HEADS) + 1))]
-        lines += [_row([*_cells(row), f"`{row['command']}`"]) for row in rows]
+        lines += [_row([*number_cells(row), f"`{row['command']}`"]) for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -120,13 +122,13 @@ def html(found: pd.DataFrame) -> str:
         "<tr data-verdict='{}' title='{}'>{}</tr>".format(
             row["verdict"],
             escaping.escape(row["command"], quote=True),
-            "".join(f"<td>{escaping.escape(cell)}</td>" for cell in _cells(row)),
+            "".join(f"<td>{escaping.escape(cell)}</td>" for cell in number_cells(row)),
         )
         for row in found.to_dict("records")
     ]
     counted = [
         f"<tr>{''.join(f'<td>{escaping.escape(c)}</td>' for c in r)}</tr>"
-        for r in _total_rows(found)
+        for r in total_rows(found)
     ]
     choices = [f"<option value='{v}'>{TITLES[v]}</option>" for v in VERDICTS]
     parts = {
@@ -145,8 +147,8 @@ def html(found: pd.DataFrame) -> str:
 
 def latex(found: pd.DataFrame) -> str:
     """A document: totals per table, and every number that is decided."""
-    total_lines = [" & ".join(map(escape, row)) + r" \\" for row in _total_rows(found)]
-    rows = [" & ".join(map(escape, _cells(row)[:7])) + r" \\" for row in decided(found)]
+    total_lines = [" & ".join(map(escape, row)) + r" \\" for row in total_rows(found)]
+    rows = [" & ".join(map(escape, number_cells(row)[:7])) + r" \\" for row in decided(found)]
     heads = ["Table", "Reproduced", "Explained", "Refuted", "Not yet run", "Numbers"]
     lines = [
         r"\documentclass[a4paper]{article}",

@@ -42,7 +42,7 @@ def state(run: Run) -> State:
     """
     record = read_record(run.folder)
     if is_running(run.folder):
-        return State("running", "", record)
+        return State("running", whereabouts(run.folder), record)
     broken = read_failure(run.folder)
     if record is None or record["status"] not in FINAL:
         if broken is None:
@@ -100,6 +100,16 @@ def is_running(folder: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def whereabouts(folder: Path) -> str:
+    """Where a run is at work, as its process noted in the lock: host, process, SLURM job."""
+    try:
+        noted = json.loads((folder / ".lock").read_text(encoding="utf-8"))
+        job = f", SLURM job {noted['slurm']}" if "slurm" in noted else ""
+        return f"on {noted['host']}, process {noted['pid']}{job}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def usable(run: Run, stale: bool = False) -> tuple[Record | None, State]:

@@ -12,6 +12,6 @@ wildcard_constraints:
     dataset=r"[A-Za-z0-9_.-]+",
     method=r"[A-Za-z0-9_.-]+",
     seed=r"\d+",
-    table=rf"(?!figure|audit|lr_sweep|(?:{PLAN.figure_names})\.)"
+    table=rf"(?!figure|audit|report|lr_sweep|(?:{PLAN.figure_names})\.)"
     r"(?:(?!_statistics|_ranks|_vs_published)[A-Za-z0-9_])+",
     figure=PLAN.figure_names,

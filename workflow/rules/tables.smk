@@ -93,6 +93,25 @@ rule audit:
         " || {{ tail -n 1 {log:q} >&2; exit 1; }}"
 
 
+# All results as one page for the browser, from whatever records there are.
+rule page:
+    output:
+        report("<results>/report.html", category="Page", caption="../report/page.rst"),
+    log:
+        "<logs>/report.log",
+    benchmark:
+        "<logs>/benchmarks/report.tsv"
+    localrule: True
+    conda:
+        "../../envs/environment.yaml"
+    params:
+        overlay=PLAN.overlay,
+        content=PLAN.page_content,
+    shell:
+        "snella report --overlay {params.overlay:q} > {log:q} 2>&1"
+        " || {{ tail -n 1 {log:q} >&2; exit 1; }}"
+
+
 rule pdf:
     input:
         "<results>/{table}.tex",

@@ -1,0 +1,11 @@
+"""All results as one self-contained HTML file that works offline.
+
+content (what is shown) -> view (plain values for template and script, with scatter and pictures)
+-> render (template, style and script, all in one file).
+"""
+
+from snella.report.page.content import Content, PageRun, PageSuite, PageTable
+from snella.report.page.pictures import Gallery, GalleryLine
+from snella.report.page.render import render
+
+__all__ = ["Content", "Gallery", "GalleryLine", "PageRun", "PageSuite", "PageTable", "render"]

@@ -1,0 +1,344 @@
+"""From a page's content to plain values: what the template prints and what the script is given.
+
+The script's data hold every distinct part of a configuration or environment once, as text in a
+pool, because hundreds of runs repeat them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from snella.report.audit import HEADS, LEGEND, number_cells, total_rows
+from snella.report.columns import VALUES, Column, value
+from snella.report.page import scatter
+from snella.report.page.content import Content, PageRun, PageTable, RunKey
+from snella.report.page.pictures import views
+from snella.report.results import column_outcome
+from snella.report.run_details import shown_metrics
+from snella.report.table import Cell, Table
+from snella.report.text import Grid, table_grid
+from snella.report.verdicts import TITLES, VERDICTS, summary
+from snella.report.versus import Pair, compare_published, signed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COSTS = ("with_head", "peak_memory_mb", "train_seconds")
+"""What results are drawn against."""
+FEWEST = 4
+"""Rows that a picture of trade-offs needs."""
+CURVES = ("loss", "val")
+DIGEST = 16
+LOGGED = 1500
+"""A page of more runs holds the logs of those alone that did not end well."""
+ORDER = ("failed", "damaged", "diverged", "running", "stale", "missing", "done")
+GAPS = {"failed": {"failed", "diverged", "damaged"}, "stale": {"stale"}}
+Places = dict[tuple[str, str, str], list[tuple[int, str]]]
+"""Numbers and states of runs by suite, method and data set."""
+TIMES = ("started", "ended", "command")
+
+
+class Pool:
+    """Texts that are stored once and named by their number."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, int] = {}
+
+    def add(self, text: str) -> int:
+        """The number of a text."""
+        return self.texts.setdefault(text, len(self.texts))
+
+    def parts(self, content: Mapping[str, Any]) -> list[list[Any]]:
+        """A mapping as (key, number of the value's JSON)."""
+        return [
+            [key, self.add(json.dumps(content[key], sort_keys=True))] for key in sorted(content)
+        ]
+
+
+def view(content: Content) -> dict[str, Any]:
+    """All values of the template, the script's data under ``data``."""
+    pool = Pool()
+    numbers = {key: i for i, key in enumerate(content.runs)}
+    few = len(content.runs) <= LOGGED
+    runs = [_run(run, pool, log=few or run.state != "done") for run in content.runs.values()]
+    suites: list[dict[str, Any]] = []
+    tables: list[dict[str, Any]] = []
+    for suite in content.suites:
+        own = [_table(len(tables) + i, part, content.runs) for i, part in enumerate(suite.tables)]
+        tables += [table.pop("data") for table in own]
+        suites.append({"title": suite.title, "banner": suite.banner, "tables": own})
+    audit = None if content.audit is None else _audit(content.audit, pool)
+    data = {
+        "runs": runs,
+        "tables": tables,
+        "audit": None if audit is None else audit.pop("rows"),
+        "pool": list(pool.texts),
+    }
+    return {
+        "suites": suites,
+        "states": _states(content.runs.values()),
+        "attention": _attention(content.runs.values(), numbers),
+        "galleries": views([g for suite in content.suites for g in suite.galleries]),
+        "skipped": content.skipped,
+        "audit": audit,
+        "newest": _newest(content.runs.values()),
+        "data": data,
+    }
+
+
+def _run(run: PageRun, pool: Pool, *, log: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "label": run.label, "method": run.method, "data": run.dataset_label,
+        "dataset": run.dataset, "suite": run.suite, "seed": run.seed, "state": run.state,
+        "why": run.why, "folder": run.folder,
+    }  # fmt: skip
+    details = run.details
+    if details is None:
+        return found
+    made, settings = details["environment"], details["settings"]
+    lines = [None if line.startswith("snella execute --settings") else line
+             for line in details["commands"]]  # fmt: skip
+    found |= {
+        "reason": details["reason"], "failure": details["failure"],
+        "warnings": details["warnings"],
+        "numbers": [[pool.add(s), pool.add(t), e, v] for s, t, e, v in shown_metrics(details)],
+        "cost": [(pool.add(title), text) for title, text in _costs(details)],
+        "settings": pool.parts({**settings, "results": "reproduced"}) if settings else None,
+        "method_settings": pool.parts(details["method"]),
+        "environment": pool.parts({k: v for k, v in made.items() if k not in TIMES}),
+        "times": [made.get("started"), made.get("ended")],
+        "identity": {k: _cut(v) for k, v in details["identity"].items() if k != "libraries"},
+        "digests": {k: _cut(v) for k, v in details["digests"].items()},
+        "curve": _curve(details),
+        "metric": _metric(details),
+        "log": details["log"] if log else [],
+        "commands": lines,
+    }  # fmt: skip
+    return found
+
+
+def _costs(details: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Parameters and costs under the titles that tables give them."""
+    recorded = {**(details["cost"] or {}), **(details["parameters"] or {})}
+    names = {"with_head": "with_head", "without_head": "trainable", "total": "total"}
+    found = []
+    for name, quantity in VALUES.items():
+        number = recorded.get(names.get(name, name)) if name != "trainable" else None
+        if number is not None:
+            unit = quantity.unit([number])
+            text = f"{number * unit.scale:.{unit.digits}f} {unit.symbol}".rstrip()
+            found.append((quantity.title, text))
+    return found
+
+
+def _metric(details: Mapping[str, Any]) -> tuple[str, str]:
+    """Title and unit of the metric that validation is measured in."""
+    infos = details["metric_info"] or ()
+    info: Mapping[str, str] = next((i for i in infos if i["name"] == details["metric"]), {})
+    return info.get("title", "result"), info.get("unit", "")
+
+
+def _curve(details: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """Loss and validation per epoch, the latter in the unit of tables."""
+    scale = {"val": 100.0 if _metric(details)[1] == "%" else 1.0}
+    return {
+        name: [None if v is None else _short(v * scale.get(name, 1.0)) for v in values]
+        for name, values in details["curve"].items()
+        if name in CURVES
+    }
+
+
+def _cut(digest: Any) -> Any:
+    return digest[:DIGEST] if isinstance(digest, str) else digest
+
+
+def _short(number: Any) -> Any:
+    """A number with as many digits as a reader may want."""
+    return float(f"{number:.5g}") if isinstance(number, float) else number
+
+
+def _table(index: int, part: PageTable, runs: Mapping[RunKey, PageRun]) -> dict[str, Any]:
+    table = part.table
+    grid, versus = table_grid(table), compare_published(table)
+    pairs = {} if versus is None else versus.pairs
+    names = [name for rows in table.rows for name, _ in rows.methods]
+    places: Places = {}
+    for number, run in enumerate(runs.values()):
+        places.setdefault((run.suite, run.method, run.dataset), []).append((number, run.state))
+    cells = [
+        [_cell(table, name, c, places, pairs.get((name, c.key))) for c in table.columns]
+        for name in names
+    ]
+    columns = [
+        {
+            "label": table.label(c), "block": c.block, "ranked": c.ranked,
+            "digits": table.units[c.key].digits, "unit": table.units[c.key].symbol,
+            "better": 1 if c.quantity.higher_is_better else -1,
+            "title": c.quantity.title,
+        }
+        for c in table.columns
+    ]  # fmt: skip
+    return {
+        "index": index,
+        "title": part.title,
+        "demo": table.banner,
+        "caption": table.caption.removeprefix(f"{table.banner}. "),
+        "command": part.command,
+        "blocks": grid.blocks if any(block for block, _ in grid.blocks) else [],
+        "heads": [h.label for h in grid.headings],
+        "sections": _sections(table, grid, cells),
+        "remarks": [*grid.remarks, *([] if versus is None else versus.remarks)],
+        "notes": grid.notes,
+        "versus": versus is not None,
+        "verdicts": _verdicts(pairs.values()),
+        "trade_offs": trade_offs(table, f"{index}"),
+        "data": {
+            "columns": columns, "cells": cells,
+            "rows": [label for rows in table.rows for _, label in rows.methods],
+        },
+    }  # fmt: skip
+
+
+def _sections(table: Table, grid: Grid, cells: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The grid's rows with the numbers of their cells."""
+    found, row = [], 0
+    for section, rows in zip(grid.sections, table.rows, strict=True):
+        lines = []
+        for line in section.lines:
+            entries = [
+                {
+                    "text": e.text, "spread": e.spread, "mark": e.mark, "note": e.note,
+                    "state": cell["state"], "key": f"{row},{column}", "published": cell.get("pub"),
+                }
+                for column, (e, cell) in enumerate(zip(line.entries, cells[row], strict=True))
+            ]  # fmt: skip
+            lines.append({"label": line.label, "row": row, "entries": entries})
+            row += 1
+        found.append({"title": section.title, "apart": section.apart, "own": rows.own,
+                      "lines": lines})  # fmt: skip
+    return found
+
+
+def _cell(
+    table: Table,
+    method: str,
+    column: Column,
+    places: Places,
+    pair: Pair | None,
+) -> dict[str, Any]:
+    """What a cell shows when it is opened: number, note, published number, and its runs."""
+    cell = table.cells[method, column.key]
+    runs = [n for d in column.datasets for n in places.get((column.suite.name, method, d), ())]
+    found: dict[str, Any] = {
+        "v": None if cell.mean is None else float(f"{cell.mean:.8g}"),
+        "runs": [number for number, _ in runs],
+        "state": _state(cell, {state for _, state in runs}),
+    }
+    if cell.note:
+        found["note"] = cell.note
+    if cell.error:
+        found["error"] = _short(cell.error)
+    if len(cell.values) > 1:
+        found["seeds"] = {str(seed): _short(v) for seed, v in cell.values.items()}
+    if pair is not None and pair.printed is not None and pair.value is not None:
+        verdict, why = pair.verdict
+        digits = table.units[column.key].digits
+        apart = "" if pair.difference is None else signed(pair.difference, digits)
+        found["pub"] = {
+            "value": f"{pair.value:.{digits}f}", "difference": apart, "verdict": verdict,
+            "title": TITLES[verdict] if pair.difference is not None else "", "why": why,
+            "note": pair.printed["note"], "label": pair.printed["label"],
+        }  # fmt: skip
+    return found
+
+
+def _state(cell: Cell, states: set[str]) -> str:
+    """How a cell is coloured: by what is wrong with it, if it has no number or a stale one."""
+    if cell.mean is not None:
+        return "stale" if "stale:" in cell.note else ""
+    return next((name for name in ("failed", "stale") if states & GAPS[name]), "missing")
+
+
+def _verdicts(pairs: Any) -> list[tuple[str, str, int]]:
+    counts = Counter(p.verdict[0] for p in pairs if p.difference is not None)
+    return [(v, TITLES[v], counts[v]) for v in VERDICTS if counts[v]]
+
+
+def trade_offs(table: Table, index: str) -> list[dict[str, Any]]:
+    """The table's headline (its ranked column over most data sets) against each cost."""
+    ranked = [(i, c) for i, c in enumerate(table.columns) if c.ranked]
+    if not ranked:
+        return []
+    number, head = max(ranked, key=lambda pair: (len(pair[1].datasets), -pair[0]))
+    unit = table.units[head.key].symbol
+    name = f"{head.block} {table.label(head)}" if head.block else table.label(head)
+    title = f"{name}: {head.quantity.title}" + (f" ({unit})" if unit else "")
+    y = scatter.Axis(title, head.quantity.higher_is_better)
+    names = [(m, label, rows.own) for rows in table.rows for m, label in rows.methods]
+    found = []
+    for cost in COSTS:
+        points = _points(table, names, head, number, cost, index)
+        if points:
+            quantity, symbol, marks = points
+            axis = scatter.Axis(f"{quantity} ({symbol})" if symbol else quantity, False)
+            found.append(scatter.draw(marks, axis, y))
+    return found
+
+
+def _points(
+    table: Table, names: Sequence[tuple[str, str, bool]], head: Column, number: int, cost: str,
+    index: str,
+) -> tuple[str, str, list[scatter.Point]] | None:  # fmt: skip
+    """The rows that have both numbers; None for too few to be worth a picture."""
+    quantity = value(cost)
+    column = Column(cost, quantity.title, None, "value", quantity, head.members, head.suite)
+    spent = {m: column_outcome(table.results, m, column).mean for m, _, _ in names}
+    unit = quantity.unit(v for v in spent.values() if v is not None)
+    points = []
+    for row, (method, label, own) in enumerate(names):
+        reached, paid = table.cells[method, head.key].mean, spent[method]
+        if reached is not None and paid is not None and math.isfinite(paid):
+            cell = f"{index},{row},{number}"
+            points.append(scatter.Point(label, paid * unit.scale, reached, cell, own))
+    return (quantity.title, unit.symbol, points) if len(points) >= FEWEST else None
+
+
+def _states(runs: Any) -> list[tuple[str, int]]:
+    counts = Counter(run.state for run in runs)
+    return [(state, counts[state]) for state in reversed(ORDER) if counts[state]]
+
+
+def _attention(runs: Any, numbers: Mapping[RunKey, int]) -> list[dict[str, Any]]:
+    """Runs that are not done, by what is wrong with them; those never run are only counted."""
+    wrong = [run for run in runs if run.state not in ("done", "missing")]
+    wrong.sort(key=lambda run: ORDER.index(run.state))
+    return [
+        {"state": r.state, "label": r.label, "data": r.dataset_label, "suite": r.suite,
+         "seed": r.seed, "why": r.why, "run": numbers[r.key]}
+        for r in wrong
+    ]  # fmt: skip
+
+
+def _newest(runs: Any) -> str:
+    """When the newest run ended; a page says nothing of when it was written, to be repeatable."""
+    ended = [str((r.details["environment"] or {}).get("ended") or "") for r in runs if r.details]
+    return max(ended, default="")[:10]
+
+
+def _audit(found: pd.DataFrame, pool: Pool) -> dict[str, Any]:
+    rows = [
+        [
+            VERDICTS.index(row["verdict"]),
+            *(pool.add(c) for c in (*number_cells(row), row["command"])),
+        ]
+        for row in found.to_dict("records")
+    ]
+    return {
+        "summary": summary(found), "legend": LEGEND, "heads": HEADS,
+        "total_heads": ["Table", *(TITLES[v] for v in VERDICTS), "numbers"],
+        "totals": total_rows(found), "verdicts": [(v, TITLES[v]) for v in VERDICTS], "rows": rows,
+    }  # fmt: skip
