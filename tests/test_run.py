@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -247,9 +248,40 @@ def test_a_user_error_is_recorded_and_raised(make_run, tmp_path):
     assert json.loads(file(tmp_path / "x", "failure.json").read_text())["status"] == "failed"
 
 
-def test_two_processes_never_write_one_run(make_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "WAIT_SECONDS", 0)
+def test_a_second_process_waits_and_takes_what_the_first_finished(make_run, tmp_path, capsys):
+    """A twin of a job whose workflow was killed: it neither writes nor trains."""
     run = at(make_run(), tmp_path)
-    run.folder.mkdir(parents=True)
-    with running.exclusive(run.folder), pytest.raises(UserError, match="Another process"):
-        running.execute(run)
+    first = running.execute(run)
+    written = (run.folder / "training.json").stat().st_mtime_ns
+    second: list[dict] = []
+    twin = threading.Thread(target=lambda: second.append(running.execute(run)))
+    with running.exclusive(run.folder):
+        twin.start()
+        twin.join(timeout=0.7)
+        assert twin.is_alive() and not second
+    twin.join(timeout=60)
+    assert second == [first]
+    assert (run.folder / "training.json").stat().st_mtime_ns == written
+    assert f"at work in process {os.getpid()} on " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error,transient",
+    [
+        (ValueError("the method is wrong"), False),
+        (UserError("no such hyper-parameter"), False),
+        (OSError(5, "Input/output error"), True),
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("no memory"), True),
+        (running.Terminated("time limit"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+    ],
+)
+def test_only_what_the_machine_did_may_end_otherwise(error, transient):
+    assert running.transient(error) is transient
+
+
+def test_a_user_error_says_that_a_retry_does_not_help(make_run, tmp_path):
+    with pytest.raises(UserError):
+        execute(make_run("full", {"ranc": 3}), tmp_path / "x")
+    assert json.loads(file(tmp_path / "x", "failure.json").read_text())["transient"] is False
