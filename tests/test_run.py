@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -248,17 +248,6 @@ def test_a_user_error_is_recorded_and_raised(make_run, tmp_path):
     assert json.loads(file(tmp_path / "x", "failure.json").read_text())["status"] == "failed"
 
 
-def test_a_second_process_waits_for_the_first(make_run, tmp_path):
-    run = at(make_run(), tmp_path)
-    run.folder.mkdir(parents=True)
-    with ThreadPoolExecutor(1) as pool:
-        with running.exclusive(run.folder):
-            second = pool.submit(running.execute, run)
-            time.sleep(2 * running.POLL_SECONDS)
-            assert not second.done()
-        assert second.result(60)["status"] == "ok"
-
-
 def test_what_a_killed_process_was_writing_is_removed_at_the_start(make_run, tmp_path):
     """Also where the run is finished and nothing is written any more."""
     chosen = make_run(epochs=1, warmup_epochs=0)
@@ -269,3 +258,42 @@ def test_what_a_killed_process_was_writing_is_removed_at_the_start(make_run, tmp
     alive.write_bytes(b"half")
     execute(chosen, tmp_path)
     assert not dead.exists() and alive.exists()
+
+
+def test_a_second_process_waits_and_takes_what_the_first_finished(make_run, tmp_path, capsys):
+    """A twin of a job whose workflow was killed: it neither writes nor trains."""
+    run = at(make_run(), tmp_path)
+    first = running.execute(run)
+    written = (run.folder / "training.json").stat().st_mtime_ns
+    second: list[dict] = []
+    twin = threading.Thread(target=lambda: second.append(running.execute(run)))
+    with running.exclusive(run.folder):
+        twin.start()
+        twin.join(timeout=0.7)
+        assert twin.is_alive() and not second
+    twin.join(timeout=60)
+    assert second == [first]
+    assert (run.folder / "training.json").stat().st_mtime_ns == written
+    assert f"at work in process {os.getpid()} on " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error,transient",
+    [
+        (ValueError("the method is wrong"), False),
+        (UserError("no such hyper-parameter"), False),
+        (OSError(5, "Input/output error"), True),
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("no memory"), True),
+        (running.Terminated("time limit"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+    ],
+)
+def test_only_what_the_machine_did_may_end_otherwise(error, transient):
+    assert running.transient(error) is transient
+
+
+def test_a_user_error_says_that_a_retry_does_not_help(make_run, tmp_path):
+    with pytest.raises(UserError):
+        execute(make_run("full", {"ranc": 3}), tmp_path / "x")
+    assert json.loads(file(tmp_path / "x", "failure.json").read_text())["transient"] is False

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -15,18 +17,46 @@ from snella.jobs import worker
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
+COUNTING = """
+from pathlib import Path
+from snella.method import Method
+
+
+class Counting(Method):
+    head_only = True
+
+    def adapt(self, model):
+        pass
+
+    def on_epoch_start(self, model, epoch, epochs):
+        with Path({path!r}).open("a") as file:
+            file.write(f"{{epoch}}\\n")
+"""
+
+
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A server of this test's own that preloads nothing and is idle for a second at most."""
-    monkeypatch.setattr(worker.tempfile, "gettempdir", lambda: str(tmp_path))
-    code = (
-        f"import tempfile; tempfile.gettempdir = lambda: {str(tmp_path)!r}\n"
+def place(monkeypatch, tmp_path):  # pytest has made its own folder by now
+    """A temporary folder whose path has room for a socket."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr(worker.tempfile, "gettempdir", lambda: folder)
+        yield folder
+
+
+def code(place: str, last: str) -> str:
+    """A program whose temporary folder is ``place``."""
+    return f"import sys, tempfile; tempfile.gettempdir = lambda: {place!r}\n{last}"
+
+
+@contextmanager
+def serving(place: str, idle: int):
+    """A server of a test's own that preloads nothing and ends when idle for ``idle`` seconds."""
+    serve = (
         "from snella.jobs import worker\n"
-        "worker.IDLE_SECONDS, worker.PRELOAD = 1, ()\n"
+        f"worker.IDLE_SECONDS, worker.PRELOAD = {idle}, ()\n"
         "from snella.cli import main\n"
         "worker.serve(main)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code])
+    process = subprocess.Popen([sys.executable, "-c", code(place, serve)])
     deadline = time.monotonic() + 30
     while (connection := worker._connect()) is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -35,6 +65,12 @@ def server(tmp_path, monkeypatch):
     yield process
     process.kill()
     process.wait()
+
+
+@pytest.fixture
+def server(place):
+    with serving(place, idle=600) as process:
+        yield process
 
 
 def test_a_job_runs_and_its_output_and_status_come_back(server, capfd):
@@ -55,15 +91,12 @@ def test_jobs_do_not_share_a_process(server, tmp_path, make_run):
     assert chosen.record.exists()
 
 
-def test_a_job_ends_when_its_client_is_killed(server, tmp_path, make_run):
+def test_a_job_ends_when_its_client_is_killed(server, place, make_run):
     chosen = make_run(epochs=100_000)
-    code = (
-        f"import sys, tempfile; tempfile.gettempdir = lambda: {str(tmp_path)!r}\n"
-        "from snella.jobs import worker; worker.call(sys.argv[1:])"
-    )
+    call = code(place, "from snella.jobs import worker; worker.call(sys.argv[1:])")
     folder = chosen.folder
     client = subprocess.Popen(
-        [sys.executable, "-c", code, "execute", "--settings", chosen.to_json()]
+        [sys.executable, "-c", call, "execute", "--settings", chosen.to_json()]
     )  # fmt: skip
     wait_for(folder / "checkpoint.pt")
     client.kill()
@@ -72,14 +105,55 @@ def test_a_job_ends_when_its_client_is_killed(server, tmp_path, make_run):
     assert json.loads((folder / "failure.json").read_text())["status"] == "timeout"
 
 
-def test_an_idle_server_ends_and_removes_its_socket(server):
-    assert server.wait(timeout=15) == 0
-    assert not worker._address().exists()
+def test_an_idle_server_ends_and_removes_its_socket(place):
+    with serving(place, idle=1) as server:
+        assert server.wait(timeout=15) == 0
+        assert not worker._address().exists()
 
 
-def test_not_inside_a_cluster_job(monkeypatch):
+def test_a_killed_server_costs_no_second_training(server, place, tmp_path, make_run):
+    """The orphaned job goes on; its client waits for it and finds it finished."""
+    chosen, epochs = make_run(epochs=60), tmp_path / "epochs"
+    (tmp_path / "counting.py").write_text(COUNTING.format(path=str(epochs)))
+    method = chosen.method.model_copy(update={"file": str(tmp_path / "counting.py")})
+    chosen = chosen.model_copy(update={"method": method})
+    main = code(place, "from snella.cli import main; raise SystemExit(main(sys.argv[1:]))")
+    client = subprocess.Popen(
+        [sys.executable, "-c", main, "execute", "--warm", "--settings", chosen.to_json()],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(epochs)
+    server.kill()
+    out, err = client.communicate(timeout=120)
+    assert client.returncode == 0, err
+    assert ": ok" in out
+    assert epochs.read_text().split() == [str(epoch) for epoch in range(60)]
+
+
+def test_a_cluster_job_uses_a_server_of_its_own_only(server, monkeypatch):
+    assert worker.available()
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert not worker.available()
+    assert not worker.available()  # the server's address is that of no job
+
+
+@pytest.mark.parametrize("cells,started", [(["run:seed=0"], 0), (["run:seed=0", "run:seed=1"], 1)])
+def test_a_job_of_several_cells_starts_a_server(monkeypatch, place, cells, started):
+    spawned: list[int] = []
+    monkeypatch.setattr(worker, "_spawn", lambda: spawned.append(1))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    command = ["snakemake", "--target-jobs", *cells, "--force"]
+    worker.start_in_job(command)
+    assert not spawned
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    worker.start_in_job(command)
+    assert len(spawned) == started
+
+
+def test_a_long_temporary_folder_leaves_room_for_the_socket(monkeypatch, tmp_path):
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr(worker.tempfile, "gettempdir", lambda: str(long))
+    assert len(os.fsencode(worker._address())) < 107
 
 
 def wait_for(path, seconds: float = 60) -> None:

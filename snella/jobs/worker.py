@@ -34,7 +34,7 @@ START_SECONDS = 90
 PRELOAD = ("torch", "timm", "peft", "snella.runs.execute")
 MESSAGE_BYTES = 2**20
 SHORT_PLACES = ("/tmp", "/var/tmp")
-LONGEST_PLACE = 60
+LONGEST_PLACE = 72
 """Bytes of a temporary folder's path; a socket's whole path may have 107."""
 Command = Callable[[list[str]], int]
 """Runs the arguments of ``snella`` and returns the exit status."""

@@ -258,7 +258,7 @@ def _job() -> dict[str, str]:
 
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, mode="w")
+    handler = logging.FileHandler(path, mode="w", delay=True)  # a finished run keeps its log
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)

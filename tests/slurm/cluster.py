@@ -1,4 +1,4 @@
-"""A SLURM of one node with two pretended GPUs, of the caller's own and without privileges.
+"""A SLURM of one node with four pretended GPUs, of the caller's own and without privileges.
 
 munged, slurmctld and slurmd run as the present user on free ports, with all their files in one
 folder; no service of the machine is touched.
@@ -16,7 +16,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "srun")
 PACKAGES = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
 PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
-GPUS = ("/dev/null", "/dev/zero")  # any character devices pass for GPUs
+GPUS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")  # any character devices pass for GPUs
 
 CONF = """\
 ClusterName=test
@@ -46,9 +46,10 @@ OverTimeLimit=0
 ReturnToService=2
 MpiDefault=none
 GresTypes=gpu
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=8000 Gres=gpu:2
-PartitionName=gpu Nodes=ALL MaxTime=INFINITE State=UP
-PartitionName=cpu Nodes=ALL MaxTime=INFINITE State=UP
+SlurmdParameters=config_overrides
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=8000 Gres=gpu:4
+PartitionName=gpu Nodes=node1 MaxTime=INFINITE State=UP
+PartitionName=cpu Nodes=node1 MaxTime=INFINITE State=UP
 """
 
 
@@ -83,7 +84,11 @@ class Cluster:
         host = socket.gethostname().partition(".")[0]
         (self.folder / "slurm.conf").write_text(
             CONF.format(
-                host=host, folder=self.folder, user=_user(), controller=_port(), daemon=_port()
+                host=host,
+                folder=self.folder,
+                user=_user(),
+                controller=_port(),
+                daemon=_port(),
             )
         )
         # without a writable cgroup2 slurmd starts only if told of v1, which it then leaves alone
@@ -118,9 +123,10 @@ class Cluster:
         _wait(lambda: (f / "munge.socket").exists(), f / "munged.log")
         self._spawn("slurmctld", "-D")
         self._spawn("slurmd", "-D", "-N", "node1")
-        _wait(
-            lambda: self.call("sinfo", "-h", "-o", "%t").split()[:1] == ["idle"], f / "slurmd.log"
-        )
+        _wait(self._is_idle, f / "slurmctld.log")
+
+    def _is_idle(self) -> bool:
+        return set(self.call("sinfo", "-h", "-o", "%t").split()) == {"idle"}
 
     def _spawn(self, program: str, *arguments: str) -> None:
         path = shutil.which(program, path=PATH)
@@ -148,7 +154,7 @@ class Cluster:
         """All jobs there are or were lately: id, state, name, comment, CPUs, GPUs, partition."""
         fields = {
             "id": "%i", "state": "%T", "name": "%j", "comment": "%k", "partition": "%P",
-            "limit": "%l", "memory": "%m", "gres": "%b", "cpus": "%C",
+            "limit": "%l", "memory": "%m", "cpus": "%C", "folder": "%Z",
         }  # fmt: skip
         out = self.call("squeue", "-h", "-t", states, "-o", "|".join(fields.values()))
         return [dict(zip(fields, line.split("|"), strict=True)) for line in out.splitlines()]

@@ -9,6 +9,7 @@ rule prepare:
         "<logs>/benchmarks/prepare/{dataset}.tsv"
     conda:
         "../../envs/environment.yaml"
+    retries: 0
     resources:
         mem_mb=4000,
         runtime=120,

@@ -1,0 +1,162 @@
+"""Coordinators, retries and requests, without a cluster; tests/slurm has the real thing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from snella.errors import UserError
+from snella.jobs import coordinator, retries, slurm
+from snella.jobs.coordinator import Coordinator
+from snella.records import write_record
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from snella.jobs.coordinator import Coordinator
+held = Coordinator(Path(sys.argv[1]))
+held.note("snella_1")
+print("held", flush=True)
+time.sleep(600)
+"""
+PARTITIONS = "cpu*|(null)|64|256000\ngpu|gpu:a100:4(S:0-1)|32+|128000+\ngpu|gpu:4|16|64000\n"
+
+
+@pytest.fixture
+def answers(monkeypatch) -> dict[str, str | None]:
+    """What SLURM's commands answer, by name."""
+    said: dict[str, str | None] = {"sinfo": PARTITIONS, "squeue": ""}
+    monkeypatch.setattr(slurm, "_ask", lambda command, *arguments: said[command])
+    return said
+
+
+def run_job(tmp_path: Path, method: str = "full", attempt: int = 1) -> SimpleNamespace:
+    """As much of a Snakemake job as the decision about a retry looks at."""
+    return SimpleNamespace(
+        rule=SimpleNamespace(name="run", restart_times=2),
+        wildcards=["s", "b", "digits", method, "0"],
+        output=[str(tmp_path / method / "record.json")],
+        attempt=attempt,
+    )
+
+
+def failure(folder: Path, transient: bool) -> None:
+    run = dict.fromkeys(("suite", "backbone", "dataset", "method", "protocol"), "x") | {"seed": 0}
+    write_record(
+        folder, {"schema": 2, "status": "failed", "reason": "x", "run": run, "transient": transient}
+    )
+
+
+def test_the_second_coordinator_is_told_and_a_killed_one_leaves_no_lock(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None and first.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"process {first.pid} on .* works on"):
+        Coordinator(tmp_path)
+    first.kill()
+    first.wait()
+    assert Coordinator(tmp_path).former["jobs"] == "snella_1"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX")
+def test_a_results_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write results in"):
+        Coordinator(tmp_path / "file" / "results")
+
+
+def test_jobs_of_a_former_coordinator_are_waited_for(tmp_path, answers, monkeypatch):
+    queue = iter(["7|RUNNING|None|c\n8|PENDING|Priority|c\n", None, "7|RUNNING|None|c\n", ""])
+    monkeypatch.setattr(slurm, "_ask", lambda *command: next(queue))
+    monkeypatch.setattr(coordinator, "POLL_SECONDS", 0)
+    Coordinator(tmp_path).note("snella_1")
+    said: list[str] = []
+    assert Coordinator(tmp_path).wait_for_former(said.append)
+    assert "SLURM 7, 8" in said[0] and "scancel --name snella_1" in said[0]
+    assert len(said) == 2 and "SLURM 7)" in said[1]
+
+
+def test_nothing_is_waited_for_where_no_coordinator_was(tmp_path):
+    assert not Coordinator(tmp_path).wait_for_former(pytest.fail)
+
+
+def test_why_jobs_wait_is_said_in_words(answers):
+    answers["squeue"] = "1|PENDING|Resources|a\n2|PENDING|PartitionTimeLimit|b\n3|RUNNING|None|c\n"
+    line = slurm.pending_line(slurm.jobs("x") or ())
+    assert line.startswith("2 jobs pending: ") and "PartitionTimeLimit" in line
+    assert "docs/cluster.md" in line
+    answers["squeue"] = "1|PENDING|Priority|a\n"
+    assert slurm.pending_line(slurm.jobs("x") or ()) == "1 job pending: 1 Priority"
+
+
+@pytest.mark.parametrize(
+    "request_,words",
+    [
+        (("gpus", 1, 1, 0), "There are: cpu, gpu"),
+        (("cpu", 1, 1, 0), "has no GPU for rule run; name one that has (cluster.partition: gpu)"),
+        (("", 1, 1, 0), "'cpu' has no GPU"),  # the cluster's default
+        (("gpu", 1, 33, 0), "at most 32 cores"),
+        (("gpu", 1, 1, 128_001), "at most 128000 MB"),
+    ],
+)
+def test_a_request_that_no_node_could_meet_is_refused(answers, request_, words):
+    partition, gpus, threads, memory = request_
+    resources = {"slurm_partition": partition, "gpu": gpus, "mem_mb": memory}
+    job = SimpleNamespace(rule=SimpleNamespace(name="run"), resources=resources, threads=threads)
+    with pytest.raises(UserError) as caught:
+        slurm.check_jobs([job])
+    assert words in str(caught.value)
+
+
+def test_requests_that_fit_pass_and_so_does_all_when_slurm_is_silent(answers):
+    fits = {"slurm_partition": "cpu,gpu", "gpu": 1, "mem_mb": 128_000}
+    job = SimpleNamespace(rule=SimpleNamespace(name="run"), resources=fits, threads=32)
+    slurm.check_jobs([job])
+    answers["sinfo"] = None
+    job.resources = {"slurm_partition": "nowhere"}
+    slurm.check_jobs([job])
+
+
+def test_only_what_may_end_otherwise_is_tried_again(tmp_path, answers):
+    job, other = run_job(tmp_path), run_job(tmp_path, "linear")
+    failure(tmp_path / "full", transient=False)  # of an earlier call: it may have been corrected
+    chooses = retries.Retries([job.output[0], other.output[0]], "snella_1")
+    assert not chooses.hopeless(job)
+    time.sleep(0.01)
+    failure(tmp_path / "full", transient=False)
+    failure(tmp_path / "linear", transient=True)
+    assert chooses.hopeless(job) and not chooses.hopeless(other)
+
+
+def test_a_cancelled_job_is_not_tried_again(tmp_path, answers):
+    job = run_job(tmp_path)
+    comment = "rule_run_wildcards_s_b_digits_full_0"
+    chooses = retries.Retries([], "snella_1")
+    answers["squeue"] = f"9|CANCELLED|None|{comment}\n10|TIMEOUT|TimeLimit|{comment}\n"
+    assert not chooses.hopeless(job)  # its last attempt ran out of time
+    answers["squeue"] += f"11|CANCELLED|None|{comment}\n"
+    assert chooses.hopeless(job)
+
+
+def test_snakemake_asks_before_it_repeats_a_job(tmp_path, answers, monkeypatch):
+    from snakemake.jobs import GroupJob, Job
+
+    for kind in (Job, GroupJob):
+        monkeypatch.setattr(kind, "restart_times", kind.restart_times)
+    broken, fine = run_job(tmp_path), run_job(tmp_path, "linear")
+    said: list[str] = []
+    retries.install(retries.Retries([broken.output[0], fine.output[0]]), said.append)
+    of_job, of_group = Job.restart_times.fget, GroupJob.restart_times.fget
+    assert of_job(broken) == 2
+    failure(tmp_path / "full", transient=False)
+    assert of_job(broken) == 0 and "run s/b/digits/full/0 is not tried again" in said[0]
+    assert of_group(SimpleNamespace(jobs=[broken, fine])) == 2
+    (tmp_path / "linear").mkdir()
+    (tmp_path / "linear/finished.json").write_text("{}")
+    assert of_group(SimpleNamespace(jobs=[broken, fine])) == 0
