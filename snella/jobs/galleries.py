@@ -102,7 +102,6 @@ def segmentation(config: Config, cells: Sequence[_Cell]) -> list[Gallery]:
 
 def generation(config: Config, cells: Sequence[_Cell]) -> list[Gallery]:
     """One line per subject: its photograph, and each method's image for a prompt."""
-    from snella.tasks.generation.figure import chosen_prompt
     from snella.tasks.generation.prompts import fill_prompt
     from snella.tasks.generation.sample import image_name, read_png
     from snella.tasks.generation.settings import IMAGES
@@ -113,7 +112,7 @@ def generation(config: Config, cells: Sequence[_Cell]) -> list[Gallery]:
         run = own[0].run
         data = Prepared.open(Path(run.dataset.prepared))
         templates = data.manifest["prompts"][: run.settings.get("prompts")]
-        prompt = chosen_prompt(number, len(templates))
+        prompt = number % len(templates)  # as in the figure of samples
         files = {c.label: c.predictions / IMAGES / image_name(prompt, 0) for c in own}
         images = [
             read_png(files[label]) if label in files and files[label].exists() else None
