@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SNAKEMAKE := snakemake --cores $(CORES) --quiet rules host reason
 
-.PHONY: table1 table5 table6 report test lint unit smoke environment requirements docs pretrain clean
+.PHONY: table1 table5 table6 report test lint unit smoke slurm environment requirements docs pretrain clean
 
 table1: environment
 	$(SNAKEMAKE) -- results/table1.tex
@@ -32,7 +32,7 @@ table6: environment
 report: environment
 	@snella report
 
-test: lint unit smoke
+test: lint unit smoke slurm
 
 lint: environment
 	ruff check .
@@ -42,7 +42,11 @@ lint: environment
 	snakemake --lint
 
 unit: environment
-	pytest -n auto
+	pytest -n auto --ignore tests/slurm
+
+# The workflow on a SLURM of one node with pretended GPUs; skipped where there are no packages of it.
+slurm: environment
+	pytest -rs tests/slurm
 
 # The same Snakefile on a suite of seconds; a second call has nothing to do.
 smoke: environment
@@ -74,6 +78,7 @@ requirements:
 	uv pip compile --quiet pyproject.toml --extra dev --python-version 3.11 --upgrade \
 	  --no-emit-index-url --no-annotate --custom-compile-command "make requirements" \
 	  --output-file envs/requirements.txt
+	python envs/environments.py
 
 # The documentation as a site, below site/.
 docs: environment

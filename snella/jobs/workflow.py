@@ -78,6 +78,7 @@ class WorkflowPlan:
         """
         try:
             found = configuration.from_snakemake(dict(config), map(Path, workflow.configfiles))
+            os.environ.setdefault("SNELLA_CHECKOUT", str(configuration.CHECKOUT))  # for envs/
             if found.warm_workers and workflow.remote_exec:
                 worker.start_in_job(sys.argv)
             return cls(found, dict(config), lambda: bool(workflow.non_local_exec))
@@ -168,6 +169,12 @@ class WorkflowPlan:
     def threads(self, wildcards: Any) -> int:
         """CPU threads of a run, from its protocol."""
         return self.run(wildcards).protocol.threads
+
+    def environment(self, wildcards: Any) -> str:
+        """The conda environment of a data set's task family, beside ``workflow/rules``."""
+        task = self.config.datasets[wildcards.dataset].task
+        known = task in ("segmentation", "generation")
+        return f"../../envs/{task if known else 'core'}.yaml"
 
     def gpu(self, wildcards: Any) -> int:
         """GPUs of a run: none where its device is the CPU."""

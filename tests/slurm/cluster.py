@@ -39,7 +39,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-SchedulerParameters=sched_interval=1,batch_sched_delay=0,requeue_delay=0
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
 KillWait=10
 MinJobAge=300
 OverTimeLimit=0

@@ -185,6 +185,13 @@ def ended(process: subprocess.Popen[str], tree: Tree) -> int:
     return process.returncode
 
 
+def start_again(tree: Tree, method: str) -> None:
+    """Spare a job that was queued again the two minutes that SLURM makes it wait."""
+    wait(lambda: tree.submitted(method)[0]["state"] == "PENDING", tree)
+    number = tree.submitted(method)[0]["id"]
+    tree.cluster.call("scontrol", "update", f"jobid={number}", "starttime=now")
+
+
 def record(tree: Tree, method: str) -> dict[str, Any]:
     """A run's record."""
     return dict(json.loads((tree.cell(method) / "record.json").read_text()))
@@ -239,10 +246,12 @@ def test_preemption_and_a_lost_node_cost_no_finished_epoch(tree, data, cluster):
     wait(lambda: begun.exists() and begun.read_text().split() == ["0", "1"], tree)
     (job,) = tree.submitted("held")
     cluster.call("scontrol", "requeue", job["id"])
+    start_again(tree, "held")
     wait(lambda: begun.read_text().split() == ["0", "1", "1"], tree)
     cluster.call("scontrol", "update", "nodename=node1", "state=down", "reason=test")
     wait(lambda: tree.submitted("held")[0]["state"] != "RUNNING", tree)
     cluster.call("scontrol", "update", "nodename=node1", "state=resume")
+    start_again(tree, "held")
     wait(lambda: begun.read_text().split() == ["0", "1", "1", "1"], tree)
     (tree.folder / "go").touch()
     assert ended(coordinator, tree) == 0, tree.log()
@@ -252,22 +261,24 @@ def test_preemption_and_a_lost_node_cost_no_finished_epoch(tree, data, cluster):
 
 
 def test_what_is_tried_again_and_what_is_not(tree, data, cluster):
-    """A time limit is, with more time; a method that raises and a cancelled job are not."""
+    """A job that ran out of time is, with more time; a method that raises and a cancelled job are not."""
     rows = {
         "broken": {"file": "broken.py"},
         "cancelled": {"file": "held.py"},
         "limited": {"file": "held.py"},
     }
-    tree.configure(rows, minutes=1)
+    tree.configure(rows)
     coordinator = tree.start("--config", f"data={data}")
     wait(lambda: tree.is_training("cancelled"), tree)
     cluster.call("scancel", tree.submitted("cancelled")[0]["id"])
+    wait(lambda: tree.is_training("limited"), tree)
+    cluster.call("scontrol", "update", f"jobid={tree.submitted('limited')[0]['id']}", "timelimit=1")
     wait(lambda: len(tree.submitted("limited")) == 2, tree)
     (tree.folder / "go").touch()
     assert ended(coordinator, tree) == 1
     assert [len(tree.submitted(name)) for name in rows] == [1, 1, 2]
     limits = [job["limit"] for job in tree.submitted("limited")]
-    assert limits == ["1:00", "2:00"] and record(tree, "limited")["status"] == "ok"
+    assert limits == ["1:00", "4:00:00"] and record(tree, "limited")["status"] == "ok"
     failure = json.loads((tree.cell("broken") / "failure.json").read_text())
     assert failure["transient"] is False and "never works" in failure["reason"]
     assert "is not tried again" in tree.log()

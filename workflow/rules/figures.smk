@@ -17,7 +17,7 @@ rule figure:
         "<logs>/benchmarks/figures/{figure}.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        "../../envs/core.yaml"
     params:
         overlay=PLAN.overlay,
     shell:

@@ -8,7 +8,7 @@ rule prepare:
     benchmark:
         "<logs>/benchmarks/prepare/{dataset}.tsv"
     conda:
-        "../../envs/environment.yaml"
+        PLAN.environment
     retries: 0
     resources:
         mem_mb=4000,

@@ -7,7 +7,7 @@ rule pretrain_backbone:
     benchmark:
         "<logs>/benchmarks/pretrain.tsv"
     conda:
-        "../../envs/environment.yaml"
+        "../../envs/core.yaml"
     threads: 2
     resources:
         mem_mb=3000,
@@ -25,7 +25,7 @@ rule pretrain_sam:
     benchmark:
         "<logs>/benchmarks/pretrain_sam.tsv"
     conda:
-        "../../envs/environment.yaml"
+        "../../envs/segmentation.yaml"
     threads: 2
     resources:
         mem_mb=3000,
@@ -45,7 +45,7 @@ rule pretrain_generation:
     wildcard_constraints:
         model="sd3|clip",
     conda:
-        "../../envs/environment.yaml"
+        "../../envs/generation.yaml"
     threads: 2
     resources:
         mem_mb=6000,

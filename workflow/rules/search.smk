@@ -16,7 +16,7 @@ rule search:
         "<logs>/benchmarks/search/{suite}.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        "../../envs/core.yaml"
     params:
         overlay=PLAN.overlay,
         content=PLAN.search_content,
@@ -39,6 +39,6 @@ rule lr_sweep:
         kind="pdf|png",
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        "../../envs/core.yaml"
     shell:
         "cp {input:q} {output:q} 2> {log:q}"

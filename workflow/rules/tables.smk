@@ -13,7 +13,7 @@ rule table:
         "<logs>/benchmarks/tables/{table}.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        "../../envs/core.yaml"
     params:
         overlay=PLAN.overlay,
         content=PLAN.table_content,
@@ -42,7 +42,7 @@ rule statistics:
         "<logs>/benchmarks/statistics/{table}.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        "../../envs/core.yaml"
     params:
         overlay=PLAN.overlay,
         content=PLAN.table_content,
@@ -65,7 +65,7 @@ rule versus:
         "<logs>/benchmarks/versus/{table}.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        "../../envs/core.yaml"
     params:
         overlay=PLAN.overlay,
         content=PLAN.table_content,
@@ -84,7 +84,7 @@ rule audit:
         "<logs>/benchmarks/audit.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        "../../envs/core.yaml"
     params:
         overlay=PLAN.overlay,
         records=PLAN.all_records,
@@ -103,7 +103,7 @@ rule page:
         "<logs>/benchmarks/report.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        "../../envs/core.yaml"
     params:
         overlay=PLAN.overlay,
         content=PLAN.page_content,
@@ -126,6 +126,6 @@ rule pdf:
         "<logs>/benchmarks/pdf/{table}.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        "../../envs/latex.yaml"
     shell:
         "snella pdf {input:q} > {log:q} 2>&1 || {{ tail -n 1 {log:q} >&2; exit 1; }}"

@@ -14,7 +14,7 @@ rule run:
     benchmark:
         "<logs>/benchmarks/{place}run/{suite}/{backbone}/{dataset}/{method}/seed{seed}.tsv"
     conda:
-        "../../envs/environment.yaml"
+        PLAN.environment
     threads: PLAN.threads
     resources:
         gpu=PLAN.gpu,
@@ -42,7 +42,7 @@ rule train:
     benchmark:
         "<logs>/benchmarks/{place}train/{suite}/{backbone}/{dataset}/{method}/seed{seed}.tsv"
     conda:
-        "../../envs/environment.yaml"
+        PLAN.environment
     threads: PLAN.threads
     resources:
         gpu=PLAN.gpu,
