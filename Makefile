@@ -46,7 +46,7 @@ unit: environment
 
 # The workflow on a SLURM of one node with pretended GPUs; skipped where there are no packages of it.
 slurm: environment
-	pytest -rs tests/slurm
+	pytest -n 4 -rs tests/slurm
 
 # The same Snakefile on a suite of seconds; a second call has nothing to do.
 smoke: environment

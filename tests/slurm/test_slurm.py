@@ -261,7 +261,7 @@ def test_preemption_and_a_lost_node_cost_no_finished_epoch(tree, data, cluster):
 
 
 def test_what_is_tried_again_and_what_is_not(tree, data, cluster):
-    """A job that ran out of time is, with more time; a method that raises and a cancelled job are not."""
+    """What ran out of time is, with more; a method that raises and a cancelled job are not."""
     rows = {
         "broken": {"file": "broken.py"},
         "cancelled": {"file": "held.py"},
