@@ -191,3 +191,51 @@ def test_the_budget_is_stated_before_anything_runs(capsys):
     assert main(["plan", "--search", "--config", "suite=smoke"]) == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert "4 rows x 7 trials x 4 data sets x 1 seed = 112 runs" in first
+
+
+def test_what_a_suite_costs_is_by_measured_seconds_per_image(settings, tmp_path, capsys):
+    """40 training images and 16 of val in each of 2 epochs; 24 test images are looked at once."""
+    from snella.jobs import budget
+
+    config = configured(settings)
+    (one,) = budget.suites(config, ["mini"])
+    assert (one.runs, one.done, one.unmeasured) == (2, 0, ["full", "linear"])
+    assert "not measured: 2 rows (full, linear)" in "\n".join(one.lines())
+    record = execute(plan.search_runs(config)[0])
+    (one,) = budget.suites(config, ["mini"])
+    cost = record["cost"]
+    expected = 112 * cost["train_seconds_per_image"] + 24 * cost["inference_seconds_per_image"]
+    assert list(one.seconds.values()) == [pytest.approx(expected)]
+    assert one.unmeasured == ["linear"] and one.size > 1000
+    assert not one.missing and one.prepared == "1 of 1 data set"
+
+
+def test_what_runs_lack_is_named_at_once(settings, tmp_path):
+    from snella.jobs.inputs import missing_of
+
+    settings["datasets"] |= {name: {"path": str(tmp_path / name)} for name in ("away", "gone")}
+    settings["suites"]["mini"]["groups"] = {"natural": ["tiny", "away", "gone"]}
+    settings["backbones"]["tiny"] = {**settings["backbones"]["tiny"], "file": "nowhere.npz"}
+    data, weights = missing_of(config := configured(settings), plan.plan(config))
+    assert "away" in data and "gone" in data and "tiny" not in data
+    assert "nowhere.npz is missing" in weights
+
+
+def test_a_backbone_by_name_takes_one_image_size(settings):
+    settings["backbones"]["tiny"] = {"arch": "vit_base_patch16_224", "file": "random"}
+    with pytest.raises(UserError, match="224 pixels, image_size is 16"):
+        plan.plan(configured(settings))
+
+
+def test_a_shipped_name_with_another_folder_says_what_it_keeps(settings, tmp_path, caplog):
+    own = tmp_path / "my.yaml"
+    settings["datasets"] |= {"pets": {"path": str(tmp_path)}}
+    settings["suites"]["mini"]["groups"] = {"natural": ["pets"]}
+    own.write_text(yaml.safe_dump(settings))
+    plan.plan(load(own))
+    assert caplog.messages == [m for m in caplog.messages if "pets (37)" in m] != []
+    caplog.clear()
+    settings["datasets"]["pets"]["num_classes"] = 5
+    own.write_text(yaml.safe_dump(settings))
+    plan.plan(load(own))
+    assert not caplog.messages

@@ -6,13 +6,17 @@ import json
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from snella.errors import UserError
-from snella.jobs import tables
+from snella.jobs import budget, tables
+from snella.jobs.inputs import missing_of
+from snella.runs.run import Run
 from snella.suite import plan
 from snella.suite.config import Config
 from snella.suite.status import state
@@ -58,9 +62,8 @@ def _print(table: Table, rows: list[list[str]], fixed: int = 1) -> None:
     console().print(table)
 
 
-def run_list(config: Config, table: str) -> list[dict[str, Any]]:
-    """Every run of a table, with its state and why."""
-    runs = tables.table_runs(config, table)
+def run_list(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """Runs with their state and why."""
     found: list[dict[str, Any]] = []
     for run in runs:
         try:
@@ -100,12 +103,42 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def print_plan(config: Config, table_name: str, as_json: bool = False) -> None:
     """Print each run, its state, and the time the rest may take."""
-    runs = run_list(config, table_name)
+    planned = tables.table_runs(config, table_name)
+    runs, missing = run_list(planned), missing_of(config, planned)
     total = summary(runs)
     if as_json:
-        print_json({"suite": config.suite, "table": table_name, **total, "list": runs})
+        content = {"suite": config.suite, "table": table_name, **total}
+        print_json({**content, "missing": missing, "list": runs})
         return
-    title = f"{table_name}, suite {config.suite}"
+    _print_runs(runs, f"{table_name}, suite {config.suite}")
+    _print_total(total)
+    for line in missing:
+        sys.stdout.write(f"missing: {line}\n")
+
+
+def print_search(config: Config, as_json: bool = False) -> None:
+    """Print what the suite's search costs, and each of its trials."""
+    planned = plan.search_runs(config)
+    cost, runs = budget.search(config, planned), run_list(planned)
+    if as_json:
+        print_json({"suite": config.suite, **asdict(cost), "list": runs})
+        return
+    sys.stdout.write("\n".join(cost.lines()) + "\n")
+    _print_runs(runs, f"search, suite {config.suite}")
+
+
+def print_budget(config: Config, suites: Sequence[str], as_json: bool = False) -> None:
+    """Print what suites cost."""
+    found = budget.suites(config, suites)
+    if as_json:
+        print_json([asdict(cost) for cost in found])
+        return
+    for cost in found:
+        sys.stdout.write("\n".join(cost.lines()) + "\n")
+    sys.stdout.write(f"{budget.total(found)}\n")
+
+
+def _print_runs(runs: list[dict[str, Any]], title: str) -> None:
     table = _table("Method", "Data set", "Seed", "State", "Seconds", "Why", title=title, fixed=4)
     rows = [
         [run["method"], run["dataset"], str(run["seed"]), run["state"], _seconds(run["seconds"]),
@@ -113,12 +146,11 @@ def print_plan(config: Config, table_name: str, as_json: bool = False) -> None:
         for run in runs
     ]  # fmt: skip
     _print(table, rows, fixed=4)
-    _print_total(total)
 
 
 def print_status(config: Config, table_name: str, as_json: bool = False) -> None:
     """Print how many runs are in which state, where some are running, and what is wrong and why."""
-    runs = run_list(config, table_name)
+    runs = run_list(tables.table_runs(config, table_name))
     total = summary(runs)
     wrong = [run for run in runs if run["state"] in ATTENTION]
     if as_json:

@@ -143,9 +143,14 @@ def _looking(verb: Callable[..., Any]) -> None:
     for call in (verbs.plan, verbs.status):
         name = call.__name__
         examples = [f"snella {name}", f"snella {name} table1 --config suite=smoke --json"]
+        if call is verbs.plan:
+            examples += ["snella plan --suite paper", "snella plan --search"]
         sub = _with_config(verb(call, *examples))
         sub.add_argument("table", nargs="?", default="table1", help="a table (default: table1)")
         sub.add_argument("--json", action="store_true", help="the same as JSON, for programs")
+        if call is verbs.plan:
+            sub.add_argument("--suite", nargs="+", help="what these suites cost (or: paper)")
+            sub.add_argument("--search", action="store_true", help="what a search costs")
     show = _with_config(
         verb(
             runs.show,

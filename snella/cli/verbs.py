@@ -115,12 +115,21 @@ def new_baseline(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     """List every run of a table: done, stale and why, and how long the rest takes.
 
+    With --suite it says what whole suites cost (`paper` stands for all that are no demonstration),
+    and with --search what the search of the configured one costs, trial by trial.
+
     States: done, diverged, stale (made with other settings, code or data), failed, running,
     missing, damaged (a record that is unreadable or was changed by hand).
     """
-    from snella.cli.lists import print_plan
+    from snella.cli import lists
 
-    print_plan(load(options), options.table, options.json)
+    config = load(options)
+    if options.suite:
+        lists.print_budget(config, options.suite, options.json)
+    elif options.search:
+        lists.print_search(config, options.json)
+    else:
+        lists.print_plan(config, options.table, options.json)
 
 
 def status(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from snella.errors import MISTAKE, UserError, explain, record_traceback
 from snella.files import digest_json
 from snella.jobs import cells, devices, retries, slurm, worker
 from snella.jobs.coordinator import Coordinator, start_over, watch_pending
+from snella.jobs.inputs import missing, missing_of
 from snella.jobs.prepare import origin_of
 from snella.runs.identity import code_key, training_key
 from snella.runs.run import Run
@@ -61,9 +62,13 @@ class WorkflowPlan:
     """The plan of a configuration, indexed by the paths that Snakemake knows."""
 
     def __init__(
-        self, config: Config, overlay: dict[str, Any], remote: Callable[[], bool] = lambda: False
+        self,
+        config: Config,
+        overlay: dict[str, Any],
+        remote: Callable[[], bool] = lambda: False,
+        dryrun: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.remote = config, remote
+        self.config, self.remote, self.dryrun = config, remote, dryrun
         self.overlay = json.dumps(overlay, sort_keys=True, default=str)
         self.runs = {run.record.as_posix(): run for run in plan.plan(config)}
         self.warm = "--warm" if config.warm_workers else ""
@@ -81,7 +86,12 @@ class WorkflowPlan:
             os.environ.setdefault("SNELLA_CHECKOUT", str(configuration.CHECKOUT))  # for envs/
             if found.warm_workers and workflow.remote_exec:
                 worker.start_in_job(sys.argv)
-            return cls(found, dict(config), lambda: bool(workflow.non_local_exec))
+            return cls(
+                found,
+                dict(config),
+                lambda: bool(workflow.non_local_exec),
+                lambda: bool(workflow.dryrun),
+            )
         except Exception as error:
             outcome = explain(error)
             if outcome.status != MISTAKE:
@@ -119,13 +129,31 @@ class WorkflowPlan:
             self.coordinator = Coordinator(Path(self.config.results))
             name = self._begin_slurm(workflow) if workflow.non_local_exec else ""
             self.coordinator.note(name)
-            jobs = workflow.dag.needrun_jobs()
+            jobs = list(workflow.dag.needrun_jobs())
+            self._require_inputs(jobs)
             records = [str(job.output[0]) for job in jobs if job.rule.name == "run"]
             cells.begin(records)
             retries.install(retries.Retries(records, name), _say)
         except UserError as error:
             _say(str(error))
             raise SystemExit(MISTAKE) from None
+
+    def _require_inputs(self, jobs: Iterable[Any]) -> None:
+        """End before anything runs if a job lacks raw data or weights; all are named."""
+        jobs = list(jobs)
+        datasets = [job.wildcards.dataset for job in jobs if job.rule.name == "prepare"]
+        runs = [self.run(job.wildcards) for job in jobs if job.rule.name in ("run", "train")]
+        if lost := missing(self.config, datasets, runs):
+            raise UserError(" ".join(lost))
+
+    def _records(self, runs: Iterable[Run]) -> list[str]:
+        """The records of runs; a dry run says here what these lack."""
+        runs = list(runs)
+        if self.dryrun():
+            for line in missing_of(self.config, runs):
+                if self.config.first_time("missing", line):
+                    _say(line)
+        return [run.record.as_posix() for run in runs]
 
     def _begin_slurm(self, workflow: Any) -> str:
         """Check what is asked of SLURM, wait for former jobs, return the new jobs' common name."""
@@ -218,14 +246,14 @@ class WorkflowPlan:
         """The records a table needs; none are demanded with ``allow_missing``."""
         if self.config.allow_missing:
             return []
-        return [run.record.as_posix() for run in self._table_runs(wildcards)]
+        return self._records(self._table_runs(wildcards))
 
     def search_records(self, wildcards: Any) -> list[str]:
         """The records of all trials of a suite's search; none with ``allow_missing``."""
         if self.config.allow_missing:
             return []
         runs = _user(lambda: plan.search_runs(plan.with_suite(self.config, wildcards.suite)))
-        return [run.record.as_posix() for run in runs]
+        return self._records(runs)
 
     def search_content(self, wildcards: Any) -> str:
         """What a search shows besides its records."""
@@ -250,7 +278,7 @@ class WorkflowPlan:
     def figure_records(self, wildcards: Any) -> list[str]:
         """The records a figure needs; none are demanded with ``allow_missing``."""
         runs = _user(lambda: plan.figure_runs(self.config, wildcards.figure))
-        return [] if self.config.allow_missing else [run.record.as_posix() for run in runs]
+        return [] if self.config.allow_missing else self._records(runs)
 
     @property
     def figure_names(self) -> str:

@@ -7,6 +7,7 @@ parsed and not imported, since that costs torch; what its text does not tell is 
 from __future__ import annotations
 
 import ast
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,9 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from snella.errors import UserError, unknown
+from snella.models.backbone_files import input_size
 from snella.suite.config import Config, SuiteEntry
 from snella.validation import hyperparameter_error
 
+log = logging.getLogger("snella")
 KNOWN: dict[str, Any] = {
     "int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple,
     "dict": dict, "Any": Any, "Literal": Literal, "Annotated": Annotated, "Field": Field,
@@ -100,22 +103,46 @@ def check_hyperparameters(file: str, layers: Layers) -> None:
 def check_image_size(
     config: Config, suite: SuiteEntry, settings: Mapping[str, Any], layers: Layers
 ) -> None:
-    """A backbone built for images of one size cannot get others.
+    """A backbone built for images of one size, by its arguments or its name, cannot get others.
 
     Raises :class:`~snella.errors.UserError` that names both settings.
     """
-    kwargs = config.backbones[suite.backbone].kwargs
-    built, given = kwargs.get("img_size"), settings.get("image_size")
-    if not (isinstance(built, int) and isinstance(given, int)) or built == given:
+    backbone = config.backbones[suite.backbone]
+    given = settings.get("image_size")
+    if backbone.kwargs.get("strict_img_size") is False or not isinstance(given, int):
         return
-    if not (kwargs.get("dynamic_img_size") or kwargs.get("strict_img_size") is False):
+    built = input_size({"arch": backbone.arch, "kwargs": backbone.kwargs})
+    if built not in (None, given):
         raise _placed(
             layers.where(["image_size"]) or layers.where([]),
             UserError(
-                f"backbone {suite.backbone!r} takes images of {built} pixels (kwargs.img_size), "
-                f"image_size is {given}; set both to the same size."
+                f"backbone {suite.backbone!r} ({backbone.arch}) takes images of {built} pixels, "
+                f"image_size is {given}; set it to {built}, or `backbones.{suite.backbone}.kwargs: "
+                f"{{img_size: {given}}}`, which interpolates its position embedding."
             ),
         )
+
+
+def note_inherited(config: Config, datasets: Iterable[str]) -> None:
+    """Say in one line which data sets have a folder of the user's and classes of the shipped name.
+
+    Right for a copy of the published data; a mistake where a name is used for other data.
+    """
+
+    def place(name: str, key: str) -> str:
+        return config.where(("datasets", name, key)).partition(", line")[0]
+
+    own = [
+        f"{name} ({spec.num_classes})"
+        for name in datasets
+        if (spec := config.datasets[name]).num_classes is not None
+        if place(name, "path") != place(name, "num_classes")
+    ]
+    if own:
+        log.warning(
+            "Shipped data sets with a folder of your own keep their number of classes: %s. For "
+            "other data choose another name, or set num_classes.", ", ".join(own),
+        )  # fmt: skip
 
 
 def _all_known(

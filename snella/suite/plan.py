@@ -13,7 +13,7 @@ from typing import Any
 from snella.errors import UserError, unknown
 from snella.runs.run import Dataset, MethodChoice, Run
 from snella.suite import search
-from snella.suite.checks import check_suite, look_up
+from snella.suite.checks import check_suite, look_up, note_inherited
 from snella.suite.config import CHECKOUT, LARGEST_SEED, Config, SuiteEntry, locate
 from snella.suite.settings import settings_of
 from snella.tasks import find_task
@@ -58,6 +58,7 @@ def current_suite(config: Config) -> SuiteEntry:
     for method in suite.search.rows:
         look_up("method", method, config.methods, config.where((*at, "search", "rows", method)))
     check_suite(config, suite)
+    note_inherited(config, suite.datasets)
     return suite
 
 

@@ -1,7 +1,8 @@
 # One job is one run. Its settings and the digest of the code that trains and scores it are
 # parameters, so that an edit makes stale only the runs whose number it can move; data and
 # weights are inputs, compared by content. A job does what is missing: a finished training is only
-# scored. `place` is empty, or `search/` for a trial of a search. Where scoring needs resources of its own, training is the job of the second rule.
+# scored. `place` is empty, or `search/` for a trial of a search. Where scoring needs resources of
+# its own, training is the job of the second rule.
 rule run:
     input:
         manifest="<data>/prepared/{dataset}/manifest.json",

@@ -1,0 +1,41 @@
+"""What runs need and is not there: folders of raw data and files of weights, named all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from snella.errors import UserError
+from snella.models.backbone_files import check_entry
+from snella.runs.run import Run
+from snella.suite.config import Config
+from snella.suite.plan import prepared_folder
+
+
+def missing(config: Config, datasets: Iterable[str], runs: Iterable[Run]) -> list[str]:
+    """A line for the data sets without data, and one for each backbone without usable weights."""
+    lost = [text for name in dict.fromkeys(datasets) if (text := _lost(config, name))]
+    found = [f"No folder of the data sets {', '.join(lost)} (docs/data.md)."] if lost else []
+    backbones = {run.backbone.name: run.backbone for run in runs}
+    for backbone in backbones.values():
+        try:
+            check_entry(backbone.entry)
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def missing_of(config: Config, runs: Iterable[Run]) -> list[str]:
+    """The same for all that some runs need."""
+    runs = list(runs)
+    return missing(config, (run.dataset.name for run in runs), runs)
+
+
+def _lost(config: Config, name: str) -> str:
+    """The data set and the folder that it lacks; empty where it is prepared or can be."""
+    spec = config.datasets[name]
+    if spec.kind == "quick" or (prepared_folder(config, name) / "manifest.json").exists():
+        return ""
+    if spec.path is None:
+        return f"{name} (`datasets.{name}.path` is not set)"
+    return "" if Path(spec.path).expanduser().exists() else f"{name} ({spec.path})"
