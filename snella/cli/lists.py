@@ -160,8 +160,10 @@ def print_status(config: Config, table_name: str, as_json: bool = False) -> None
     for run in wrong:
         cell = f"{run['method']} on {run['dataset']}, seed {run['seed']}"
         sys.stdout.write(f"  {run['state']}: {cell}: {run['reason']}\n")
-    if total["states"].get("failed"):
-        sys.stdout.write("`snella retry` lets the workflow try failed runs again.\n")
+    if total["states"].get("failed") or total["states"].get("diverged"):
+        sys.stdout.write(
+            "The workflow tries failed runs again; `snella retry RUN` a diverged one.\n"
+        )
 
 
 def _print_total(total: dict[str, Any]) -> None:

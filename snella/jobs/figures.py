@@ -23,7 +23,7 @@ def draw(config: Config, name: str) -> Path:
     """
     runs = plan.figure_runs(config, name)
     config = plan.figure_config(config, name)
-    found = [shown for run in runs if (shown := _shown(config, run)) is not None]
+    found = [shown for run in runs if (shown := shown_run(config, run)) is not None]
     if not found:
         raise UserError(f"Figure {name!r} has no finished run to show; train its methods first.")
     file = Path(config.results) / f"{name}.pdf"
@@ -31,7 +31,8 @@ def draw(config: Config, name: str) -> Path:
     return file
 
 
-def _shown(config: Config, run: Run) -> Shown | None:
+def shown_run(config: Config, run: Run) -> Shown | None:
+    """A run for a figure; None if it has not finished."""
     record = read_record(run.folder)
     if record is None or record["status"] != "ok":
         return None

@@ -25,6 +25,7 @@ from snella.tasks.generation.prompts import fill_prompt
 from snella.tasks.generation.sample import image_name, read_png
 from snella.tasks.generation.settings import BASE, IMAGES
 
+RULE = "Line i shows prompt i of its subject, sample 0; the photograph is its first."
 MARKERS = "osD^vP*Xp"
 INCH, LEFT = 1.05, 1.25
 """Inches of one image of a grid, and of the prompts beside it."""
@@ -52,6 +53,13 @@ class Point:
 
 def samples(shown: Sequence[Shown], note: str, file: Path) -> None:
     """The grid of the runs ``shown``: lines are their subjects, columns their methods."""
+    columns, lines, rows = sample_lines(shown)
+    grid(lines, columns, f"{RULE} {note}", file)
+    _csv(file, ["subject", "number", "prompt", *columns], rows)
+
+
+def sample_lines(shown: Sequence[Shown]) -> tuple[list[str], list[Line], list[list[Any]]]:
+    """The grid's columns, its lines, and what each line shows: subject, prompt, files."""
     methods = list(dict.fromkeys(run.method for run in shown))
     columns = ["Unadapted", *methods] if shown[0].settings.unadapted else methods
     subjects = list(dict.fromkeys(run.dataset for run in shown))
@@ -70,9 +78,7 @@ def samples(shown: Sequence[Shown], note: str, file: Path) -> None:
         images = [None if path is None else read_png(path) for path in files]
         lines.append(Line(text, first.data.images("train")[0], images))
         rows.append([subject, prompt, text, *("" if p is None else p.as_posix() for p in files)])
-    rule = "Line i shows prompt i of its subject, sample 0; the photograph is its first."
-    grid(lines, columns, f"{rule} {note}", file)
-    _csv(file, ["subject", "number", "prompt", *columns], rows)
+    return columns, lines, rows
 
 
 def tradeoff_text(shown: Sequence[Shown], note: str, file: Path) -> None:
