@@ -10,10 +10,10 @@ from importlib.resources import files
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
 
 from snella.errors import UserError, unknown
 from snella.report.columns import Column
+from snella.validation import Strict
 
 Printed = Mapping[str, str]
 """One line of a published table's CSV file: one printed number."""
@@ -44,11 +44,7 @@ COST_UNITS = {"M": 1e6, "GFLOPs": 1.0, "s": 1.0, "MB": 1.0, "GB": 1024.0}
 IGNORED = frozenset({"rerun"})  # who ran a row is no property of the method
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Fact(_Strict):
+class Fact(Strict):
     """A protocol field of published numbers: accepted values, and what to say if ours differs."""
 
     values: list[str | float]
@@ -59,7 +55,7 @@ class Fact(_Strict):
         return any(ours == _plain(value) for value in self.values)
 
 
-class RowFacts(_Strict):
+class RowFacts(Strict):
     """How some rows were made, where it is not how the paper's own rows were."""
 
     methods: list[str] = []
@@ -79,14 +75,14 @@ class RowFacts(_Strict):
         )
 
 
-class Remark(_Strict):
+class Remark(Strict):
     """Something to know about a suite's published numbers (all of them: no suite)."""
 
     text: str
     suite: str = ""
 
 
-class Contradiction(_Strict):
+class Contradiction(Strict):
     """A printed mean that the cells of its own row do not give."""
 
     table: int
@@ -114,7 +110,7 @@ class Contradiction(_Strict):
         )
 
 
-class Other(_Strict):
+class Other(Strict):
     """The same result, printed differently elsewhere."""
 
     table: int
@@ -131,7 +127,7 @@ class Other(_Strict):
         return place and all(v in (None, line[k]) for k, v in wanted.items())
 
 
-class Paper(_Strict):
+class Paper(Strict):
     """What is known of how a paper's numbers were made, and which of them contradict each other."""
 
     title: str

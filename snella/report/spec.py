@@ -6,21 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from snella.errors import UserError
-from snella.validation import validate
+from snella.validation import Strict, validate
 
 MeanKind = Literal["tasks", "groups"]
 CONSTANT = "= "
 Spread = Literal["seeds", "images", "subsets", "datasets"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RowGroup(_Strict):
+class RowGroup(Strict):
     """Methods under a common header line (none: a rule only), in printed order.
 
     ``reference`` rows (full fine-tuning) stand apart and are not ranked; ``own`` rows are the
@@ -33,7 +29,7 @@ class RowGroup(_Strict):
     own: bool = False
 
 
-class ConstantRow(_Strict):
+class ConstantRow(Strict):
     """A row of no method: numbers about the data that every record carries beside its own.
 
     ``metrics`` maps a metric of the table to the record's metric that is printed in its column.
@@ -48,7 +44,7 @@ class ConstantRow(_Strict):
         return f"{CONSTANT}{self.label}"
 
 
-class ValueColumn(_Strict):
+class ValueColumn(Strict):
     """A cost or parameter count, mean over the table's data sets. ``{unit}`` fits the numbers."""
 
     value: str
@@ -56,7 +52,7 @@ class ValueColumn(_Strict):
     suite: str | None = None
 
 
-class _MetricColumns(_Strict):
+class _MetricColumns(Strict):
     """``metric`` overrides the table's; a list makes a block of columns for each.
 
     ``suite`` takes the numbers of another suite (another backbone, say) than the configured
@@ -101,7 +97,7 @@ class MeanColumn(_MetricColumns):
     mean: MeanKind | Literal["both"]
 
 
-class PublishedTable(_Strict):
+class PublishedTable(Strict):
     """The printed table to compare with.
 
     Rows are matched by what the methods are (``names.yaml`` beside the published numbers);
@@ -127,7 +123,7 @@ COLUMN_KINDS: dict[str, type[BaseModel]] = {
 }
 
 
-class TableSpec(_Strict):
+class TableSpec(Strict):
     """One table.
 
     ``caption`` is plain text and may name {suite}, {backbone}, {protocol}, {metric}.
