@@ -4,6 +4,7 @@
 #   <results>/runs/{suite}/{backbone}/{dataset}/{method}/seed{seed}/record.json  train.smk
 #   <results>/{suite}/search.yaml lr_sweep.pdf                                   search.smk
 #   <results>/{table}.tex .csv .md, <results>/{table}.pdf .png                   tables.smk
+#   <results>/report.html                                                        tables.smk
 #   <results>/{figure}.pdf .png .csv                                             figures.smk
 #   <results>/pretrain/vit_quick.safetensors                                     pretrain.smk
 from snakemake.utils import min_version
