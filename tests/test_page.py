@@ -210,12 +210,15 @@ def test_a_page_of_the_whole_quick_suite_keeps_its_budget(content):
     assert size < BUDGET / 2
 
 
-def test_pictures_shrink_until_they_fit():
+def test_pictures_shrink_until_they_fit(monkeypatch):
+    monkeypatch.setattr(pictures, "BUDGET", 50_000)
     noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
-    lines = [GalleryLine(str(i), [noise] * 20, [""] * 20) for i in range(6)]
-    shown = pictures.views([Gallery("t", "", ["h"] * 20, lines)])
-    size = sum(len(c["uri"]) for line in shown[0]["lines"] for c in line["cells"])
+    gallery = Gallery("t", "", ["h"] * 4, [GalleryLine("l", [noise] * 4, [""] * 4)])
+    (shown,) = pictures.views([gallery])
+    size = sum(len(cell["uri"]) for line in shown["lines"] for cell in line["cells"])
     assert 0 < size <= pictures.BUDGET
+    monkeypatch.setattr(pictures, "BUDGET", 10)
+    assert pictures.views([gallery]) == []
 
 
 @given(
@@ -259,6 +262,18 @@ def test_the_verb_writes_the_page_from_whatever_there_is(tmp_path, monkeypatch, 
     assert "Smoke suite" in text and "2 stale" in text.replace("<b>", "").replace("</b>", "")
     assert main(["report", "--stale", "--config", "suite=smoke", f"results={results}"]) == 0
     assert 'class="value">50.0<' in (results / "report.html").read_text()
+
+
+def test_a_damaged_record_costs_no_page(tmp_path, monkeypatch):
+    from snella.cli import main
+
+    monkeypatch.chdir(ROOT)
+    folder = run_folder(tmp_path, support.record("full", "digits", 0.5, suite="smoke"))
+    path = folder / "record.json"
+    path.write_text(path.read_text().replace("0.5", "0.9"))
+    assert main(["report", "--config", "suite=smoke", f"results={tmp_path}"]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "changed by hand" in text and ">damaged</span>" in text
 
 
 def test_the_workflow_has_the_page(tmp_path):

@@ -125,6 +125,22 @@ def test_the_repeating_command_is_the_run_itself(make_run, tmp_path):
     assert twin.canonical() == run.canonical() and twin.results == "reproduced"
 
 
+def test_the_repeating_command_gives_the_same_weights_and_numbers(make_run, tmp_path, monkeypatch):
+    """What a person pastes trains the run anew, elsewhere, and `diff` finds nothing."""
+    import shlex
+
+    from snella.runs.execute import execute
+
+    run = make_run("linear")
+    assert execute(run)["status"] == "ok"
+    *_, repeated, compared = describe(run.folder)["commands"]
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(repeated)[1:]) == 0
+    assert (tmp_path / "reproduced" / "runs" / run.key / "adapter.safetensors").is_file()
+    configured = ["--configfile", str(ROOT / "config/config.yaml")]
+    assert main([*shlex.split(compared)[1:], *configured]) == 0
+
+
 # diff
 
 

@@ -55,7 +55,11 @@ def content(config: Config, *, stale: bool = False) -> Content:
         if shown:
             info = tables.suite_info(own)
             suites.append(PageSuite(info.title, info.banner, shown, examples(own)))
-    found = audit(results.frame(config.results)) if suites else None
+    try:
+        found = audit(results.frame(config.results)) if suites else None
+    except UserError as error:
+        found = None
+        skipped.append(f"audit: {error}")
     return Content(suites, runs, skipped, found)
 
 

@@ -89,8 +89,8 @@ def forget_failures(
             busy.append(folder)
             continue
         (folder / FAILURE).unlink(missing_ok=True)
-        record = read_record(folder)
-        if diverged and record is not None and record["status"] == "diverged":
+        record = read_record(folder) if diverged else None
+        if record is not None and record["status"] == "diverged":
             for name in (RECORD, FINISHED):
                 (folder / name).unlink(missing_ok=True)
         cleared.append(folder)
