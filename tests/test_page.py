@@ -15,7 +15,7 @@ import browser_support
 import numpy as np
 import pytest
 import report_support as support
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snella.report.page import (
@@ -221,6 +221,7 @@ def test_pictures_shrink_until_they_fit(monkeypatch):
     assert pictures.views([gallery]) == []
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20),
     st.booleans(),
