@@ -135,7 +135,7 @@ class Cluster:
             time.sleep(0.2)
 
     def _is_idle(self) -> bool:
-        return set(self.call("sinfo", "-h", "-o", "%t").split()) == {"idle"}
+        return set(self.call("sinfo", "-h", "-o", "%t", tries=1).split()) == {"idle"}
 
     def _spawn(self, program: str, *arguments: str) -> None:
         path = shutil.which(program, path=PATH)
@@ -151,12 +151,16 @@ class Cluster:
                 )
             )
 
-    def call(self, *command: str) -> str:
-        """What a SLURM command prints."""
-        done = subprocess.run(
-            command, env={**os.environ, **self.environment}, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+    def call(self, *command: str, tries: int = 3) -> str:
+        """What a SLURM command prints; a controller that is busy is asked again."""
+        environment = {**os.environ, **self.environment}
+        for _ in range(tries):
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode == 0:
+                break
+            time.sleep(0.5)
         return done.stdout
 
     def jobs(self, states: str = "all") -> list[dict[str, str]]:
