@@ -79,7 +79,7 @@ def test_jobs_of_a_former_coordinator_are_waited_for(tmp_path, answers, monkeypa
     said: list[str] = []
     assert Coordinator(tmp_path).wait_for_former(said.append)
     assert "SLURM 7, 8" in said[0] and "scancel --name snella_1" in said[0]
-    assert len(said) == 2 and "SLURM 7)" in said[1]
+    assert len(said) == 3 and "does not answer" in said[1] and "SLURM 7)" in said[2]
 
 
 def test_nothing_is_waited_for_where_no_coordinator_was(tmp_path):
@@ -121,6 +121,12 @@ def test_requests_that_fit_pass_and_so_does_all_when_slurm_is_silent(answers):
     answers["sinfo"] = None
     job.resources = {"slurm_partition": "nowhere"}
     slurm.check_jobs([job])
+
+
+def test_more_memory_ends_where_nodes_end(answers):
+    assert slurm.largest_memory("gpu") == 128_000
+    assert slurm.largest_memory("") == 256_000
+    assert slurm.largest_memory("nowhere") is None
 
 
 def test_only_what_may_end_otherwise_is_tried_again(tmp_path, answers):
