@@ -40,7 +40,7 @@ def run_job(tmp_path: Path, method: str = "full", attempt: int = 1) -> SimpleNam
     """As much of a Snakemake job as the decision about a retry looks at."""
     return SimpleNamespace(
         rule=SimpleNamespace(name="run", restart_times=2),
-        wildcards=["s", "b", "digits", method, "0"],
+        wildcards=["search/", "s", "b", "digits", method, "0"],
         output=[str(tmp_path / method / "record.json")],
         attempt=attempt,
     )
@@ -142,7 +142,7 @@ def test_only_what_may_end_otherwise_is_tried_again(tmp_path, answers):
 
 def test_a_cancelled_job_is_not_tried_again(tmp_path, answers):
     job = run_job(tmp_path)
-    comment = "rule_run_wildcards_s_b_digits_full_0"
+    comment = "rule_run_wildcards_search__s_b_digits_full_0"
     chooses = retries.Retries([], "snella_1")
     answers["squeue"] = f"9|CANCELLED|None|{comment}\n10|TIMEOUT|TimeLimit|{comment}\n"
     assert not chooses.hopeless(job)  # its last attempt ran out of time
@@ -161,7 +161,7 @@ def test_snakemake_asks_before_it_repeats_a_job(tmp_path, answers, monkeypatch):
     of_job, of_group = Job.restart_times.fget, GroupJob.restart_times.fget
     assert of_job(broken) == 2
     failure(tmp_path / "full", transient=False)
-    assert of_job(broken) == 0 and "run s/b/digits/full/0 is not tried again" in said[0]
+    assert of_job(broken) == 0 and "full is not tried again" in said[0]
     assert of_group(SimpleNamespace(jobs=[broken, fine])) == 2
     (tmp_path / "linear").mkdir()
     (tmp_path / "linear/finished.json").write_text("{}")
