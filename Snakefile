@@ -58,6 +58,6 @@ onerror:
     shell(
         "echo 'Some jobs failed; what is finished is kept and the same command retries the rest."
         " To see what failed and why: snella status."
-        " To build the table with gaps: snakemake"
+        " To build the table with gaps: snakemake --cores all"
         " --config allow_missing=true -- results/table1.tex' >&2"
     )

@@ -40,7 +40,7 @@ def run_job(tmp_path: Path, method: str = "full", attempt: int = 1) -> SimpleNam
     """As much of a Snakemake job as the decision about a retry looks at."""
     return SimpleNamespace(
         rule=SimpleNamespace(name="run", restart_times=2),
-        wildcards=["s", "b", "digits", method, "0"],
+        wildcards=["search/", "s", "b", "digits", method, "0"],
         output=[str(tmp_path / method / "record.json")],
         attempt=attempt,
     )
@@ -79,7 +79,7 @@ def test_jobs_of_a_former_coordinator_are_waited_for(tmp_path, answers, monkeypa
     said: list[str] = []
     assert Coordinator(tmp_path).wait_for_former(said.append)
     assert "SLURM 7, 8" in said[0] and "scancel --name snella_1" in said[0]
-    assert len(said) == 2 and "SLURM 7)" in said[1]
+    assert len(said) == 3 and "does not answer" in said[1] and "SLURM 7)" in said[2]
 
 
 def test_nothing_is_waited_for_where_no_coordinator_was(tmp_path):
@@ -123,6 +123,12 @@ def test_requests_that_fit_pass_and_so_does_all_when_slurm_is_silent(answers):
     slurm.check_jobs([job])
 
 
+def test_more_memory_ends_where_nodes_end(answers):
+    assert slurm.largest_memory("gpu") == 128_000
+    assert slurm.largest_memory("") == 256_000
+    assert slurm.largest_memory("nowhere") is None
+
+
 def test_only_what_may_end_otherwise_is_tried_again(tmp_path, answers):
     job, other = run_job(tmp_path), run_job(tmp_path, "linear")
     failure(tmp_path / "full", transient=False)  # of an earlier call: it may have been corrected
@@ -136,7 +142,7 @@ def test_only_what_may_end_otherwise_is_tried_again(tmp_path, answers):
 
 def test_a_cancelled_job_is_not_tried_again(tmp_path, answers):
     job = run_job(tmp_path)
-    comment = "rule_run_wildcards_s_b_digits_full_0"
+    comment = "rule_run_wildcards_search__s_b_digits_full_0"
     chooses = retries.Retries([], "snella_1")
     answers["squeue"] = f"9|CANCELLED|None|{comment}\n10|TIMEOUT|TimeLimit|{comment}\n"
     assert not chooses.hopeless(job)  # its last attempt ran out of time
@@ -155,7 +161,7 @@ def test_snakemake_asks_before_it_repeats_a_job(tmp_path, answers, monkeypatch):
     of_job, of_group = Job.restart_times.fget, GroupJob.restart_times.fget
     assert of_job(broken) == 2
     failure(tmp_path / "full", transient=False)
-    assert of_job(broken) == 0 and "run s/b/digits/full/0 is not tried again" in said[0]
+    assert of_job(broken) == 0 and "full is not tried again" in said[0]
     assert of_group(SimpleNamespace(jobs=[broken, fine])) == 2
     (tmp_path / "linear").mkdir()
     (tmp_path / "linear/finished.json").write_text("{}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from snella.records import write_record
 
@@ -65,3 +69,78 @@ def test_a_mistake_is_one_line_and_status_two(tmp_path, config, words):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("snella: ")]
     assert words in line
     assert "Traceback" not in done.stderr
+
+
+HELD = '''\
+"""Trains the head, and goes beyond its first epoch only once there is a file `go`."""
+
+import time
+from pathlib import Path
+
+from snella.method import Method
+
+
+class Held(Method):
+    """The head alone."""
+
+    head_only = True
+
+    def adapt(self, model):
+        """Nothing but the head trains."""
+
+    def on_epoch_start(self, model, epoch, epochs):
+        """Wait, and note which epochs were begun."""
+        with Path("epochs").open("a") as file:
+            file.write(f"{epoch}\\n")
+        while epoch and not Path("go").exists():
+            time.sleep(0.1)
+'''
+SUITE = {
+    "title": "One data set", "backbone": "vit-quick", "protocol": "quick",
+    "overrides": {"epochs": 2, "warmup_epochs": 0, "evaluate_every": 2},
+    "groups": {"natural": ["digits"]}, "methods": ["held"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """The repository in a folder whose name has a space and letters that are not ASCII."""
+    folder = tmp_path / "größere Läufe" / "snella-bench"
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    for name in filter(None, names.split("\0")):
+        if not name.startswith(("tests/", "docs/", "benchmarks/")) and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / "baselines/held.py").write_text(HELD)
+    content = {"suite": "mine", "suites": {"mine": SUITE}, "methods": {"held": {}}}
+    (folder / "my.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def test_the_same_command_goes_on_after_the_coordinator_was_killed(clone):
+    """In a folder of any name; the run's orphan trains to the end, and nothing is trained twice."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [
+        sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", "my.yaml",
+        "--config", "warm_workers=false", "--", "results/table1.tex",
+    ]  # fmt: skip
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(clone)}
+    with (clone / "log").open("w") as log:
+        coordinator = subprocess.Popen(
+            command, cwd=clone, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    epochs, deadline = clone / "epochs", time.monotonic() + 300
+    while not (epochs.exists() and epochs.read_text().split() == ["0", "1"]):
+        assert time.monotonic() < deadline, (clone / "log").read_text()
+        assert coordinator.poll() is None, (clone / "log").read_text()
+        time.sleep(0.1)
+    coordinator.kill()
+    coordinator.wait()
+    (clone / "go").touch()
+    done = subprocess.run(
+        command, cwd=clone, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert epochs.read_text().split() == ["0", "1"]
+    assert "&" in (clone / "results/table1.tex").read_text()

@@ -58,9 +58,12 @@ class Coordinator:
 
     def wait_for_former(self, say: Callable[[str], None]) -> bool:
         """Wait until no job of a former coordinator is queued or running; True if there was one."""
-        name, told = self.former.get("jobs"), ""
+        name, told, silent = self.former.get("jobs"), "", False
         while name:
             found = slurm.jobs(name)
+            if found is None and not silent:
+                silent = True
+                say(f"squeue does not answer; whether jobs named {name} still run is asked again")
             if found is not None and not (left := slurm.live(found)):
                 break
             if found is not None:

@@ -47,7 +47,8 @@ class Retries:
     def _cancelled(self, job: Any) -> bool:
         if not self.jobs_name:
             return False
-        comment = f"rule_{job.rule.name}_wildcards_{'_'.join(job.wildcards)}"
+        wildcards = "_".join(job.wildcards).replace("/", "_")  # as the executor writes them
+        comment = f"rule_{job.rule.name}_wildcards_{wildcards}"
         same = [j for j in slurm.jobs(self.jobs_name) or () if j.comment == comment]
         return bool(same) and same[-1].state == "CANCELLED"
 
@@ -64,7 +65,7 @@ def install(retries: Retries, say: Callable[[str], None]) -> None:
     def of_job(job: Any) -> int:
         times = int(configured(job))
         if job.attempt <= times and retries.hopeless(job):
-            say(f"{job.rule.name} {'/'.join(job.wildcards)} is not tried again (snella status)")
+            say(f"{_folder(job)} is not tried again: snella status says why it failed")
             return 0
         return times
 

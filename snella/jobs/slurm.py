@@ -95,6 +95,14 @@ def partitions() -> list[Partition] | None:
     return list(found.values())
 
 
+def largest_memory(wanted: str) -> int | None:
+    """MB of the largest node of a partition (of the default one if empty), None if unknown."""
+    found = [
+        p for p in partitions() or () if (p.name in wanted.split(",") if wanted else p.default)
+    ]
+    return max((p.memory_mb for p in found), default=None)
+
+
 def check_jobs(jobs: Iterable[Any]) -> None:
     """Raise :class:`~snella.errors.UserError` for jobs whose request no node could ever meet."""
     known = partitions()

@@ -69,6 +69,7 @@ class WorkflowPlan:
         dryrun: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.remote, self.dryrun = config, remote, dryrun
+        self.ceiling_mb: int | None = None
         self.overlay = json.dumps(overlay, sort_keys=True, default=str)
         self.runs = {run.record.as_posix(): run for run in plan.plan(config)}
         self.warm = "--warm" if config.warm_workers else ""
@@ -161,6 +162,7 @@ class WorkflowPlan:
         if not name:  # another scheduler's executor
             return name
         slurm.check_jobs(job for job in workflow.dag.needrun_jobs() if not job.is_local)
+        self.ceiling_mb = slurm.largest_memory(self.config.cluster.partition)
         if self.coordinator.wait_for_former(_say) and not workflow.execution_settings.lock:
             start_over()
         watch_pending(name, _say)
@@ -209,8 +211,11 @@ class WorkflowPlan:
         return self.config.cluster.gpus if self.remote() or _has_gpu() else 0
 
     def memory(self, wildcards: Any, attempt: int) -> int:
-        """MB of main memory of a run; more after each failure."""
-        return self.config.cluster.memory_mb * attempt if self.remote() else LOCAL_MEMORY_MB
+        """MB of main memory of a run; more after each failure, up to what a node has."""
+        if not self.remote():
+            return LOCAL_MEMORY_MB
+        wanted = self.config.cluster.memory_mb
+        return max(wanted, min(wanted * attempt, self.ceiling_mb or wanted * attempt))
 
     def minutes(self, wildcards: Any, attempt: int) -> int:
         """The time limit of a run; more after each failure, which continues from a checkpoint."""

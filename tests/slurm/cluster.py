@@ -40,7 +40,7 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
-KillWait=10
+KillWait=5
 MinJobAge=300
 OverTimeLimit=0
 ReturnToService=2
@@ -104,6 +104,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_jobs()
         for process in reversed(self.processes):
             process.terminate()
         for process in reversed(self.processes):
@@ -125,8 +126,16 @@ class Cluster:
         self._spawn("slurmd", "-D", "-N", "node1")
         _wait(self._is_idle, f / "slurmctld.log")
 
+    def _end_jobs(self, seconds: float = 20) -> None:
+        """Jobs outlive their daemon, so end them first."""
+        self.call("scancel", "--full", "--signal=KILL", f"--user={_user()}")
+        self.call("scancel", f"--user={_user()}")
+        deadline = time.monotonic() + seconds
+        while self.call("squeue", "-h").strip() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
     def _is_idle(self) -> bool:
-        return set(self.call("sinfo", "-h", "-o", "%t").split()) == {"idle"}
+        return set(self.call("sinfo", "-h", "-o", "%t", tries=1).split()) == {"idle"}
 
     def _spawn(self, program: str, *arguments: str) -> None:
         path = shutil.which(program, path=PATH)
@@ -142,12 +151,16 @@ class Cluster:
                 )
             )
 
-    def call(self, *command: str) -> str:
-        """What a SLURM command prints."""
-        done = subprocess.run(
-            command, env={**os.environ, **self.environment}, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+    def call(self, *command: str, tries: int = 3) -> str:
+        """What a SLURM command prints; a controller that is busy is asked again."""
+        environment = {**os.environ, **self.environment}
+        for _ in range(tries):
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode == 0:
+                break
+            time.sleep(0.5)
         return done.stdout
 
     def jobs(self, states: str = "all") -> list[dict[str, str]]:

@@ -135,8 +135,8 @@ class Tree:
 
     def submitted(self, method: str) -> list[dict[str, str]]:
         """The SLURM jobs of a run in this tree, oldest first."""
-        comment = f"rule_run_wildcards_mine_vit-quick_digits_{method}_0"
-        jobs = [j for j in self.cluster.jobs() if j["comment"] == comment]
+        ending = f"_mine_vit-quick_digits_{method}_0"
+        jobs = [j for j in self.cluster.jobs() if j["comment"].endswith(ending)]
         return sorted((j for j in jobs if j["folder"] == str(self.folder)), key=lambda j: j["id"])
 
     def is_training(self, method: str) -> bool:
