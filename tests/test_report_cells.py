@@ -237,6 +237,20 @@ def test_a_table_says_where_its_numbers_differ_in_origin():
     assert not any(word in one for word in ("differ", "commit", "code", "stale"))
 
 
+def test_a_table_says_that_its_settings_were_searched():
+    runs = records()
+    for run in runs[:3]:
+        run["protocol"] |= {
+            "hyperparameters": "search/mine",
+            "batch_size": len(run["run"]["method"]),
+        }
+    for run in runs[3:]:
+        run["protocol"] |= {"hyperparameters": "search/mine"}
+    said = " ".join(make(runs).remarks)
+    assert f"Settings of {len(runs)} of {len(runs)} runs are those of search/mine" in said
+    assert "search" not in " ".join(make(records()).remarks)
+
+
 def test_rows_at_chance_are_flagged():
     info = [TOP1 | {"chance": 0.25}]
     runs = records(lambda m, d, s: {"full": 0.6, "linear": 0.27, "lora-8": 0.2}[m])

@@ -115,7 +115,9 @@ def test_a_search_from_trials_to_the_runs_that_use_it(settings, tmp_path):
         assert run.protocol.lr == found.rows[run.method.name]["tiny"].protocol["lr"]
         assert (run.protocol.hyperparameters, run.dataset.scored) == ("search/mini", "test")
         assert ("lowest or highest" in "".join(run.notes)) == (run.method.name in found.edge)
-    assert all("no settings in search/mini" in run.notes[0] for run in plan.plan(config))
+    fixed = plan.plan(config)
+    assert all("no settings in search/mini" in run.notes[0] for run in fixed)
+    assert {run.protocol.hyperparameters for run in fixed} == {"fixed"}
 
 
 def test_missing_trials_are_said_and_diverged_ones_never_win(settings, capsys):

@@ -1,6 +1,5 @@
 """The command line: thin verbs that parse, call and print."""
 
 from snella.cli.main import main
-from snella.cli.parser import build_parser
 
-__all__ = ["build_parser", "main"]
+__all__ = ["main"]

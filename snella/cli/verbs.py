@@ -68,13 +68,6 @@ def execute(options: argparse.Namespace) -> int:
 
     _json(options.settings, "--settings")
     chosen = Run.from_json(options.settings)
-    if options.warm:
-        from snella.jobs import worker as warm
-
-        arguments = ["execute", "--settings", options.settings, "--stage", options.stage]
-        status = warm.call(arguments) if warm.available() else None
-        if status is not None:
-            return status
     from snella.jobs import devices
     from snella.jobs.cells import finished_line
     from snella.runs.execute import execute as execute_run

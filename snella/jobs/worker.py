@@ -162,6 +162,9 @@ def serve(command: Command) -> None:
             return
         for name in PRELOAD:
             __import__(name)
+        from snella.runs import identity
+
+        identity.preload()
         address.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(address))

@@ -214,6 +214,12 @@ class Results:
         mixed = [str(method) for method, n in code.nunique().items() if n > 1]
         if mixed:
             notes.append(f"Rows whose runs were made by different code: {some(mixed)}.")
+        for name, n in _tallied(self.made, "protocol.hyperparameters").items():
+            if name.startswith("search/"):
+                notes.append(
+                    f"Settings of {n} of {len(self.made)} runs are those of {name}: chosen on "
+                    "validation examples, after as many trials for every row."
+                )
         warned: Counter[str] = Counter()
         for texts, n in _tallied(self.made, "warnings").items():
             warned.update(dict.fromkeys(set(texts.split("; ")) - {AT_CHANCE}, n))
@@ -264,8 +270,8 @@ def check_comparable(runs: pd.DataFrame, mixed: str, *, chosen: bool) -> list[st
 
     Rows are compared within a column, so within a data set every protocol field but the tuned
     ones (learning rates, weight decay, drop path) has to agree; backbone and, unless the reader
-    ``chosen`` one, selection have to agree in the whole table. Hyper-parameters released per
-    method and ``mixed="note"`` turn a differing protocol into a note.
+    ``chosen`` one, selection have to agree in the whole table. Hyper-parameters released or
+    searched per method and ``mixed="note"`` turn a differing protocol into a note.
     """
     for name in ("backbone", "protocol.selection"):
         found = sorted(_tallied(runs, name))
@@ -277,7 +283,8 @@ def check_comparable(runs: pd.DataFrame, mixed: str, *, chosen: bool) -> list[st
     for dataset, rows in runs.groupby("dataset"):
         kinds = rows[fields].astype(str).nunique()
         released = rows.get("protocol.hyperparameters")
-        allowed = mixed == "note" or (released is not None and bool((released == "released").all()))
+        own = released is not None and released.astype(str).str.match("released|search/").all()
+        allowed = mixed == "note" or bool(own)
         for name in kinds[kinds > 1].index:
             text = _difference(rows, name)
             if not allowed:

@@ -22,7 +22,7 @@ from pathlib import Path
 from snella.errors import UserError, one_line
 from snella.files import digest_json, sha256
 from snella.runs.run import Run
-from snella.tasks import TaskInfo
+from snella.tasks import TaskInfo, find_task, task_names
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _PLUMBING = ("errors", "files", "validation", "records", "runs.identity", "runs.run")
@@ -70,6 +70,14 @@ def _stage(method: str, entry: str, task: str, tasks: str, own: tuple[str, ...])
     starts += [_Module(f"snella/{name}", PACKAGE / name) for name in own]
     starts += list(_find(entry.partition(":")[0], roots))
     return _closure(starts, roots)
+
+
+def preload() -> None:
+    """Read the sources that runs of the shipped tasks share, for processes that are forked off."""
+    for name in task_names():
+        info = find_task(name)
+        _stage("", info.implementation, name, "tasks", TRAINING)
+        _stage("", info.scorer, name, "tasks", EVALUATION)
 
 
 def prepare_key(task: TaskInfo) -> dict[str, object]:

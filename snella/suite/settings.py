@@ -122,7 +122,8 @@ def _found(
     elif edge.get(key):
         note = "the best value of a searched setting is the lowest or highest that was tried"
     found = found or nothing
-    source = {**found.protocol, "hyperparameters": f"search/{name}"}
+    used = f"search/{name}" if name in config.searched else "fixed"
+    source = {**found.protocol, "hyperparameters": used}
     at = ("searched", name, "rows", method, key)
     return at, found.model_copy(update={"protocol": source}), (note,) * bool(note)
 

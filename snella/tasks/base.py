@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from snella.errors import unknown
 from snella.validation import Strict
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
     from snella.data.prepared import Prepared
