@@ -71,13 +71,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--results", type=Path, help="keep the runs here; finished ones are used")
     parser.add_argument("--out", type=Path, help="write the figures here, too")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.results or Path(temporary)
         rows = [
-            train(start, factor, options, Path(folder))
-            for factor in options.rates
-            for start in STARTS
+            train(start, factor, options, folder) for factor in options.rates for start in STARTS
         ]
     table = Table("Start", "Learning rate", "Top-1 by seed", "Mean", "Loss, first and last epoch")
     for row in rows:
