@@ -125,13 +125,19 @@ def test_reentrant_checkpointing_without_gradients_is_explained() -> None:
         on_step_end(model)
 
 
-def trainer(folder: Path, steps: int, callbacks: list[Any]) -> Any:
-    from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+def classifier() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = ViTConfig(**sizes, intermediate_size=32, image_size=16, patch_size=8, num_labels=3)
     torch.manual_seed(0)
-    model = ViTForImageClassification(config)
+    return ViTForImageClassification(config)
+
+
+def trainer(folder: Path, steps: int, callbacks: list[Any]) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    model = classifier()
     settings = SnellaConfig(rank=4, modules_to_save=["classifier"], target_sparsity=SPARSITY)
     model = get_peft_model(model, settings)
     generator = torch.Generator().manual_seed(0)
@@ -148,6 +154,14 @@ def trainer(folder: Path, steps: int, callbacks: list[Any]) -> Any:
 
 def state_of(trainer: Any) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_the_trainer_with_its_own_optimizer(tmp_path: Path) -> None:
+    used = trainer(tmp_path, 100, [SnellaCallback()])
+    used.train()
+    assert used.optimizer.param_groups[0]["fused"]
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    check(used.model, classifier, lambda m: m(images).logits, tmp_path)
 
 
 @pytest.mark.parametrize("at", [12, 14], ids=["between epochs", "in mid-epoch"])
@@ -303,6 +317,8 @@ def _in_parallel(rank: int, port: int, folder: str) -> None:
             parallel(torch.randn(2, 3, 16, 16, generator=generator)).square().mean().backward()
             update.step()
             parallel.module.on_step_end()
+    entries = sum(layer.slice_size * layer.slices for layer in layers(model))
+    assert sum(budgets(model)) == int((1 - SPARSITY) * entries)
     torch.save((budgets(model), model.state_dict()), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
