@@ -63,7 +63,8 @@ def estimate(clusters: Sequence[Sequence[float]], chance: float) -> dict[str, fl
     """Mean of the clusters' means with its 95 % bootstrap interval, beside the chance level."""
     low, high = bootstrap(clusters)
     mean = float(np.mean([np.mean(values) for values in clusters]))
-    return {"mean": mean, "low": low, "high": high, "chance": chance}
+    found = {"mean": mean, "low": low, "high": high, "chance": chance}
+    return {name: round(value, 6) for name, value in found.items()}
 
 
 def above(found: dict[str, float]) -> bool:
