@@ -83,3 +83,25 @@ def test_every_comparison_names_a_row_and_a_repository() -> None:
     rows = config.load().methods
     assert {entry.row for entry in (PUBLISHED | LIBRARY).values()} <= set(rows)
     assert {entry.repository for entry in PUBLISHED.values()} == set(REPOSITORIES)
+
+
+def test_both_sides_of_the_data_benchmark_see_every_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import json
+
+    import data
+
+    output = tmp_path / "data.json"
+    sizes = ["--images", "12", "--epochs", "2", "--workers", "0", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["data.py", *sizes, "--output", str(output)])
+    data.main()
+    found = json.loads(output.read_text())["over"]
+    assert set(found) == {"fixed", "augmented"}
+    assert all(len(side) == 2 for path in found.values() for side in path["seconds"].values())
+
+
+def test_a_run_is_its_first_epoch_and_the_median_of_the_others() -> None:
+    from data import run_seconds
+
+    assert run_seconds([9.0, 1.0, 5.0, 2.0], 100) == 9.0 + 99 * 2.0

@@ -38,6 +38,7 @@ class Settings:
     normalisation: str = "imagenet"
     augmentation: str = "none"
     pixels: str = "as-is"
+    auto_augment: str | None = None
 
 
 VTAB = Settings(image_size=48, resize="square")

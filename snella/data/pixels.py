@@ -21,11 +21,17 @@ class PixelSettings(Strict):
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     normalisation: Literal["imagenet", "inception", "none"] = "imagenet"
     augmentation: Literal["none", "flip", "random-resized-crop", "timm"] = "none"
+    auto_augment: str | None = Field(None, pattern=r"^(rand|augmix|original|v0|3a)[a-z0-9.-]*$")
+    random_erasing: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _crop_fits(self) -> PixelSettings:
         if self.resize_size is not None and self.resize_size < self.image_size:
             raise ValueError(
                 f"resize_size {self.resize_size} is smaller than image_size {self.image_size}"
+            )
+        if self.auto_augment is not None and self.augmentation != "timm":
+            raise ValueError(
+                "auto_augment needs augmentation: timm, whose colour jitter it replaces"
             )
         return self

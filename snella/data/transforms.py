@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from snella.data.auto_augment import AutoAugment
 from snella.data.epoch import epoch_order, lazy_images
 from snella.data.images import ArrayImages, JoinedImages
 from snella.data.pixels import PixelSettings
@@ -29,6 +30,8 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 MATERIALISE_BYTES = 1 << 29
+CACHED = 1 << 17
+"""Numbers that stay in a core's cache over several operations."""
 
 
 def eval_transform(settings: PixelSettings, *, jpeg: bool = False) -> Transform:
@@ -47,7 +50,8 @@ def eval_transform(settings: PixelSettings, *, jpeg: bool = False) -> Transform:
 def train_transform(settings: PixelSettings, *, jpeg: bool = False) -> Transform:
     """The transform for training, uint8 (H, W, 3) to uint8 (3, S, S).
 
-    `augmentation` is one of
+    `auto_augment`, timm's name of a policy such as "rand-m9-mstd0.5-inc1", takes the place of
+    colour jitter, as in timm. `augmentation` is one of
     - "none": as in evaluation (VTAB-1k in every published code);
     - "flip": resize as in evaluation, random crop, flip (VPT on FGVC);
     - "random-resized-crop": 8 to 100% of the area, bicubic, flip (DyT, Sparse-Tuning);
@@ -60,6 +64,7 @@ def train_transform(settings: PixelSettings, *, jpeg: bool = False) -> Transform
 def _transform(settings: PixelSettings, augmentation: str, jpeg: bool) -> Transform:
     resize_size = settings.resize_size or settings.image_size
     reencode = settings.pixels == "community-jpeg" and not jpeg
+    policy = settings.auto_augment if augmentation == "timm" else None
     return Transform(
         settings.image_size,
         settings.resize,
@@ -67,6 +72,8 @@ def _transform(settings: PixelSettings, augmentation: str, jpeg: bool) -> Transf
         settings.interpolation,
         augmentation,
         reencode,
+        policy,
+        NORMALISATIONS[settings.normalisation][0] if policy else (),
     )
 
 
@@ -80,6 +87,9 @@ class Transform:
     interpolation: str
     augmentation: str
     reencode: bool
+    auto_augment: str | None = None
+    fill: tuple[float, ...] = ()
+    """The mean colour, 0 to 1, which `auto_augment` puts where it moves pixels away."""
 
     @property
     def deterministic(self) -> bool:
@@ -128,7 +138,9 @@ class Transform:
             steps.append(v2.CenterCrop(size) if self.deterministic else v2.RandomCrop(size))
         if not self.deterministic:
             steps.append(v2.RandomHorizontalFlip())
-        if self.augmentation == "timm":
+        if self.auto_augment is not None:
+            steps.append(AutoAugment(self.auto_augment, size, self.fill))
+        elif self.augmentation == "timm":
             steps.append(v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4))
         return v2.Compose([*steps, v2.PILToTensor()])
 
@@ -148,7 +160,14 @@ def community_jpeg(image: np.ndarray) -> np.ndarray:
 def normalise(batch: Tensor, settings: PixelSettings) -> Tensor:
     """Normalise a batch uint8 (B, 3, H, W) to float32 `(x / 255 - mean) / std`, on its device."""
     mean, std = _constants(settings.normalisation, batch.device)
-    return batch.to(torch.float32).div(255).sub_(mean).div_(std)
+    if batch.device.type != "cpu":
+        return batch.to(torch.float32).div_(255).sub_(mean).div_(std)
+    out = torch.empty(batch.shape, dtype=torch.float32)
+    cached = CACHED if torch.get_num_threads() == 1 else batch.numel()  # threads meet at each part
+    part = max(1, cached * len(batch) // max(1, batch.numel()))
+    for pixels, normalised in zip(batch.split(part), out.split(part), strict=True):
+        normalised.copy_(pixels).div_(255).sub_(mean).div_(std)  # while it is in the cache
+    return out
 
 
 @cache
@@ -248,7 +267,7 @@ def batches(
     if isinstance(split, Split):
         images = lazy_images(split, order, shuffle_seed, workers)
     else:
-        images = (split[index].contiguous() for index in order)
+        images = (split[index.to(split.device)].contiguous() for index in order)
     return (
         {"image": image, "index": index} | ({} if targets is None else {"label": targets[index]})
         for image, index in zip(images, order, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def prepare_dataset(config: Config, name: str, *, missing_only: bool = False) ->
     if missing_only and (folder / "manifest.json").exists() and _read(mark) == origin:
         return folder
     find_task(spec.task, config.tasks).prepare(name, spec, folder)
+    shutil.rmtree(folder.with_name(f".{name}.pixels"), ignore_errors=True)  # resized, of the old
     write_json(mark, origin)
     return folder
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snella.data.placement import resident_bytes
+
 MIB = 1024**2
 
 
@@ -45,7 +47,7 @@ class PeakMemory:
 
     def _read(self) -> float | None:
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / MIB
+            return (torch.cuda.max_memory_allocated(self.device) - resident_bytes()) / MIB
         if self.device.type == "meta":
             return None
         status = Path("/proc/self/status").read_text()

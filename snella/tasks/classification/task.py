@@ -11,15 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from snella.data import erasing
 from snella.data.mixing import KEY, apply_mix, draw_mix
+from snella.data.placement import resident, travel
 from snella.data.prepared import Prepared
-from snella.data.transforms import (
-    batches,
-    eval_transform,
-    normalise,
-    open_split,
-    train_transform,
-)
+from snella.data.resized import open_images
+from snella.data.transforms import batches, eval_transform, normalise, train_transform
 from snella.data.views import view_batches
 from snella.files import atomic
 from snella.methods.base import Batch
@@ -55,7 +52,14 @@ class Classification(Task):
         """Normalised images (B, 3, H, W) and labels (B,), and how a training batch is mixed."""
         found = self.plain_batches(split, seed)
         settings = self.settings
-        if seed is None or not (settings.mixup or settings.cutmix):
+        if seed is None:
+            return found
+        if settings.random_erasing:
+            found = (
+                {**batch, erasing.KEY: erasing.draw_erasing(seed, i)}
+                for i, batch in enumerate(found)
+            )
+        if not (settings.mixup or settings.cutmix):
             return found
         return (
             {**batch, KEY: draw_mix(settings.mixup, settings.cutmix, settings.image_size, seed, i)}
@@ -78,17 +82,16 @@ class Classification(Task):
         return logits
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross-entropy in single precision, with the protocol's label smoothing and mixing."""
-        smoothing = self.settings.label_smoothing
+        """Cross-entropy in single precision, with label smoothing, mixing and erasing."""
+        smoothing, images, targets = self.settings.label_smoothing, batch["image"], batch["label"]
         if KEY in batch:
             classes = self.data.num_classes
-            images, targets = apply_mix(
-                batch["image"], batch["label"], classes, smoothing, batch[KEY]
-            )
-            mixed = self.forward(model, {**batch, "image": images}).float()
-            return F.cross_entropy(mixed, targets)
-        logits = self.forward(model, batch).float()
-        return F.cross_entropy(logits, batch["label"], label_smoothing=smoothing)
+            images, targets = apply_mix(images, targets, classes, smoothing, batch[KEY])
+            smoothing = 0.0
+        if erasing.KEY in batch:
+            images = erasing.erase(images, self.settings.random_erasing, int(batch[erasing.KEY]))
+        logits = self.forward(model, {**batch, "image": images}).float()
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
     @torch.inference_mode()
     def predict(self, model: nn.Module, split: str, folder: Path) -> int:
@@ -106,14 +109,15 @@ class Classification(Task):
 
     def _normalised(self, source: Iterator[Batch]) -> Iterator[Batch]:
         for batch in source:
-            yield {**batch, "image": normalise(batch["image"], self.settings)}
+            yield {**batch, "image": normalise(travel(batch["image"]), self.settings)}
 
     def _split(self, split: str, training: bool = False) -> Any:
-        """A split's images, uint8: transformed once where they are fixed and fit in memory."""
+        """A split's images, uint8: transformed once where they are fixed, on the device if fit."""
         augmented = training and self.settings.augmentation != "none"
         key = (split, augmented)
         if key not in self._opened:
             make = train_transform if augmented else eval_transform
             transform = make(self.settings, jpeg=self.data.jpeg)
-            self._opened[key] = open_split(self.data.images(split), transform)
+            images = open_images(self.data, split, transform)
+            self._opened[key] = resident(images) if isinstance(images, Tensor) else images
         return self._opened[key]
