@@ -105,3 +105,13 @@ def test_a_run_is_its_first_epoch_and_the_median_of_the_others() -> None:
     from data import run_seconds
 
     assert run_seconds([9.0, 1.0, 5.0, 2.0], 100) == 9.0 + 99 * 2.0
+
+
+def test_the_cost_of_reading_and_scoring_masks_is_measured(tmp_path: Path, monkeypatch) -> None:
+    import segmentation_data as bench
+
+    for name, value in (("HEIGHT", 40), ("WIDTH", 48), ("SIDE", 32), ("MAP", 8)):
+        monkeypatch.setattr(bench, name, value)
+    milliseconds = bench.measure(tmp_path, 12)
+    assert set(milliseconds) >= {"later epochs: kept bytes", "score a prediction"}
+    assert all(value >= 0 for value in milliseconds.values())

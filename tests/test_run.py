@@ -176,7 +176,8 @@ def test_out_of_memory_is_told_from_other_failures(make_run, tmp_path, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(running, "evaluate", full)
-    assert execute(make_run(), tmp_path / "x")["status"] == "oom"
+    record = execute(make_run(), tmp_path / "x")
+    assert record["status"] == "oom" and "gradient_checkpointing: true" in record["reason"]
 
 
 def test_a_time_limit_is_recorded(make_run, tmp_path):

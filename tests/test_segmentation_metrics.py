@@ -142,6 +142,13 @@ def test_loss_is_the_released_training_loss(golden) -> None:
     np.testing.assert_allclose(logits.grad, golden["loss_total_grad"], atol=1e-9)
 
 
+def test_an_empty_mask_that_nothing_is_predicted_for_has_a_finite_loss() -> None:
+    logits = torch.full((1, 8, 8), -200.0, requires_grad=True)  # a sigmoid of exactly zero
+    loss = mask_loss(logits, torch.zeros(1, 8, 8))
+    loss.backward()
+    assert loss.item() == 1.0 and torch.isfinite(logits.grad).all()
+
+
 def test_collapse_is_empty_or_full_masks_for_most_images() -> None:
     assert "2 of 3 images are empty" in (collapsed([0.0, 0.0005, 0.2]) or "")
     assert "full" in (collapsed([1.0, 0.97, 0.1]) or "")

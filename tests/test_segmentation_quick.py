@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from snella.models.sam import build_sam, load_sam, mask_logits
 from snella.quick.pretrain_sam import (
     ARCHITECTURE,
     PretrainConfig,
+    boundaries,
     boxes_around,
     choose_shapes,
     decode,
+    learning_rate,
     points_in,
     pretrain,
 )
@@ -97,6 +100,43 @@ def test_rendered_shapes_have_exact_disjoint_masks() -> None:
     assert pictures.image.shape == (6, 3, 48, 48) and pictures.visible.shape == (6, 3, 48, 48)
     assert pictures.image.min() >= 0 and pictures.image.max() <= 1
     assert pictures.visible.sum(1).max() <= 1, "a pixel shows one shape"
+    covered = pictures.visible.any(1)
+    assert (pictures.relief[~covered] == 0).all(), "the ground is flat"
+    assert 0 < (pictures.relief[covered] > 0).float().mean() < 1, "some shapes are raised"
+
+
+def test_a_turned_picture_is_turned_with_its_masks() -> None:
+    pictures, rows = Renderer(48, 3, rng()).many(5, 2), torch.tensor([4, 1])
+    assert len(pictures) == 5
+    for seed in range(8):
+        turned = pictures.turned(rows, torch.Generator().manual_seed(seed))
+        for back in (lambda t: t, lambda t: t.flip(-1)):
+            for quarter in range(4):
+                image = back(turned.image).rot90(-quarter, (-2, -1))
+                if torch.equal(image.amax(1), pictures.image[rows].amax(1)):
+                    for name in ("visible", "relief"):
+                        plane = back(getattr(turned, name)).rot90(-quarter, (-2, -1))
+                        assert torch.equal(plane, getattr(pictures, name)[rows])
+                    break
+            else:
+                continue
+            break
+        else:
+            raise AssertionError("no turn gives the picture back")
+
+
+def test_boundaries_lie_between_shapes() -> None:
+    visible = torch.zeros(1, 2, 6, 6, dtype=torch.bool)
+    visible[0, 0, :3, :3] = visible[0, 1, :3, 3:] = True
+    found = boundaries(visible)[0]
+    assert found[0].tolist() == [False, False, True, False, False, False]
+    assert found[2].all() and not found[3:].any()
+
+
+def test_the_learning_rate_falls_only_at_the_end() -> None:
+    config = PretrainConfig(epochs=20, cooldown_epochs=5, warmup_epochs=2.0, lr=1.0)
+    rates = [learning_rate(config, epoch) for epoch in (0, 1, 2, 15, 17.5, 20)]
+    assert rates == [0, 0.5, 1, 1, 0.5, 0]
 
 
 def test_prompts_lie_on_their_shapes() -> None:
@@ -138,9 +178,10 @@ SMALL = PretrainConfig(
     epochs=3,
     steps=2,
     batch_size=4,
+    repeats=2,
     least_pixels=5,
     warmup_epochs=0.5,
-    prompted_epochs=1,
+    cooldown_epochs=1,
 )
 
 
@@ -151,8 +192,25 @@ def test_pretraining_resumes_to_the_same_weights_and_says_what_it_did(tmp_path: 
     assert again["sha256"] == record["sha256"]
     assert record["pictures"] == 24 and len(record["history"]) == 3
     assert not list(tmp_path.glob("*.checkpoint"))
+    assert set(record["final"]) == {"loss", "iou", "iou_unprompted"}
+    assert set(record["checks"]) == {"iou_point", "iou_box", "iou_unprompted"}
     model = load_sam("sam_vit", SIZES, 32, (tmp_path / "whole.safetensors").as_posix())
     assert mask_logits(model, torch.zeros(1, 3, 32, 32)).shape == (1, 16, 16)
+
+
+def test_a_pretraining_may_be_prolonged_before_its_cooldown(tmp_path: Path) -> None:
+    out = tmp_path / "a.safetensors"
+    started = []
+
+    def stopped(config: PretrainConfig) -> None:
+        assert pretrain(config, out, seconds_limit=0.0) == {}
+        started.append(len(torch.load(out.with_name(out.name + ".checkpoint"))["history"]))
+
+    stopped(SMALL)  # after one epoch: the cool-down is the third
+    longer = pretrain(replace(SMALL, epochs=4), out)
+    assert len(longer["history"]) == 4 and started == [1]
+    whole = pretrain(replace(SMALL, epochs=4), tmp_path / "b.safetensors")
+    assert longer["sha256"] == whole["sha256"]
 
 
 def test_the_recipe_is_the_configured_backbone() -> None:

@@ -23,7 +23,7 @@ from snella.quick.bundled import SCIKIT_IMAGE, blocks_of, bundled
 Array = NDArray[np.float64]
 
 SIZE = 96
-SPLITS = {"train": 64, "val": 24, "test": 96}
+SPLITS = {"train": 128, "val": 32, "test": 96}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Tissue:
 
 TISSUES = (
     Tissue("retina", f"{SCIKIT_IMAGE}/retina.jpg", 176, (110, 176)),
-    Tissue("histology", f"{SCIKIT_IMAGE}/ihc.png", 128, (96, 128)),
+    Tissue("histology", f"{SCIKIT_IMAGE}/ihc.png", 128, (64, 96)),
 )
 SOURCES = ("scikit-image retina.jpg (CC0)", "scikit-image ihc.png (Human Protein Atlas, CC BY-SA)")
 
@@ -124,14 +124,15 @@ def _place(rng: np.random.Generator, taken: list[tuple[Array, float]], radius: f
     return centre
 
 
-def _tint(rng: np.random.Generator) -> Array:
-    """A slight tint (3,): redder, paler or darker."""
-    return rng.uniform(-0.05, 0.07) + rng.uniform(-0.05, 0.05, 3)
+def _tint(rng: np.random.Generator, stain: bool) -> Array:
+    """A tint (3,): polyps are a little paler or redder than the tissue, stains darker."""
+    level = rng.uniform(-0.28, -0.06) if stain else rng.uniform(-0.03, 0.14)
+    return np.asarray(level + rng.uniform(-0.05, 0.05, 3))
 
 
 def _matched(skin: Array, ground: Array) -> Array:
-    """The texture of ``skin`` with the mean colour of ``ground``."""
-    return np.asarray(skin - skin.mean(axis=(0, 1)) + ground.mean(axis=(0, 1)))
+    """The texture of ``skin``, stretched and so fainter, with the mean colour of ``ground``."""
+    return np.asarray(0.6 * (skin - skin.mean(axis=(0, 1))) + ground.mean(axis=(0, 1)))
 
 
 def _polyp(
@@ -143,10 +144,10 @@ def _polyp(
     side = ((_X - centre[0]) * np.cos(light) + (_Y - centre[1]) * np.sin(light)) / radius
     slope = np.clip(side, -1.5, 1.5) * (1 - inside)
     height = rng.uniform(0.6, 1.0)
-    shade = 1 + height * (0.30 * slope + 0.16 * np.sqrt(inside)) - 0.05
+    shade = 1 + height * (0.36 * slope + 0.18 * np.sqrt(inside)) - 0.05
     shifted = _outline_shadow(depth, side)
-    image = image * (1 - 0.45 * height * shifted)[..., None]
-    body = np.clip((_matched(skin, image) + _tint(rng)) * shade[..., None], 0, 1)
+    image = image * (1 - 0.55 * height * shifted)[..., None]
+    body = np.clip((_matched(skin, image) + _tint(rng, stain=False)) * shade[..., None], 0, 1)
     image = image + _cover(depth, radius)[..., None] * (body - image)
     return image, depth > 0
 
@@ -162,7 +163,7 @@ def _stain(
 ) -> Array:
     """A flat stain: outline, texture and tint of a polyp, without dome and shadow."""
     depth = _outline(rng, centre, radius)
-    body = np.clip(_matched(skin, image) + 1.4 * _tint(rng), 0, 1)
+    body = np.clip(_matched(skin, image) + _tint(rng, stain=True), 0, 1)
     return image + _cover(depth, radius)[..., None] * (body - image)
 
 
