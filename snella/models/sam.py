@@ -219,8 +219,8 @@ def mask_loss(logits: Tensor, target: Tensor, reduce: bool = True) -> Tensor:
     """Binary cross-entropy plus one minus soft IoU, as the released code of GPS computes it.
 
     Both terms are means over the pixels of a mask (..., H, W); the result is their mean over all
-    masks, or (...) without ``reduce``. Soft IoU is sum(p t) / (sum p + sum t - sum p t), and 0 where
-    target and prediction are empty, as the limit of ever smaller predictions is.
+    masks, or (...) without ``reduce``. Soft IoU is sum(p t) / (sum p + sum t - sum p t), and 0
+    where target and prediction are empty, as the limit of ever smaller predictions is.
     """
     cross = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     p = torch.sigmoid(logits)

@@ -193,8 +193,13 @@ class Renderer:
         for _ in range(BANDS):
             angle, bend, shift, width, height = (
                 self.uniform(count, low, high)[:, None, None]
-                for low, high in
-                ((0, 2 * math.pi), (-0.8, 0.8), (-0.4, 0.4), (0.01, 0.06), (-0.4, 0.25))
+                for low, high in (
+                    (0, 2 * math.pi),
+                    (-0.8, 0.8),
+                    (-0.4, 0.4),
+                    (0.01, 0.06),
+                    (-0.4, 0.25),
+                )
             )
             u = angle.cos() * (self.x - 0.5) + angle.sin() * (self.y - 0.5)
             v = angle.cos() * (self.y - 0.5) - angle.sin() * (self.x - 0.5)
