@@ -14,7 +14,9 @@ import pytest
 from snella.errors import UserError
 from snella.jobs import coordinator, retries, slurm
 from snella.jobs.coordinator import Coordinator
+from snella.jobs.requests import Requests
 from snella.records import write_record
+from snella.suite import config as configuration
 
 HOLD = """
 import sys, time
@@ -127,6 +129,24 @@ def test_more_memory_ends_where_nodes_end(answers):
     assert slurm.largest_memory("gpu") == 128_000
     assert slurm.largest_memory("") == 256_000
     assert slurm.largest_memory("nowhere") is None
+
+
+def test_a_failed_run_gets_more_memory_and_time_but_no_more_than_there_is(answers):
+    config = configuration.load(overrides={"cluster": {"partition": "gpu", "memory_mb": 50_000}})
+    asks = Requests(config, remote=lambda: True)
+    asks.check([])
+    assert [asks.memory(None, attempt) for attempt in (1, 2, 3)] == [50_000, 100_000, 128_000]
+    assert [asks.minutes(None, attempt) for attempt in (1, 2)] == [120, 240]
+    assert asks.gpu(None) == 1
+
+
+def test_partitions_and_account_may_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("SNELLA_PARTITION", "a100")
+    monkeypatch.setenv("SNELLA_ACCOUNT", "lab")
+    asks = Requests(configuration.load(), remote=lambda: True)
+    assert (asks.partition(None), asks.account(None)) == ("a100", "lab")
+    stated = configuration.load(overrides={"cluster": {"partition": "mine"}})
+    assert Requests(stated, remote=lambda: True).partition(None) == "mine"
 
 
 def test_only_what_may_end_otherwise_is_tried_again(tmp_path, answers):

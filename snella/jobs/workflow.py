@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 
 from snella.errors import MISTAKE, UserError, explain, record_traceback
 from snella.files import digest_json
-from snella.jobs import cells, devices, retries, slurm, worker
+from snella.jobs import cells, devices, retries, worker
 from snella.jobs.coordinator import Coordinator, start_over, watch_pending
 from snella.jobs.inputs import missing, missing_of
 from snella.jobs.prepare import origin_of
+from snella.jobs.requests import Requests
 from snella.runs.identity import code_key, training_key
 from snella.runs.run import Run
 from snella.suite import config as configuration
@@ -28,8 +29,6 @@ from snella.suite import plan
 from snella.suite.config import Config
 
 Answer = TypeVar("Answer")
-LOCAL_MEMORY_MB = 3000
-"""Of a run without a cluster: counts only where ``--resources mem_mb=`` sets a limit."""
 
 
 def _user(call: Callable[[], Answer]) -> Answer:
@@ -52,12 +51,6 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-@cache
-def _has_gpu() -> bool:
-    """Whether this machine has a GPU, without the seconds that asking PyTorch takes."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
-
-
 class WorkflowPlan:
     """The plan of a configuration, indexed by the paths that Snakemake knows."""
 
@@ -68,8 +61,8 @@ class WorkflowPlan:
         remote: Callable[[], bool] = lambda: False,
         dryrun: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.remote, self.dryrun = config, remote, dryrun
-        self.ceiling_mb: int | None = None
+        self.config, self.dryrun = config, dryrun
+        self.requests = Requests(config, remote)
         self.overlay = json.dumps(overlay, sort_keys=True, default=str)
         self.runs = {run.record.as_posix(): run for run in plan.plan(config)}
         self.warm = "--warm" if config.warm_workers else ""
@@ -161,8 +154,7 @@ class WorkflowPlan:
         name = str(getattr(workflow.scheduler._executor, "run_uuid", ""))
         if not name:  # another scheduler's executor
             return name
-        slurm.check_jobs(job for job in workflow.dag.needrun_jobs() if not job.is_local)
-        self.ceiling_mb = slurm.largest_memory(self.config.cluster.partition)
+        self.requests.check(list(workflow.dag.needrun_jobs()))
         if self.coordinator.wait_for_former(_say) and not workflow.execution_settings.lock:
             start_over()
         watch_pending(name, _say)
@@ -199,39 +191,6 @@ class WorkflowPlan:
     def threads(self, wildcards: Any) -> int:
         """CPU threads of a run, from its protocol."""
         return self.run(wildcards).protocol.threads
-
-    def environment(self, wildcards: Any) -> str:
-        """The conda environment of a data set's task family, beside ``workflow/rules``."""
-        task = self.config.datasets[wildcards.dataset].task
-        known = task in ("segmentation", "generation")
-        return f"../../envs/{task if known else 'core'}.yaml"
-
-    def gpu(self, wildcards: Any) -> int:
-        """GPUs of a run: none where its device is the CPU."""
-        return self.config.cluster.gpus if self.remote() or _has_gpu() else 0
-
-    def memory(self, wildcards: Any, attempt: int) -> int:
-        """MB of main memory of a run; more after each failure, up to what a node has."""
-        if not self.remote():
-            return LOCAL_MEMORY_MB
-        wanted = self.config.cluster.memory_mb
-        return max(wanted, min(wanted * attempt, self.ceiling_mb or wanted * attempt))
-
-    def minutes(self, wildcards: Any, attempt: int) -> int:
-        """The time limit of a run; more after each failure, which continues from a checkpoint."""
-        return self.config.cluster.minutes * attempt
-
-    def partition(self, wildcards: Any) -> str:
-        """Where runs go; empty is the cluster's default."""
-        return self.config.cluster.partition
-
-    def cpu_partition(self, wildcards: Any) -> str:
-        """Where jobs go that use no GPU; empty is the cluster's default."""
-        return self.config.cluster.cpu_partition
-
-    def account(self, wildcards: Any) -> str:
-        """Whom the cluster charges; empty leaves it to the cluster."""
-        return self.config.cluster.account
 
     def dataset_overlay(self, wildcards: Any) -> str:
         """A configuration with one data set's entry: all that preparing it needs."""

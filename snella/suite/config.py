@@ -233,7 +233,7 @@ class Config(Strict):
     allow_missing: bool = False
     warm_workers: bool = True
     gpu_share: Annotated[int, Field(ge=1, le=64, strict=True)] = 1
-    cluster: Cluster = Cluster()
+    cluster: Cluster = Field(default_factory=Cluster)
     task_suites: dict[Name, Reference] = {}
     backbones: dict[Name, BackboneEntry]
     datasets: dict[Column, DatasetSpec]

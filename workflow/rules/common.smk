@@ -3,6 +3,7 @@ from snella.jobs.workflow import WorkflowPlan
 # All logic is in snella.suite.plan; a mistake in the configuration is one line here.
 PLAN = WorkflowPlan.from_snakemake(config, workflow)
 CONFIG = PLAN.config
+REQUESTS = PLAN.requests
 
 
 wildcard_constraints:

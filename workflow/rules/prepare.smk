@@ -7,14 +7,14 @@ rule prepare:
         "<logs>/prepare/{dataset}.log",
     benchmark:
         "<logs>/benchmarks/prepare/{dataset}.tsv"
-    conda:
-        PLAN.environment
     retries: 0
+    conda:
+        REQUESTS.environment
     resources:
         mem_mb=4000,
         runtime=120,
-        slurm_partition=PLAN.cpu_partition,
-        slurm_account=PLAN.account,
+        slurm_partition=REQUESTS.cpu_partition,
+        slurm_account=REQUESTS.account,
     params:
         overlay=PLAN.dataset_overlay,
         origin=PLAN.dataset_origin,

@@ -15,14 +15,14 @@ rule run:
     benchmark:
         "<logs>/benchmarks/{place}run/{suite}/{backbone}/{dataset}/{method}/seed{seed}.tsv"
     conda:
-        PLAN.environment
+        REQUESTS.environment
     threads: PLAN.threads
     resources:
-        gpu=PLAN.gpu,
-        mem_mb=PLAN.memory,
-        runtime=PLAN.minutes,
-        slurm_partition=PLAN.partition,
-        slurm_account=PLAN.account,
+        gpu=REQUESTS.gpu,
+        mem_mb=REQUESTS.memory,
+        runtime=REQUESTS.minutes,
+        slurm_partition=REQUESTS.partition,
+        slurm_account=REQUESTS.account,
     params:
         settings=PLAN.settings,
         code=PLAN.code,
@@ -43,14 +43,14 @@ rule train:
     benchmark:
         "<logs>/benchmarks/{place}train/{suite}/{backbone}/{dataset}/{method}/seed{seed}.tsv"
     conda:
-        PLAN.environment
+        REQUESTS.environment
     threads: PLAN.threads
     resources:
-        gpu=PLAN.gpu,
-        mem_mb=PLAN.memory,
-        runtime=PLAN.minutes,
-        slurm_partition=PLAN.partition,
-        slurm_account=PLAN.account,
+        gpu=REQUESTS.gpu,
+        mem_mb=REQUESTS.memory,
+        runtime=REQUESTS.minutes,
+        slurm_partition=REQUESTS.partition,
+        slurm_account=REQUESTS.account,
     params:
         settings=PLAN.settings,
         code=PLAN.training_code,
