@@ -33,7 +33,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from snella.data.pixels import PixelSettings
-from snella.data.placement import resident, travel
+from snella.data.placement import resident
 from snella.data.prepared import Prepared
 from snella.data.readers import read_images
 from snella.data.resized import kept_folder, open_images
@@ -41,7 +41,6 @@ from snella.data.transforms import (
     NORMALISATIONS,
     batches,
     eval_transform,
-    normalise,
     train_transform,
 )
 from snella.tasks.classification.prepare import write_labelled
@@ -171,8 +170,8 @@ def ours_of(settings: PixelSettings, data: Prepared, workers: int) -> Epoch:
             images = open_images(data, "train", make(settings, jpeg=data.jpeg))
             opened.append(resident(images) if isinstance(images, torch.Tensor) else images)
         labels = data.labels("train")
-        found = batches(opened[0], labels, BATCH, number, workers=workers)
-        return seen(normalise(travel(batch["image"]), settings) for batch in found)
+        found = batches(opened[0], labels, BATCH, number, workers=workers, settings=settings)
+        return seen(batch["image"] for batch in found)
 
     return epoch
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -284,8 +285,13 @@ def test_snakemake_blames_the_file_and_takes_dotted_keys(tmp_path):
         configuration.from_snakemake({**mine, **mine_with_typo}, [Path(files[0])])
     found = configuration.from_snakemake({**mine, "methods.full.label": "X"}, map(Path, files))
     assert found.methods["full"].label == "X"
+    # inside mappings and lists Snakemake leaves numbers and null as text
+    text = {"suites": {"smoke": {"seeds": ["0", "2"], "groups": {"fgvc": "null"}}}}
+    text = configuration.typed({"suite": "smoke", **text}, [Path(files[0])])
+    found = configuration.from_snakemake(text, [Path(files[0])])
+    assert found.suites["smoke"].seeds == [0, 2] and "fgvc" not in found.suites["smoke"].groups
     with pytest.raises(SystemExit) as ended:
-        WorkflowPlan.from_snakemake({"suite": "quik"}, [])
+        WorkflowPlan.from_snakemake({"suite": "quik"}, SimpleNamespace(configfiles=[], remote_exec=False))
     assert ended.value.code == 2
 
 

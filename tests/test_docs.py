@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import report_support
 import yaml
+from PIL import Image
 
 from snella.cli import main
 
@@ -132,6 +133,76 @@ def test_the_workflow_writes_a_table_in_a_folder_of_any_name(clone):
     assert "not run" in (clone / "results/table1.tex").read_text()
     done = snakemake(clone, *arguments[2:], "--report", "s.html", "--", "results/table1.tex")
     assert done.returncode == 0 and "table1.tex" in (clone / "s.html").read_text(), done.stderr
+
+
+ONE_RUN = [
+    "suite=smoke", "protocols={quick: {epochs: 1, warmup_epochs: 0}}",
+    "suites={smoke: {methods: [linear], groups: {natural: [digits], specialized: null, "
+    "structured: null, fgvc: null}}}",
+]  # fmt: skip
+OWN_DATA = [
+    "protocols={fair: {epochs: 1, warmup_epochs: 0, image_size: 32}}",
+    "suites={mine: {backbone: vit-quick, methods: [linear], seeds: [0]}}",
+]  # fmt: skip
+
+
+@pytest.fixture
+def fresh(clone, tmp_path) -> Path:
+    """A clone in which nothing has run."""
+    folder = tmp_path / "a folder, größer" / "snella-bench"
+    made = {"results", "reproduced", "data", "logs", ".snakemake"}
+    shutil.copytree(clone, folder, ignore=lambda at, _: made if at == str(clone) else set())
+    return folder
+
+
+def typed(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A command as a user types it there."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_make_table1_really_runs(fresh):
+    """README's first command, of one run: data, training, table, PDF; then nothing is left."""
+    small = shlex.join(["snakemake", "--cores", "1", "--config", *ONE_RUN])
+    done = typed(fresh, "make", "table1", "-o", ".venv/.ready", f"SNAKEMAKE={small}")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert said.count("linear on digits, seed 0: ok, top1") == 1 and "(1 of 1" in said
+    text = (fresh / "results/table1.tex").read_text()
+    assert "Linear" in text and r"\begin{tabular}" in text
+    assert (fresh / "results/table1.pdf").exists() == bool(shutil.which("pdflatex"))
+    again = typed(fresh, *shlex.split(small), "--", "results/table1.tex")
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+
+def test_own_data_really_run(fresh):
+    """README's my.yaml and its command, with a small folder of images for /data/vtab-1k/..."""
+    place = fresh / "eigene Bilder, größer"
+    for split, count in (("train800", 8), ("val200", 4), ("test", 6)):
+        (place / split).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (40, 36), (90 * (i % 3), i, len(split))).save(
+                place / f"{split}/{i}.jpg"
+            )
+        lines = (f"{split}/{i}.jpg {i % 3}\n" for i in range(count))
+        (place / f"{split}.txt").write_text("".join(lines))
+    union = (place / "train800.txt").read_text() + (place / "val200.txt").read_text()
+    (place / "train800val200.txt").write_text(union)
+    own = (fresh / "my.yaml").read_text()
+    (fresh / "my.yaml").write_text(own.replace("/data/vtab-1k/oxford_iiit_pet", f'"{place}"'))
+    (printed,) = [
+        command for command in commands()
+        if command.startswith("snakemake --cores all --configfile my.yaml -- results/table1.tex")
+    ]  # fmt: skip
+    before, target = printed.split(" -- ")
+    done = typed(fresh, *shlex.split(before), "--config", *OWN_DATA, "--", target)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (fresh / "results/table1.tex").read_text()
+    assert "suite mine" in text and "Linear &" in text
+    assert "1 test image is also a training image" in text  # the grey ones of i = 1
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])

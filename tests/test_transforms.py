@@ -15,6 +15,7 @@ from torchvision import transforms as v1
 from snella.data.pixels import PixelSettings
 from snella.data.prepared import Prepared
 from snella.data.transforms import (
+    NORMALISATIONS,
     Split,
     batches,
     community_jpeg,
@@ -251,6 +252,25 @@ def test_every_image_once_and_the_last_batch_kept(stored):
             assert part["label"].tolist() == labels[part["index"].numpy()].tolist()
     assert indices(epoch(split)) == list(range(11))
     assert "label" not in epoch(split)[0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_normalised_on_the_way_is_normalised_after(stored, threads, monkeypatch):
+    """Bit for bit, whether image by image or whole batches."""
+    from snella.data import transforms
+
+    monkeypatch.setattr(transforms, "LARGE_NUMBERS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for split in (
+        load_split(stored.images("trainval"), eval_transform(VTAB)),
+        Split(stored.images("trainval"), train_transform(FGVC)),
+    ):
+        plain = epoch(split, stored.labels("trainval"), seed=4)
+        done = epoch(split, stored.labels("trainval"), seed=4, settings=VTAB)
+        for a, b in zip(plain, done, strict=True):
+            mean, std = (torch.tensor(x).view(3, 1, 1) for x in NORMALISATIONS["imagenet"])
+            assert torch.equal((a["image"].float() / 255 - mean) / std, b["image"])
+            assert torch.equal(a["index"], b["index"]) and torch.equal(a["label"], b["label"])
 
 
 def test_order_depends_on_the_seed_alone(stored):

@@ -22,6 +22,7 @@ from snella.data.auto_augment import AutoAugment
 from snella.data.epoch import epoch_order, lazy_images
 from snella.data.images import ArrayImages, JoinedImages
 from snella.data.pixels import PixelSettings
+from snella.data.placement import travel
 from snella.errors import UserError
 
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -30,8 +31,8 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 MATERIALISE_BYTES = 1 << 29
-CACHED = 1 << 17
-"""Numbers that stay in a core's cache over several operations."""
+LARGE_NUMBERS = 1 << 15
+"""Numbers of an image beyond which a step over one image costs more than its call."""
 
 
 def eval_transform(settings: PixelSettings, *, jpeg: bool = False) -> Transform:
@@ -160,13 +161,23 @@ def community_jpeg(image: np.ndarray) -> np.ndarray:
 def normalise(batch: Tensor, settings: PixelSettings) -> Tensor:
     """Normalise a batch uint8 (B, 3, H, W) to float32 `(x / 255 - mean) / std`, on its device."""
     mean, std = _constants(settings.normalisation, batch.device)
-    if batch.device.type != "cpu":
-        return batch.to(torch.float32).div_(255).sub_(mean).div_(std)
-    out = torch.empty(batch.shape, dtype=torch.float32)
-    cached = CACHED if torch.get_num_threads() == 1 else batch.numel()  # threads meet at each part
-    part = max(1, cached * len(batch) // max(1, batch.numel()))
-    for pixels, normalised in zip(batch.split(part), out.split(part), strict=True):
-        normalised.copy_(pixels).div_(255).sub_(mean).div_(std)  # while it is in the cache
+    return batch.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def take(images: Tensor, index: Tensor, settings: PixelSettings) -> Tensor:
+    """The images of ``index``, normalised, where training happens: :func:`normalise` of them.
+
+    On one core each large image goes from its place to its result while it is in the cache.
+    """
+    numbers = images[0].numel()
+    if images.is_cuda or torch.cuda.is_available():
+        return normalise(travel(images[index.to(images.device)]), settings)
+    if numbers < LARGE_NUMBERS or torch.get_num_threads() > 1:  # threads would meet at each image
+        return normalise(images[index], settings)
+    mean, std = _constants(settings.normalisation, images.device)
+    out = torch.empty((len(index), *images.shape[1:]), dtype=torch.float32)
+    for row, number in zip(out, index.tolist(), strict=True):
+        row.copy_(images[number]).div_(255).sub_(mean).div_(std)
     return out
 
 
@@ -241,6 +252,7 @@ def batches(
     shuffle_seed: int | None = None,
     *,
     workers: int | None = None,
+    settings: PixelSettings | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """One epoch: every image exactly once, the last batch as long as is left.
 
@@ -252,10 +264,11 @@ def batches(
             in order, and augmented under a seed drawn from torch's global generator.
         workers: processes for a lazy split. Absent: one per core, at most 8, none for a short
             epoch. The batches are the same whatever their number.
+        settings: normalise the images so, where training happens.
 
     Returns:
-        Batches {"image": uint8 (B, 3, S, S), "index": int64 (B,)} and, where labels are given,
-        {"label": int64 (B,)}.
+        Batches {"image": uint8 or, normalised, float32 (B, 3, S, S), "index": int64 (B,)} and,
+        where labels are given, {"label": int64 (B,)}.
 
     Raises:
         ValueError: there are more or fewer labels than images.
@@ -266,6 +279,10 @@ def batches(
     order = epoch_order(len(split), shuffle_seed).split(batch_size)
     if isinstance(split, Split):
         images = lazy_images(split, order, shuffle_seed, workers)
+        if settings is not None:
+            images = (normalise(travel(image), settings) for image in images)
+    elif settings is not None:
+        images = (take(split, index, settings) for index in order)
     else:
         images = (split[index.to(split.device)].contiguous() for index in order)
     return (

@@ -76,13 +76,15 @@ class WorkflowPlan:
         A user's mistake ends it with one line and status 2.
         """
         try:
-            found = configuration.from_snakemake(dict(config), map(Path, workflow.configfiles))
+            files = [Path(file) for file in workflow.configfiles]
+            merged = configuration.typed(dict(config), files)
+            found = configuration.from_snakemake(merged, files)
             os.environ.setdefault("SNELLA_CHECKOUT", str(configuration.CHECKOUT))  # for envs/
             if found.warm_workers and workflow.remote_exec:
                 worker.start_in_job(sys.argv)
             return cls(
                 found,
-                dict(config),
+                merged,
                 lambda: bool(workflow.non_local_exec),
                 lambda: bool(workflow.dryrun),
             )

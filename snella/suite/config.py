@@ -9,6 +9,7 @@ the key and the closest match.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 
 from snella.errors import UserError
 from snella.suite.overlays import clean, difference, expand, overlay
-from snella.suite.reading import COMMAND_LINE, Origins, lines_of, read_yaml
+from snella.suite.reading import COMMAND_LINE, Origins, lines_of, parse, read_yaml
 from snella.suite.search import FOLDER, Search, Trial
 from snella.tasks.base import DatasetSpec
 from snella.validation import Strict, check_distinct, check_name, validate
@@ -28,6 +29,8 @@ DEFAULT = Path("config/config.yaml")
 CHECKOUT = Path(__file__).resolve().parents[2]
 """The repository this package runs from; what it ships is found from other directories too."""
 LARGEST_SEED = 2**31 - 1
+PLAIN_SCALAR = re.compile(r"null|~|true|false|[-+]?\.?[0-9][0-9_.eE+-]*")
+"""Text that was null, a truth value or a number before Snakemake took it."""
 Answer = TypeVar("Answer")
 
 Reference = str
@@ -303,12 +306,34 @@ def from_snakemake(merged: dict[str, Any], files: Iterable[Path]) -> Config:
     """The configuration from what Snakemake merged of ``files`` and its ``--config``."""
     origins = Origins()
     base = _shipped(DEFAULT, origins)
-    stated: dict[str, Any] = {}
-    for file in sorted(files, key=lambda file: file != DEFAULT):  # those named by a user win
-        stated = overlay(stated, read_yaml(file, origins)) if file.exists() else stated
+    stated = _stated(files, origins)
     own = expand(merged, base, COMMAND_LINE)
     origins.add(lines_of(expand(difference(stated, merged), base, COMMAND_LINE), COMMAND_LINE))
     return _merged(base, own, {}, origins)
+
+
+def _stated(files: Iterable[Path], origins: Origins) -> dict[str, Any]:
+    """What configuration files say together; those named by a user win."""
+    stated: dict[str, Any] = {}
+    for file in sorted(files, key=lambda file: file != DEFAULT):
+        stated = overlay(stated, read_yaml(file, origins)) if file.exists() else stated
+    return stated
+
+
+def typed(merged: dict[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+    """What Snakemake merged, with the numbers and nulls that its ``--config`` leaves as text."""
+    given = difference(_stated(files, Origins()), merged)
+    return overlay(merged, {key: _typed(value) for key, value in given.items()})
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _typed(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_typed(inner) for inner in value]
+    if isinstance(value, str) and PLAIN_SCALAR.fullmatch(value):
+        return parse(value, COMMAND_LINE)[0]
+    return value
 
 
 def _merged(

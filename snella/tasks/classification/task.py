@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from snella.data import erasing
 from snella.data.mixing import KEY, apply_mix, draw_mix
-from snella.data.placement import resident, travel
+from snella.data.placement import resident
 from snella.data.prepared import Prepared
 from snella.data.resized import open_images
-from snella.data.transforms import batches, eval_transform, normalise, train_transform
+from snella.data.transforms import batches, eval_transform, train_transform
 from snella.data.views import view_batches
 from snella.files import atomic
 from snella.methods.base import Batch
@@ -70,7 +70,7 @@ class Classification(Task):
         """The batches without mixup and cutmix: what methods calibrate on."""
         source = self._split(split, training=True)
         labels = torch.from_numpy(np.array(self.data.labels(split)))
-        return self._normalised(batches(source, labels, self.batch_size, seed))
+        return batches(source, labels, self.batch_size, seed, settings=self.settings)
 
     def views(self, split: str, seed: int | None, count: int) -> Iterator[Tensor]:
         """Augmented views (B, count, 3, S, S) of the images of :meth:`batches`, in their order."""
@@ -101,15 +101,11 @@ class Classification(Task):
             device = next(model.parameters()).device
             found = [
                 model(batch["image"].to(device)).argmax(dim=-1)
-                for batch in self._normalised(batches(self._split(split), None, EVAL_BATCH, None))
+                for batch in batches(self._split(split), None, EVAL_BATCH, settings=self.settings)
             ]
             with atomic(file) as temporary, open(temporary, "wb") as stream:
                 np.save(stream, torch.cat(found).cpu().to(torch.int16).numpy())
         return self.data.size(split)
-
-    def _normalised(self, source: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in source:
-            yield {**batch, "image": normalise(travel(batch["image"]), self.settings)}
 
     def _split(self, split: str, training: bool = False) -> Any:
         """A split's images, uint8: transformed once where they are fixed, on the device if fit."""
