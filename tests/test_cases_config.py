@@ -291,7 +291,9 @@ def test_snakemake_blames_the_file_and_takes_dotted_keys(tmp_path):
     found = configuration.from_snakemake(text, [Path(files[0])])
     assert found.suites["smoke"].seeds == [0, 2] and "fgvc" not in found.suites["smoke"].groups
     with pytest.raises(SystemExit) as ended:
-        WorkflowPlan.from_snakemake({"suite": "quik"}, SimpleNamespace(configfiles=[], remote_exec=False))
+        WorkflowPlan.from_snakemake(
+            {"suite": "quik"}, SimpleNamespace(configfiles=[], remote_exec=False)
+        )
     assert ended.value.code == 2
 
 
