@@ -51,6 +51,16 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
+def _keep_going(workflow: Any) -> None:
+    """Let a cluster job of several cells go on after one of them failed.
+
+    Profiles do not reach Snakemake on a node. Its settings are there once it plans its jobs, which
+    is when it asks for their inputs.
+    """
+    if workflow.remote_exec and workflow.execution_settings is not None:
+        workflow.execution_settings.keep_going = True
+
+
 class WorkflowPlan:
     """The plan of a configuration, indexed by the paths that Snakemake knows."""
 
@@ -60,8 +70,9 @@ class WorkflowPlan:
         overlay: dict[str, Any],
         remote: Callable[[], bool] = lambda: False,
         dryrun: Callable[[], bool] = lambda: False,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.dryrun = config, dryrun
+        self.config, self.dryrun, self.settle = config, dryrun, settle
         self.requests = Requests(config, remote)
         self.overlay = json.dumps(overlay, sort_keys=True, default=str)
         self.runs = {run.record.as_posix(): run for run in plan.plan(config)}
@@ -87,6 +98,7 @@ class WorkflowPlan:
                 merged,
                 lambda: bool(workflow.non_local_exec),
                 lambda: bool(workflow.dryrun),
+                lambda: _keep_going(workflow),
             )
         except Exception as error:
             outcome = explain(error)
@@ -183,6 +195,7 @@ class WorkflowPlan:
 
     def backbone_file(self, wildcards: Any) -> list[str]:
         """The backbone's weights, if they are a file."""
+        self.settle()
         file = self.run(wildcards).backbone.file
         return [file] if file and Path(file).is_file() else []
 
