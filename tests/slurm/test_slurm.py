@@ -189,9 +189,12 @@ def ended(process: subprocess.Popen[str], tree: Tree) -> int:
 def begins_again(tree: Tree, method: str, begun: list[str]) -> bool:
     """Whether a run that was queued again has begun the epochs ``begun``.
 
-    Spares its job the minutes that SLURM makes it wait, and the hold after a failed launch.
+    Spares its job the minutes that SLURM makes it wait, and takes back what SLURM does to a node
+    that returned while the job's first processes were still being ended (held, drained).
     """
     (job,) = tree.submitted(method)
+    if "drain" in tree.cluster.call("sinfo", "-h", "-o", "%T"):
+        tree.cluster.call("scontrol", "update", "nodename=node1", "state=resume")
     if job["state"] == "PENDING":
         tree.cluster.call("scontrol", "release", job["id"])
         tree.cluster.call("scontrol", "update", f"jobid={job['id']}", "starttime=now")
