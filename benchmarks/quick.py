@@ -87,7 +87,7 @@ def inside(runs: Path) -> dict[str, float]:
     return {
         "runs": len(records),
         "training": sum(float(row["train_seconds"]) for row in rows),
-        "evaluation on test": sum(float(row.get("test_seconds") or 0) for row in rows),
+        "evaluation on test": sum(float(row.get("predict_seconds") or 0) for row in rows),
     }
 
 

@@ -90,7 +90,11 @@ def describe(folder: Path, rows: list[str], count: int | None = None) -> Path:
         "results": str(folder / "results"),
         "data": str(folder / "data"),
         "methods": {name: known[row].model_dump() for name, row in names.items()},
-        "datasets": {name: {"path": str(folder / name)} for g in GROUPS.values() for name in g},
+        "datasets": {
+            name: {"path": str(folder / name), "num_classes": None}
+            for group in GROUPS.values()
+            for name in group
+        },
         "suites": {
             "scale": {
                 "title": "Scale", "backbone": "vit-quick", "protocol": "fair", "seeds": SEEDS,

@@ -60,7 +60,7 @@ def read_record(folder: Path) -> Record | None:
     or not as it was written.
     """
     for name in (RECORD, FINISHED, FAILURE):
-        if (folder / name).exists():
+        if os.path.exists(f"{folder}/{name}"):
             return read_file(folder / name)
     return None
 

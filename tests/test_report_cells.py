@@ -240,11 +240,8 @@ def test_a_table_says_where_its_numbers_differ_in_origin():
 def test_a_table_says_that_its_settings_were_searched():
     runs = records()
     for run in runs[:3]:
-        run["protocol"] |= {
-            "hyperparameters": "search/mine",
-            "batch_size": len(run["run"]["method"]),
-        }
-    for run in runs[3:]:
+        run["protocol"] |= {"batch_size": 16}  # searched as well, so rows may differ in it
+    for run in runs:
         run["protocol"] |= {"hyperparameters": "search/mine"}
     said = " ".join(make(runs).remarks)
     assert f"Settings of {len(runs)} of {len(runs)} runs are those of search/mine" in said

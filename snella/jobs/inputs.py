@@ -15,7 +15,8 @@ from snella.suite.plan import prepared_folder
 def missing(config: Config, datasets: Iterable[str], runs: Iterable[Run]) -> list[str]:
     """A line for the data sets without data, and one for each backbone without usable weights."""
     lost = [text for name in dict.fromkeys(datasets) if (text := _lost(config, name))]
-    found = [f"No folder of the data sets {', '.join(lost)} (docs/data.md)."] if lost else []
+    remedy = "set their `path:`, or leave them out of the suite (docs/data.md)"
+    found = [f"No folder for data set {', '.join(lost)}; {remedy}."] if lost else []
     backbones = {run.backbone.name: run.backbone for run in runs}
     for backbone in backbones.values():
         try:

@@ -142,7 +142,7 @@ def bootstrap(differences: Sequence[Sequence[float]], seed: int = 0) -> tuple[fl
     return float(low), float(high)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)  # as many as a table has blocks and groups
 def resampling(lengths: tuple[int, ...], seed: int) -> np.ndarray:
     """What each of the (sum of ``lengths``) differences weighs in each resample; rows sum to 1.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from snella.errors import UserError, one_line
 from snella.files import digest_json, sha256
@@ -30,6 +32,11 @@ PLUMBING = frozenset(f"snella.{name}" for name in _PLUMBING)
 """Modules that carry messages, files and settings, and compute nothing of a result."""
 TRAINING = ("runs/train.py",)
 EVALUATION = ("runs/evaluate.py",)
+_SHARED: dict[str, Any] = {
+    **dict.fromkeys(("backbone", "method", "protocol", "settings", "tasks"), True),
+    "dataset": {"task"},
+}
+_digests: dict[str, str] = {}
 ALWAYS = ("numpy", "torch")
 DISTRIBUTIONS = {
     "PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml",
@@ -89,18 +96,22 @@ def prepare_key(task: TaskInfo) -> dict[str, object]:
 
 def merge_code(file: str) -> str:
     """The digest of a method file's ``merge`` methods, which run after training."""
-    return _merge_code(Path(file), Path(file).stat().st_mtime_ns)
+    return _merge_code(file, os.stat(file).st_mtime_ns)
 
 
 @cache
-def _merge_code(file: Path, changed: int) -> str:
-    tree = ast.parse(file.read_bytes())
+def _merge_code(file: str, changed: int) -> str:
+    tree = ast.parse(Path(file).read_bytes())
     return digest_json([ast.unparse(node) for node in ast.walk(tree) if _is_merge(node)])
 
 
 def settings_digest(run: Run) -> str:
-    """SHA-256 of the resolved settings."""
-    return digest_json(run.canonical())
+    """SHA-256 of the resolved settings; what a row's runs share of them is digested once."""
+    key = run.model_dump_json(include=_SHARED)
+    if key not in _digests:
+        _digests[key] = digest_json(run.shared())
+    dataset = run.dataset.model_dump(exclude={"prepared"}, exclude_defaults=True)
+    return digest_json([_digests[key], dataset, run.base_seed, run.seed])
 
 
 def training_key(run: Run) -> dict[str, object]:

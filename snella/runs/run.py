@@ -85,13 +85,19 @@ class Run(Strict):
 
     def canonical(self) -> dict[str, Any]:
         """What training depends on, without names that only label it and without local paths."""
+        return {
+            **self.shared(),
+            "dataset": self.dataset.model_dump(exclude={"prepared"}, exclude_defaults=True),
+            "seed": [self.base_seed, self.seed],
+        }
+
+    def shared(self) -> dict[str, Any]:
+        """The part of it that a row has on most data sets and with every seed."""
         skip = {"selection", "hyperparameters", "checkpoint_every"}
         settings = self.task_settings
         return {
             "backbone": self.backbone.model_dump(exclude={"name", "file"}, exclude_defaults=True),
-            "dataset": self.dataset.model_dump(exclude={"prepared"}, exclude_defaults=True),
             "hyperparameters": self.method.hyperparameters,
             "protocol": self.protocol.model_dump(mode="json", exclude=skip),
             "settings": settings.model_dump(mode="json", exclude=set(settings.scoring)),
-            "seed": [self.base_seed, self.seed],
         }

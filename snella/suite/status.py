@@ -40,10 +40,11 @@ def state(run: Run) -> State:
 
     Raises :class:`~snella.errors.UserError` for a record that cannot be read or was changed.
     """
-    record = read_record(run.folder)
-    if is_running(run.folder):
-        return State("running", whereabouts(run.folder), record)
-    broken = read_failure(run.folder)
+    folder = run.folder
+    record = read_record(folder)
+    if is_running(folder):
+        return State("running", whereabouts(folder), record)
+    broken = read_failure(folder)
     if record is None or record["status"] not in FINAL:
         if broken is None:
             return State("missing", "not run", None)

@@ -54,9 +54,15 @@ def find_task(name: str, folder: str = "tasks") -> TaskInfo:
 
     Raises :class:`~snella.errors.UserError` if there is none or its folder does not import.
     """
-    for root in (folder, SHIPPED):  # asked for every run: text, since paths are slow
+    return _load(name, _folder(name, folder, os.getcwd()))
+
+
+@cache
+def _folder(name: str, folder: str, here: str) -> str:
+    """Where a family lies, seen from the working directory; asked for every run."""
+    for root in (folder, SHIPPED):
         if name[:1].islower() and os.path.isfile(f"{root}/{name}/__init__.py"):
-            return _load(name, os.path.abspath(f"{root}/{name}"))
+            return os.path.abspath(f"{root}/{name}")
     raise unknown("task", name, task_names(folder))
 
 
