@@ -29,8 +29,12 @@ def test_errors_of_a_run_are_one_line(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no model_index.json: it is not a pipeline folder"):
         execute(run.model_copy(update={"backbone": file}))
     weights = {**run.settings, "clip_model": "local-dir:nowhere"}
-    with pytest.raises(UserError, match="CLIP local-dir:nowhere cannot be loaded"):
+    with pytest.raises(UserError, match="needs `clip_model: nowhere`, which does not exist"):
         execute(run.model_copy(update={"settings": weights}))
+    unset = {**run.settings, "lpips_net": "alex"}
+    with pytest.raises(UserError, match=r"Scoring generation needs `lpips_file:`, a local file"):
+        execute(run.model_copy(update={"settings": unset}))
+    assert not (run.folder / "training.json").exists()  # said before any training
 
 
 def test_nan_in_training_is_a_value(place: Path, tmp_path: Path) -> None:

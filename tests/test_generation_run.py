@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from generation_support import make, measured, settings, workplace
+from safetensors.torch import load_file, save_file
 
 from snella.data.prepared import SealedTargets
 from snella.errors import UserError
@@ -64,6 +66,24 @@ def test_another_metric_costs_no_training(place: Path, tmp_path: Path) -> None:
     same, differs = first["identity"], second["identity"]
     assert same["training"] == differs["training"] and same["run"] != differs["run"]
     assert first["provenance"]["started"] == second["provenance"]["started"]
+
+
+def test_another_network_in_the_same_place_is_scored_anew(place: Path, tmp_path: Path) -> None:
+    """What lies in a metric's file counts, not its name; and it costs no training."""
+    vit = tmp_path / "vit.safetensors"
+    shutil.copy(place / "vit.safetensors", vit)
+    run = make(place, tmp_path)
+    run = run.model_copy(update={"settings": {**run.settings, "dino_file": vit.as_posix()}})
+    first = execute(run)
+    save_file({name: 1.1 * value for name, value in load_file(vit).items()}, vit)
+    second = execute(run)
+    same, differs = first["identity"], second["identity"]
+    assert same["training"] == differs["training"] and same["run"] != differs["run"]
+    assert first["metrics"]["last"]["dino"] != second["metrics"]["last"]["dino"]
+    assert first["provenance"]["started"] == second["provenance"]["started"]
+    moved = vit.rename(tmp_path / "moved.safetensors")
+    run = run.model_copy(update={"settings": {**run.settings, "dino_file": moved.as_posix()}})
+    assert execute(run)["identity"] == differs
 
 
 @pytest.mark.parametrize("method", ["peft", "snella", "ssf", "s2ft", "full"])

@@ -37,6 +37,24 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
 
 
+def require_files(run: Run) -> None:
+    """Check that all files which scoring reads are there, so that no training is done in vain.
+
+    Raises :class:`~snella.errors.UserError` that names the setting.
+    """
+    for setting, path in run.task_settings.scoring_files().items():
+        if path is None:
+            raise UserError(
+                f"Scoring {run.dataset.task} needs `{setting}:`, a local file; set it in protocol "
+                f"{run.protocol_name!r}."
+            )
+        if not Path(path).exists():
+            raise UserError(
+                f"Scoring needs `{setting}: {path}`, which does not exist; put it there, or "
+                f"correct protocol {run.protocol_name!r}."
+            )
+
+
 def evaluate(run: Run, data: Prepared, looks: Mapping[int, Mapping[str, Path]]) -> Evaluation:
     """Score predictions: ``looks[epoch][split]`` is a folder of them, split "test" and maybe "val".
 

@@ -33,7 +33,7 @@ from snella.records import (
     sign,
     write_record,
 )
-from snella.runs.evaluate import SCORES, Evaluation, evaluate, write_scores
+from snella.runs.evaluate import SCORES, Evaluation, evaluate, require_files, write_scores
 from snella.runs.run import Run
 from snella.runs.train import Report, finished_training, looks, open_data, run_identity, train
 
@@ -67,6 +67,7 @@ def execute(
         record = _header(run)
         try:
             data = open_data(run)
+            require_files(run)
             ids = run_identity(run, data)
             if not again and (done := finished(folder, ids)) is not None:
                 return done

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from snella.errors import UserError, one_line
-from snella.files import digest_json, sha256
+from snella.files import digest_file, digest_json, sha256
 from snella.runs.run import Run
 from snella.tasks import TaskInfo, find_task, task_names
 
@@ -124,8 +124,27 @@ def evaluation_key(run: Run) -> dict[str, object]:
     key, scoring = evaluation_sources(run).key, set(run.task.settings.scoring)
     if not scoring:
         return key
-    own = run.task_settings.model_dump(mode="json", include=scoring)
-    return {**key, "settings": digest_json(own)}
+    settings = run.task_settings
+    files = {
+        name: _content(Path(path)) if path else ""
+        for name, path in settings.scoring_files().items()
+    }
+    own = settings.model_dump(mode="json", include=scoring - files.keys())
+    return {**key, "settings": digest_json(own), **({"files": files} if files else {})}
+
+
+def _content(path: Path) -> str:
+    """The digest of a file's or folder's contents; empty where there is none."""
+    parts = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stats = [p.stat() for p in parts if p.is_file()]
+    if not stats:
+        return ""
+    return _content_of(tuple(parts), tuple((s.st_size, s.st_mtime_ns) for s in stats))
+
+
+@cache
+def _content_of(parts: tuple[Path, ...], changed: tuple[tuple[int, int], ...]) -> str:
+    return digest_json([[part.name, digest_file(part)] for part in parts])
 
 
 def code_key(run: Run) -> list[object]:

@@ -62,6 +62,13 @@ class TaskSettings(Strict):
 
     scoring: ClassVar[frozenset[str]] = frozenset()
 
+    def scoring_files(self) -> dict[str, str | None]:
+        """Files and folders that scoring reads, by the setting that names each (None: not set).
+
+        They have to be there before a run trains, and their contents belong to its identity.
+        """
+        return {}
+
 
 class DatasetSpec(Strict):
     """A data set as configured; ``options`` belong to the task family, which checks them."""

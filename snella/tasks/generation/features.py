@@ -15,24 +15,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import snella
 from snella.errors import UserError, one_line, unknown
 from snella.models.backbones import build_backbone
+from snella.tasks.generation.settings import LOCAL, locate
 
-CHECKOUT = Path(snella.__file__).resolve().parents[1]
-LOCAL = "local-dir:"
 Images = Sequence[np.ndarray]
 
 
 def device() -> torch.device:
     """Where metrics are computed."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def locate(path: str) -> str:
-    """``path``, or what the checkout ships under that name."""
-    shipped = CHECKOUT / path
-    return path if Path(path).exists() or not shipped.exists() else shipped.as_posix()
 
 
 class Clip:

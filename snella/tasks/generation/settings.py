@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+import snella
 from snella.tasks.base import TaskSettings
 
 IMAGES, BASE, DRIFT = "images", "base", "drift"
 """Folders of a prediction: the subject's images, the unadapted model's, and unrelated prompts'."""
+
+LOCAL = "local-dir:"
+"""Before a folder in open_clip's layout, in the place of an architecture's name."""
+CHECKOUT = Path(snella.__file__).resolve().parents[1]
 
 
 class GenerationSettings(TaskSettings):
@@ -78,6 +84,17 @@ class GenerationSettings(TaskSettings):
     lpips_file: str | None = Field(None, description="torchvision's weights of that network")
     lpips_size: int = Field(256, gt=0)
 
+    def scoring_files(self) -> dict[str, str | None]:
+        """The weights of the metrics' networks."""
+        files = {"dino_file": self.dino_file, "dinov2_file": self.dinov2_file}
+        if self.clip_model.startswith(LOCAL):
+            files["clip_model"] = self.clip_model.removeprefix(LOCAL)
+        else:
+            files["clip_file"] = self.clip_file
+        if self.lpips_net != "dino":
+            files["lpips_file"] = self.lpips_file
+        return {name: file and locate(file) for name, file in files.items()}
+
     @field_validator("instance_prompt")
     @classmethod
     def _names_the_subject(cls, value: str) -> str:
@@ -91,6 +108,12 @@ class GenerationSettings(TaskSettings):
         if "{class_word}" not in value or "{token}" in value:
             raise ValueError("must contain {class_word} and not {token}")
         return fill(value, "token", "class") and value
+
+
+def locate(path: str) -> str:
+    """``path``, or what the checkout ships under that name."""
+    shipped = CHECKOUT / path
+    return path if Path(path).exists() or not shipped.exists() else shipped.as_posix()
 
 
 def fill(template: str, token: str, class_word: str) -> str:
