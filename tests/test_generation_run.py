@@ -186,10 +186,10 @@ def test_eight_bit_adam_where_it_is_installed(
 ) -> None:
     """Otherwise AdamW: said once when runs are planned, and in every record."""
     from snella.suite import config as configuration
-    from snella.suite import plan
+    from snella.suite import plan, settings
 
     found = importlib.machinery.ModuleSpec("bitsandbytes", None) if installed else None
-    monkeypatch.setattr(plan, "find_spec", {"bitsandbytes": found}.__getitem__)
+    monkeypatch.setattr(settings, "find_spec", {"bitsandbytes": found}.__getitem__)
     runs = plan.plan(configuration.load(overrides={"suite": "dreambooth"}))
     note = "bitsandbytes is not installed: adamw in place of adamw8bit"
     wanted = ("adamw8bit", ()) if installed else ("adamw", (note,))
