@@ -139,12 +139,12 @@ def _content(path: Path) -> str:
     stats = [p.stat() for p in parts if p.is_file()]
     if not stats:
         return ""
-    return _content_of(tuple(parts), tuple((s.st_size, s.st_mtime_ns) for s in stats))
+    return _content_of(path, tuple(parts), tuple((s.st_size, s.st_mtime_ns) for s in stats))
 
 
 @cache
-def _content_of(parts: tuple[Path, ...], changed: tuple[tuple[int, int], ...]) -> str:
-    return digest_json([[part.name, digest_file(part)] for part in parts])
+def _content_of(path: Path, parts: tuple[Path, ...], changed: tuple[tuple[int, int], ...]) -> str:
+    return digest_json([[p.relative_to(path).as_posix(), digest_file(p)] for p in parts])
 
 
 def code_key(run: Run) -> list[object]:
