@@ -163,9 +163,11 @@ def test_unknown_names_in_a_description():
     columns = [{"value": "trainabel", "label": "P"}, {"datasets_of": "fgvc"}]
     with pytest.raises(UserError, match="'trainable'"):
         expand_columns(spec(columns=columns), REAL)
-    table = make(records(), caption="{sweet}")
-    with pytest.raises(UserError, match=r"'sweet' is unknown; use {suite}"):
-        _ = table.caption
+    for caption, wrong in (("{sweet}", "sweet"), ("{suite:>99999999999}", "suite"), ("{}", "")):
+        with pytest.raises(UserError, match=rf"'{wrong}' is unknown; use {{suite}}"):
+            spec(caption=caption)
+    with pytest.raises(UserError, match=r"expected '}'"):
+        spec(caption="{suite")
 
 
 OTHER_TASKS = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from snella.errors import BROKEN, MISTAKE, UserError, explain, plain, record_traceback
@@ -31,24 +32,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given:
             sys.stdout.write(OVERVIEW)
             return 0
-        options = parse(given)
+        options = parse(given)  # --help and --version end here
         _check_environment()
         options.main = main
-        status = options.verb(options) or 0
+        status = _call(options)
         sys.stdout.flush()
-        return int(status)
+        return status
     except KeyboardInterrupt:
         return _say("interrupted; the same command resumes.", 130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except SystemExit as error:
-        return _say(f"the program was ended from inside (SystemExit: {error.code}).", BROKEN)
     except Exception as error:
         outcome = explain(error)
         if outcome.status != MISTAKE:
             record_traceback(error)
         return _say(outcome.line, outcome.status)
+
+
+def _call(options: Namespace) -> int:
+    try:
+        return int(options.verb(options) or 0)
+    except SystemExit as error:
+        return _say(f"the program was ended from inside (SystemExit: {error.code}).", BROKEN)
 
 
 def _hand_over(given: Sequence[str]) -> int | None:

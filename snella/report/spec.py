@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -13,6 +14,8 @@ from snella.validation import Strict, validate
 
 MeanKind = Literal["tasks", "groups"]
 CONSTANT = "= "
+CAPTION_NAMES = ("suite", "backbone", "protocol", "metric")
+"""What a caption may have in braces."""
 Spread = Literal["seeds", "images", "subsets", "datasets"]
 
 
@@ -163,10 +166,27 @@ class TableSpec(Strict):
 def parse_spec(name: str, data: Mapping[str, Any]) -> TableSpec:
     """Validate the table ``name``; raises UserError that names the place and the closest key."""
     columns = data.get("columns")
+    _check_caption(name, data.get("caption"))
     if not isinstance(columns, list):
         return validate(TableSpec, dict(data), f"table {name}")
     typed = [_column(c, f"table {name}, column {i}") for i, c in enumerate(columns, 1)]
     return validate(TableSpec, {**data, "columns": typed}, f"table {name}")
+
+
+def _check_caption(name: str, caption: Any) -> None:
+    """Placeholders of a caption are known names, plain ones: "{suite:>9999999}" is none."""
+    try:
+        parts = list(Formatter().parse(caption)) if isinstance(caption, str) else []
+        wrong = next((p for _, p, how, as_ in parts if p is not None
+                      and (p not in CAPTION_NAMES or how or as_)), None)  # fmt: skip
+    except ValueError as error:
+        wrong = str(error)
+    if wrong is not None:
+        names = ", ".join(f"{{{known}}}" for known in CAPTION_NAMES)
+        raise UserError(
+            f"Table {name}: the caption's placeholder {wrong!r} is unknown; use {names} (and {{{{ "
+            "for a brace)."
+        )
 
 
 def _column(data: Any, where: str) -> BaseModel:

@@ -117,13 +117,7 @@ class Table:
             "protocol": self.protocol,
             "metric": ", ".join(dict.fromkeys(ranked)),
         }
-        try:
-            text = self.spec.caption.format(**names)
-        except (KeyError, IndexError, ValueError) as error:
-            raise UserError(
-                f"Table {self.name}: the caption's placeholder {error} is unknown; "
-                f"use {', '.join('{' + n + '}' for n in names)} (and {{{{ for a brace)."
-            ) from error
+        text = self.spec.caption.format(**names)
         banner = f"{self.banner}. " if self.banner else ""
         chosen = " Numbers chosen on the test set." if self.results.selection == "best-test" else ""
         return f"{banner}{text}{chosen}"
