@@ -180,7 +180,7 @@ def measure(case: Case, rows: list[str], options: argparse.Namespace) -> dict[st
     for row in rows:
         try:
             run = Run(row, case, options.device)
-            for _ in range(3):
+            for _ in range(3 if options.device == "cuda" else 1):  # warm up, compile
                 run.step()
             memory[row] = run.memory()
             runs[row] = run
