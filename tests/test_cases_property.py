@@ -40,7 +40,11 @@ BASE = {
     "datasets": {"pets": {"path": "/nowhere/pets", "num_classes": 3, "label": "Pets"}},
     "methods": {"mine": {"file": "peft", "hyperparameters": {"rank": 4}, "protocol": {"lr": 0.1}}},
     "protocols": {"fast": {"epochs": 2, "warmup_epochs": 0, "image_size": 32, "resize": "none"}},
-    "backbones": {"small": {"arch": "vit_tiny_patch16_224", "kwargs": {"depth": 2, "img_size": 32}, "file": "x"}},
+    "backbones": {
+        "small": {
+            "arch": "vit_tiny_patch16_224", "kwargs": {"depth": 2, "img_size": 32}, "file": "x",
+        }
+    },
     "tables": {
         "table9": {
             "caption": "x", "rows": [{"methods": ["mine"]}],
