@@ -6,8 +6,10 @@ folder; no service of the machine is touched.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -113,6 +115,7 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._end_leftovers()
 
     def _start(self) -> None:
         f = self.folder
@@ -133,6 +136,14 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while self.call("squeue", "-h").strip() and time.monotonic() < deadline:
             time.sleep(0.2)
+
+    def _end_leftovers(self) -> None:
+        """A lost node's processes may outlive their job; they know this folder by their PATH."""
+        mark = f"{self.folder}/bin".encode()
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (entry / "environ").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
 
     def _is_idle(self) -> bool:
         return set(self.call("sinfo", "-h", "-o", "%t", tries=1).split()) == {"idle"}
