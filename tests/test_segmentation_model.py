@@ -170,6 +170,17 @@ def test_flips_mirror_image_and_mask_together(data: Prepared) -> None:
     assert torch.equal(next(repeated.batches("train", 5))["image"], first)
 
 
+def test_the_loss_is_float32_under_mixed_precision(data: Prepared) -> None:
+    """A mean over a million pixels needs more digits than bf16 has."""
+    plain = task(data)
+    model, batch = model_of(plain), next(plain.batches("train", 0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain.forward(model, batch).dtype == torch.bfloat16
+        loss = plain.loss(model, batch)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, plain.loss(model, batch), rtol=0.02, atol=0.02)
+
+
 def test_prediction_resumes_where_it_was_killed(data: Prepared, tmp_path: Path) -> None:
     segmentation = task(data)
     model = model_of(segmentation)
