@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,6 +221,27 @@ def test_the_recipe_is_the_configured_backbone() -> None:
     assert entry["kwargs"] == ARCHITECTURE and entry["arch"] == "sam_vit"
     model = load_sam("sam_vit", ARCHITECTURE, 96, entry["file"])
     assert sum(p.numel() for p in model.parameters()) < 1_500_000
+
+
+def test_the_documented_checks_are_the_measured_ones() -> None:
+    """Every row of the documentation's table is the mean over the seeds of the measurement."""
+    measured = json.loads(Path("benchmarks/results/quick_segmentation_checks.json").read_text())
+    recipe = json.loads(Path("workflow/resources/sam_quick.json").read_text())
+    assert measured["backbone"] == recipe["sha256"], "measured with other weights"
+    text = Path("docs/segmentation.md").read_text()
+    for way, title in WAYS.items():
+        cells = (np.mean(measured[way]), min(measured[way]), max(measured[way]))
+        assert f"| {title} | {cells[0]:.1f} | {cells[1]:.1f} | {cells[2]:.1f} |" in text
+    assert all(measured["holds"].values()) and len(measured["seeds"]) == 3
+
+
+WAYS = {
+    "untrained": "no training",
+    "decoder": "decoder alone",
+    "snella": "SNELLA-8",
+    "full": "Full",
+    "scratch": "Full from random weights",
+}
 
 
 # ------------------------------------------------------------------------------------ figure

@@ -4,8 +4,8 @@ The grounds are windows of two photographs that ship inside scikit-image, a fund
 stained section (histology); every block of a photograph belongs to one split, so no pixel is in
 two. A polyp is a dome of the tissue's own texture (another window of the same split): a star-shaped
 outline, a slight tint, light from one side, a soft shadow on the other. What is no polyp lies about
-as well: flat stains of the same outlines and tints, dark folds, bright reflections. A model has to
-see the dome; colour and outline alone do not tell.
+as well: flat, darker stains of the same outlines, dark folds, bright reflections. The colour of a
+pixel alone does not tell, since tissue has all of them.
 """
 
 from __future__ import annotations
