@@ -80,6 +80,20 @@ def test_a_job_runs_and_its_output_and_status_come_back(server, capfd):
     assert "Did you mean 'full'" in capfd.readouterr().err
 
 
+def test_a_server_is_of_the_clients_own_package(place, tmp_path, monkeypatch):
+    """Also where the working directory holds another checkout, which `python -m` prefers."""
+    (tmp_path / "snella").mkdir()
+    (tmp_path / "snella" / "__init__.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", place)
+    spawned = worker._spawn()
+    connection = worker._await(spawned)
+    spawned.kill()
+    spawned.wait()
+    assert connection is not None
+    connection.close()
+
+
 def test_jobs_do_not_share_a_process(server, tmp_path, make_run):
     """A job that fails or changes global state leaves the next one untouched."""
     chosen = make_run()

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from snella.files import try_lock
 
@@ -128,10 +128,11 @@ def _serving() -> bool:
 
 
 def _spawn() -> subprocess.Popen[bytes]:
-    """Start a server; it gives way if there is one."""
+    """Start a server of this very package; it gives way if there is one."""
     null = subprocess.DEVNULL
     return subprocess.Popen(
         [sys.executable, "-m", "snella.cli", "worker"],
+        cwd=Path(__file__).parents[2],  # `-m` would prefer a checkout that happens to be here
         stdin=null,
         stdout=null,
         stderr=null,
@@ -146,9 +147,8 @@ def _await(server: subprocess.Popen[bytes] | None) -> socket.socket | None:
         connection = _connect()
         if connection is not None:
             return connection
-        if server is None and not _serving():
-            return None
-        if server is not None and server.poll() not in (None, 0):  # 0: another one was first
+        ended = server is None or server.poll() is not None  # it gives way to one that is first
+        if ended and not _serving():
             return None
         time.sleep(0.1)
     return None
@@ -170,12 +170,12 @@ def serve(command: Command) -> None:
             listener.bind(str(address))
             listener.listen(64)
             try:
-                _loop(listener, command)
+                _loop(listener, lock, command)
             finally:
                 address.unlink(missing_ok=True)
 
 
-def _loop(listener: socket.socket, command: Command) -> None:
+def _loop(listener: socket.socket, lock: IO[str], command: Command) -> None:
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     children: dict[int, socket.socket] = {}
@@ -184,7 +184,7 @@ def _loop(listener: socket.socket, command: Command) -> None:
         for key, _ in selector.select(timeout=0.1):
             if key.fileobj is listener:
                 connection, _ = listener.accept()
-                child = _fork(connection, listener, command)
+                child = _fork(connection, (listener, lock), command)
                 children[child] = connection
                 selector.register(connection, selectors.EVENT_READ, child)
             elif _has_gone(children[key.data]):  # end the client's job, gently
@@ -214,13 +214,16 @@ def _has_gone(connection: socket.socket) -> bool:
         return True
 
 
-def _fork(connection: socket.socket, listener: socket.socket, command: Command) -> int:
+def _fork(
+    connection: socket.socket, servers: tuple[socket.socket | IO[str], ...], command: Command
+) -> int:
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        listener.close()
+        for own in servers:  # a job that outlives its server must not stand for it
+            own.close()
         _become_job(connection, command)
     except SystemExit as exit_:
         status = exit_.code if isinstance(exit_.code, int) else 1
