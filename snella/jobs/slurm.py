@@ -27,12 +27,11 @@ USUAL = frozenset({"None", "Priority", "Resources", "Dependency", "BeginTime", "
 
 @dataclass(frozen=True)
 class Job:
-    """One job: its number, state, the reason for pending, and the executor's comment on it."""
+    """One job: its number, state, and the reason for pending."""
 
     number: int
     state: str
     reason: str
-    comment: str
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,13 @@ class Partition:
 
 def jobs(name: str) -> list[Job] | None:
     """All jobs of the name ``name`` that the controller remembers, oldest first."""
-    out = _ask("squeue", "--name", name, "-h", "-t", "all", "-o", "%A|%T|%r|%k")
+    out = _ask("squeue", "--name", name, "-h", "-t", "all", "-o", "%A|%T|%r")
     if out is None:
         return None
     found = []
     for line in out.splitlines():
-        number, state, reason, comment = line.split("|", 3)
-        found.append(Job(int(number), state, reason, comment))
+        number, state, reason = line.split("|", 2)
+        found.append(Job(int(number), state, reason))
     return sorted(found, key=lambda job: job.number)
 
 
