@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 from snella.errors import UserError
 from snella.jobs import coordinator, retries, slurm, submission
@@ -139,6 +140,22 @@ def test_a_failed_run_gets_more_memory_and_time_but_no_more_than_there_is(answer
     assert [asks.memory(None, attempt) for attempt in (1, 2, 3)] == [50_000, 100_000, 128_000]
     assert [asks.minutes(None, attempt) for attempt in (1, 2)] == [120, 240]
     assert asks.gpu(None) == 1
+
+
+def test_the_profile_says_in_one_line_that_the_executor_is_missing(monkeypatch, capsys):
+    """As Snakemake reads it; its own answer would be its usage."""
+    yte = pytest.importorskip("yte")
+    text = (ROOT / "workflow/profiles/slurm/config.yaml").read_text()
+    monkeypatch.setattr(slurm, "find_spec", lambda name: object())
+    found = yte.process_yaml(text, require_use_yte=True)
+    assert found["executor"] == "slurm" and found["default-resources"]["runtime"] == 60
+    assert not [key for key in found if key.startswith("_")]
+    monkeypatch.setattr(slurm, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        yte.process_yaml(text, require_use_yte=True)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("snella: ") and "[bench,cluster]" in line
 
 
 def test_partitions_and_account_may_come_from_the_environment(monkeypatch):

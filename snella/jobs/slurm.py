@@ -8,21 +8,34 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-from snella.errors import UserError
+from snella.errors import MISTAKE, UserError
 
 LIVE = frozenset(
     {"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "RESIZING",
      "STOPPED", "SIGNALING", "STAGE_OUT", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT",
      "RESV_DEL_HOLD"}
 )  # fmt: skip
+EXECUTOR = "snakemake_executor_plugin_slurm"
 TIMEOUT = 60
 USUAL = frozenset({"None", "Priority", "Resources", "Dependency", "BeginTime", "Cleaning"})
 """Reasons of a job that simply waits for its turn."""
+
+
+def require_executor() -> None:
+    """End with one line where Snakemake's executor for SLURM is missing; the profile asks."""
+    if find_spec(EXECUTOR) is None:
+        sys.stderr.write(
+            "snella: Snakemake's executor for SLURM is not installed here: "
+            'pip install ".[bench,cluster]" in your clone.\n'
+        )
+        raise SystemExit(MISTAKE)
 
 
 @dataclass(frozen=True)
