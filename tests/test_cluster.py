@@ -10,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 from snella.errors import UserError
-from snella.jobs import coordinator, retries, slurm
+from snella.jobs import coordinator, retries, slurm, submission
 from snella.jobs.coordinator import Coordinator
 from snella.jobs.requests import Requests
 from snella.records import write_record
@@ -45,6 +46,7 @@ def run_job(tmp_path: Path, method: str = "full", attempt: int = 1) -> SimpleNam
         wildcards=["search/", "s", "b", "digits", method, "0"],
         output=[str(tmp_path / method / "record.json")],
         attempt=attempt,
+        is_group=lambda: False,
     )
 
 
@@ -74,7 +76,7 @@ def test_a_results_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_jobs_of_a_former_coordinator_are_waited_for(tmp_path, answers, monkeypatch):
-    queue = iter(["7|RUNNING|None|c\n8|PENDING|Priority|c\n", None, "7|RUNNING|None|c\n", ""])
+    queue = iter(["7|RUNNING|None\n8|PENDING|Priority\n", None, "7|RUNNING|None\n", ""])
     monkeypatch.setattr(slurm, "_ask", lambda *command: next(queue))
     monkeypatch.setattr(coordinator, "POLL_SECONDS", 0)
     Coordinator(tmp_path).note("snella_1")
@@ -89,11 +91,11 @@ def test_nothing_is_waited_for_where_no_coordinator_was(tmp_path):
 
 
 def test_why_jobs_wait_is_said_in_words(answers):
-    answers["squeue"] = "1|PENDING|Resources|a\n2|PENDING|PartitionTimeLimit|b\n3|RUNNING|None|c\n"
+    answers["squeue"] = "1|PENDING|Resources\n2|PENDING|PartitionTimeLimit\n3|RUNNING|None\n"
     line = slurm.pending_line(slurm.jobs("x") or ())
     assert line.startswith("2 jobs pending: ") and "PartitionTimeLimit" in line
     assert "docs/cluster.md" in line
-    answers["squeue"] = "1|PENDING|Priority|a\n"
+    answers["squeue"] = "1|PENDING|Priority\n"
     assert slurm.pending_line(slurm.jobs("x") or ()) == "1 job pending: 1 Priority"
 
 
@@ -140,6 +142,22 @@ def test_a_failed_run_gets_more_memory_and_time_but_no_more_than_there_is(answer
     assert asks.gpu(None) == 1
 
 
+def test_the_profile_says_in_one_line_that_the_executor_is_missing(monkeypatch, capsys):
+    """As Snakemake reads it; its own answer would be its usage."""
+    yte = pytest.importorskip("yte")
+    text = (ROOT / "workflow/profiles/slurm/config.yaml").read_text()
+    monkeypatch.setattr(slurm, "find_spec", lambda name: object())
+    found = yte.process_yaml(text, require_use_yte=True)
+    assert found["executor"] == "slurm" and found["default-resources"]["runtime"] == 60
+    assert not [key for key in found if key.startswith("_")]
+    monkeypatch.setattr(slurm, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        yte.process_yaml(text, require_use_yte=True)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("snella: ") and "[bench,cluster]" in line
+
+
 def test_partitions_and_account_may_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("SNELLA_PARTITION", "a100")
     monkeypatch.setenv("SNELLA_ACCOUNT", "lab")
@@ -162,12 +180,106 @@ def test_only_what_may_end_otherwise_is_tried_again(tmp_path, answers):
 
 def test_a_cancelled_job_is_not_tried_again(tmp_path, answers):
     job = run_job(tmp_path)
-    comment = "rule_run_wildcards_search__s_b_digits_full_0"
     chooses = retries.Retries([], "snella_1")
-    answers["squeue"] = f"9|CANCELLED|None|{comment}\n10|TIMEOUT|TimeLimit|{comment}\n"
-    assert not chooses.hopeless(job)  # its last attempt ran out of time
-    answers["squeue"] += f"11|CANCELLED|None|{comment}\n"
-    assert chooses.hopeless(job)
+    answers["squeue"] = "9|CANCELLED|None\n10|TIMEOUT|TimeLimit\n11|CANCELLED|None\n"
+    assert not chooses.hopeless(job)
+    chooses.note(job, "10")
+    assert not chooses.hopeless(job)
+    chooses.note(job, "11")
+    assert chooses.hopeless(job) == "SLURM job 11 was cancelled"
+    answers["squeue"] = None
+    assert not chooses.hopeless(job)
+
+
+REFUSED = """SLURM sbatch failed. The error message was 'sbatch: error: {}
+sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, \
+user's size and/or time limits)'.
+    sbatch call:
+        sbatch --job-name x
+"""
+
+
+@pytest.mark.parametrize(
+    "message,waits",
+    [
+        (REFUSED.format("QOSMaxSubmitJobPerUserLimit"), True),
+        (REFUSED.format("AssocGrpSubmitJobsLimit"), True),
+        (REFUSED.replace("sbatch: error: {}\n", ""), True),  # an old SLURM: it may be any of them
+        (REFUSED.format("QOSMaxWallDurationPerJobLimit"), False),
+        ("sbatch: error: Batch job submission failed: Invalid partition name specified", False),
+        (
+            "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+            True,
+        ),
+        ("Unable to contact slurm controller (connect failure)", True),
+        ("Job submission failed with exception: no such thing", False),
+        ("", False),
+    ],
+)
+def test_what_sbatch_may_accept_later(message, waits):
+    assert submission.temporary(message) == waits
+
+
+def executor() -> SimpleNamespace:
+    """As much of SLURM's executor as is watched."""
+    made = SimpleNamespace(wait=True, submitted=[], failed=[])
+    made.run_job = made.submitted.append
+    made.report_job_error = lambda info, msg=None, **options: made.failed.append((info.job, msg))
+    return made
+
+
+def test_a_refused_job_is_submitted_again_and_has_not_failed(tmp_path, answers, monkeypatch):
+    monkeypatch.setattr(submission, "AGAIN_SECONDS", 0)
+    slurms, said, job = executor(), [], run_job(tmp_path)
+    chooses = retries.Retries([], "snella_1")
+    submission.watch(slurms, chooses, said.append)
+    refused = SimpleNamespace(job=job, external_jobid=None)
+    for number in (1, 2):
+        slurms.report_job_error(refused, REFUSED.format("QOSMaxSubmitJobPerUserLimit"))
+        wait_for(lambda number=number: len(slurms.submitted) == number)
+    assert slurms.submitted == [job, job] and not slurms.failed and not chooses.hopeless(job)
+    assert len(said) == 1 and "QOSMaxSubmitJobPerUserLimit; Batch job submission failed" in said[0]
+    slurms.wait = False  # the workflow was ended meanwhile
+    slurms.report_job_error(refused, REFUSED.format("QOSMaxSubmitJobPerUserLimit"))
+    time.sleep(0.05)
+    assert len(slurms.submitted) == 2
+
+
+def test_what_sbatch_will_never_accept_is_not_tried_again(tmp_path, answers):
+    slurms, job = executor(), run_job(tmp_path)
+    chooses = retries.Retries([], "snella_1")
+    submission.watch(slurms, chooses, pytest.fail)
+    message = REFUSED.format("QOSMaxWallDurationPerJobLimit")
+    slurms.report_job_error(SimpleNamespace(job=job, external_jobid=None), msg=message)
+    assert slurms.failed == [(job, message)]
+    assert "QOSMaxWallDurationPerJobLimit" in chooses.hopeless(job)
+
+
+def wait_for(until):
+    deadline = time.monotonic() + 30
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_cancelled_group_of_jobs_is_not_tried_again(tmp_path, answers, monkeypatch):
+    from snakemake.jobs import GroupJob, Job
+
+    for kind in (Job, GroupJob):
+        monkeypatch.setattr(kind, "restart_times", kind.restart_times)
+    said: list[str] = []
+    chooses = retries.Retries([], "snella_1")
+    retries.install(chooses, said.append)
+    group = SimpleNamespace(
+        jobs=[run_job(tmp_path), run_job(tmp_path, "linear")], attempt=1, is_group=lambda: True
+    )
+    times = GroupJob.restart_times.fget
+    chooses.note(group, "12")
+    answers["squeue"] = "12|TIMEOUT|None\n"
+    assert times(group) == 2
+    answers["squeue"] = "12|CANCELLED|None\n"
+    assert times(group) == 0
+    assert said == ["A job of 2 cells is not tried again: SLURM job 12 was cancelled"]
 
 
 def test_snakemake_asks_before_it_repeats_a_job(tmp_path, answers, monkeypatch):
@@ -182,7 +294,7 @@ def test_snakemake_asks_before_it_repeats_a_job(tmp_path, answers, monkeypatch):
     assert of_job(broken) == 2
     failure(tmp_path / "full", transient=False)
     assert of_job(broken) == 0 and "full is not tried again" in said[0]
-    assert of_group(SimpleNamespace(jobs=[broken, fine])) == 2
+    assert of_group(SimpleNamespace(jobs=[broken, fine], attempt=1, is_group=lambda: True)) == 2
     (tmp_path / "linear").mkdir()
     (tmp_path / "linear/finished.json").write_text("{}")
-    assert of_group(SimpleNamespace(jobs=[broken, fine])) == 0
+    assert of_group(SimpleNamespace(jobs=[broken, fine], attempt=1, is_group=lambda: True)) == 0

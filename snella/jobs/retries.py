@@ -22,13 +22,23 @@ class Retries:
     def __init__(self, records: Iterable[str], jobs_name: str = "") -> None:
         """Note how the runs stand now; ``jobs_name`` is the name of all SLURM jobs, if any."""
         self.jobs_name = jobs_name
+        self._attempts: dict[int, tuple[str | None, str]] = {}
         folders = [Path(record).parent for record in records]
         paths = [folder / name for folder in folders for name in (FAILURE, FINISHED)]
         self._before = {path: _changed(path) for path in paths}
 
-    def hopeless(self, job: Any) -> bool:
-        """Whether the job's last attempt failed for good; unknown causes are not."""
-        return self._failed_for_good(job) or self._cancelled(job)
+    def note(self, job: Any, number: str | None, refusal: str = "") -> None:
+        """Note which SLURM job an attempt that failed was, or why ``sbatch`` refused it."""
+        self._attempts[id(job)] = (number, refusal)
+
+    def hopeless(self, job: Any) -> str:
+        """Why another attempt at a job, or group of jobs, would end alike; empty if it may not."""
+        if not job.is_group() and self._failed_for_good(job):
+            return "snella status says why it failed"
+        number, refusal = self._attempts.get(id(job), (None, ""))
+        if refusal:
+            return f"sbatch refused it ({refusal})"
+        return f"SLURM job {number} was cancelled" if self._cancelled(number) else ""
 
     def done(self, job: Any) -> bool:
         """Whether the job finished since the workflow began, also if its group then failed."""
@@ -44,13 +54,11 @@ class Retries:
     def _is_new(self, path: Path) -> bool:
         return _changed(path) not in (0, self._before.get(path, 0))
 
-    def _cancelled(self, job: Any) -> bool:
-        if not self.jobs_name:
+    def _cancelled(self, number: str | None) -> bool:
+        if not (self.jobs_name and number):
             return False
-        wildcards = "_".join(job.wildcards).replace("/", "_")  # as the executor writes them
-        comment = f"rule_{job.rule.name}_wildcards_{wildcards}"
-        same = [j for j in slurm.jobs(self.jobs_name) or () if j.comment == comment]
-        return bool(same) and same[-1].state == "CANCELLED"
+        states = {str(job.number): job.state for job in slurm.jobs(self.jobs_name) or ()}
+        return states.get(number) == "CANCELLED"
 
 
 def install(retries: Retries, say: Callable[[str], None]) -> None:
@@ -64,13 +72,18 @@ def install(retries: Retries, say: Callable[[str], None]) -> None:
 
     def of_job(job: Any) -> int:
         times = int(configured(job))
-        if job.attempt <= times and retries.hopeless(job):
-            say(f"{_folder(job)} is not tried again: snella status says why it failed")
-            return 0
-        return times
+        return 0 if given_up(job, times, str(_folder(job))) else times
 
     def of_group(group: Any) -> int:
-        return max((of_job(job) for job in group.jobs if not retries.done(job)), default=0)
+        left = [job for job in group.jobs if not retries.done(job)]
+        times = max((of_job(job) for job in left), default=0)
+        return 0 if given_up(group, times, f"A job of {len(group.jobs)} cells") else times
+
+    def given_up(job: Any, times: int, title: str) -> bool:
+        why = retries.hopeless(job) if job.attempt <= times else ""
+        if why:
+            say(f"{title} is not tried again: {why}")
+        return bool(why)
 
     Job.restart_times, GroupJob.restart_times = property(of_job), property(of_group)
 

@@ -8,31 +8,43 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-from snella.errors import UserError
+from snella.errors import MISTAKE, UserError
 
 LIVE = frozenset(
     {"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "RESIZING",
      "STOPPED", "SIGNALING", "STAGE_OUT", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT",
      "RESV_DEL_HOLD"}
 )  # fmt: skip
+EXECUTOR = "snakemake_executor_plugin_slurm"
 TIMEOUT = 60
 USUAL = frozenset({"None", "Priority", "Resources", "Dependency", "BeginTime", "Cleaning"})
 """Reasons of a job that simply waits for its turn."""
 
 
+def require_executor() -> None:
+    """End with one line where Snakemake's executor for SLURM is missing; the profile asks."""
+    if find_spec(EXECUTOR) is None:
+        sys.stderr.write(
+            "snella: Snakemake's executor for SLURM is not installed here: "
+            'pip install ".[bench,cluster]" in your clone.\n'
+        )
+        raise SystemExit(MISTAKE)
+
+
 @dataclass(frozen=True)
 class Job:
-    """One job: its number, state, the reason for pending, and the executor's comment on it."""
+    """One job: its number, state, and the reason for pending."""
 
     number: int
     state: str
     reason: str
-    comment: str
 
 
 @dataclass(frozen=True)
@@ -48,13 +60,13 @@ class Partition:
 
 def jobs(name: str) -> list[Job] | None:
     """All jobs of the name ``name`` that the controller remembers, oldest first."""
-    out = _ask("squeue", "--name", name, "-h", "-t", "all", "-o", "%A|%T|%r|%k")
+    out = _ask("squeue", "--name", name, "-h", "-t", "all", "-o", "%A|%T|%r")
     if out is None:
         return None
     found = []
     for line in out.splitlines():
-        number, state, reason, comment = line.split("|", 3)
-        found.append(Job(int(number), state, reason, comment))
+        number, state, reason = line.split("|", 2)
+        found.append(Job(int(number), state, reason))
     return sorted(found, key=lambda job: job.number)
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from snella.errors import MISTAKE, UserError, explain, record_traceback
 from snella.files import digest_json
-from snella.jobs import cells, devices, retries, worker
+from snella.jobs import cells, devices, retries, submission, worker
 from snella.jobs.coordinator import Coordinator, start_over, watch_pending
 from snella.jobs.inputs import missing, missing_of
 from snella.jobs.prepare import origin_of
@@ -141,7 +141,10 @@ class WorkflowPlan:
             self._require_inputs(jobs)
             records = [str(job.output[0]) for job in jobs if job.rule.name == "run"]
             cells.begin(records)
-            retries.install(retries.Retries(records, name), _say)
+            chosen = retries.Retries(records, name)
+            retries.install(chosen, _say)
+            if name:
+                submission.watch(workflow.scheduler._executor, chosen, _say)
         except UserError as error:
             _say(str(error))
             raise SystemExit(MISTAKE) from None

@@ -133,7 +133,10 @@ class Method(BaseModel):
         return None
 
     def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
-        """Called before epoch ``epoch`` of 0 .. ``epochs`` - 1."""
+        """Called before epoch ``epoch`` of 0 .. ``epochs`` - 1.
+
+        Called again, after the states are loaded, where a training was stopped inside the epoch.
+        """
 
     def on_step_end(self, model: nn.Module) -> None:
         """Called after each optimizer step while the step's gradients are still alive."""

@@ -57,6 +57,27 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def random_state() -> dict[str, Any]:
+    """Where the generators of :func:`seed_everything` stand, as ``torch.load`` reads it safely."""
+    name, key, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(key, np.int64)), *rest),
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put the generators back to where :func:`random_state` found them."""
+    name, key, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((name, key.cpu().numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["cpu"].cpu())
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
 def checkpoint_blocks(model: nn.Module) -> None:
     """Recompute each block's activations in backward instead of keeping them, in place."""
     for block in blocks(model):

@@ -6,14 +6,12 @@ import json
 import logging
 import math
 import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from snella.records import (
 )
 from snella.runs.evaluate import SCORES, Evaluation, evaluate, require_files, write_scores
 from snella.runs.run import Run
+from snella.runs.stopping import Terminated, terminable
 from snella.runs.train import Report, finished_training, looks, open_data, run_identity, train
 
 log = logging.getLogger("snella")
@@ -42,10 +41,6 @@ MEMORY = (
     "lower `batch_size` (`accumulation` makes up for it), or set `gradient_checkpointing: true`"
 )
 POLL_SECONDS = 0.5
-
-
-class Terminated(Exception):
-    """The run was asked to stop, by a scheduler's time limit or by a person."""
 
 
 def execute(
@@ -60,7 +55,7 @@ def execute(
     """
     folder = run.folder
     _make(folder)
-    with exclusive(folder), _log_file(folder / "log.txt"), _terminable():
+    with exclusive(folder), _log_file(folder / "log.txt"), terminable():
         remove_leftovers(folder)
         torch.set_num_threads(run.protocol.threads)
         write_text(folder / "config.json", run.to_json() + "\n")
@@ -82,7 +77,7 @@ def execute(
         except UserError as error:
             _finish(folder, record | {"transient": transient(error)}, "failed", str(error))
             raise
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, Terminated) as error:
             log.exception("The run ended before its record was complete")
             record["transient"] = transient(error)
             _finish(folder, record, _status(error), _reason(error, run))
@@ -270,29 +265,3 @@ def _log_file(path: Path) -> Iterator[None]:
         log.propagate = propagate
         log.removeHandler(handler)
         handler.close()
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn the scheduler's signals into an exception, so that the record can say so."""
-
-    kinds = (signal.SIGTERM, signal.SIGUSR1)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for kind in kinds:  # schedulers send several; the record is being written now
-            signal.signal(kind, signal.SIG_IGN)
-        raise Terminated(
-            f"stopped by {signal.Signals(number).name} (time limit, preemption or cancelled); "
-            "rerun to resume from the last whole epoch"
-        )
-
-    try:
-        previous = [signal.signal(kind, stop) for kind in kinds]
-    except ValueError:  # not in the main thread: leave signals to whoever is
-        yield
-        return
-    try:
-        yield
-    finally:
-        for kind, handler in zip(kinds, previous, strict=True):
-            signal.signal(kind, handler)

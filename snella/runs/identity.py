@@ -27,7 +27,15 @@ from snella.runs.run import Run
 from snella.tasks import TaskInfo, find_task, task_names
 
 PACKAGE = Path(__file__).resolve().parents[1]
-_PLUMBING = ("errors", "files", "validation", "records", "runs.identity", "runs.run")
+_PLUMBING = (
+    "errors",
+    "files",
+    "validation",
+    "records",
+    "runs.identity",
+    "runs.run",
+    "runs.stopping",
+)
 PLUMBING = frozenset(f"snella.{name}" for name in _PLUMBING)
 """Modules that carry messages, files and settings, and compute nothing of a result."""
 TRAINING = ("runs/train.py",)

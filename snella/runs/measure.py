@@ -31,10 +31,12 @@ class PeakMemory:
     def watch(self) -> Iterator[None]:
         """Include what happens inside the block."""
         self._reset()
-        yield
-        seen = self._read()
-        if seen is not None:
-            self.mib = max(seen, self.mib or 0.0)
+        try:
+            yield
+        finally:
+            seen = self._read()
+            if seen is not None:
+                self.mib = max(seen, self.mib or 0.0)
 
     def _reset(self) -> None:
         if self.device.type == "cuda":

@@ -1,8 +1,9 @@
 """The one training loop: any method, any task, one protocol.
 
 Every epoch is seeded from (run seed, epoch) and ends with a checkpoint, so that a run killed
-at any moment continues from its last whole epoch to the bit-identical result. Predictions are
-files beside the checkpoint; the trainer knows no label and no metric.
+at any moment continues from its last whole epoch to the bit-identical result. A run that a signal
+ends writes one after the step under way and continues from there. Predictions are files beside
+the checkpoint; the trainer knows no label and no metric.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ from snella.methods.step import train_step
 from snella.models.parameters import (
     checkpoint_blocks,
     frozen_checksums,
+    random_state,
+    restore_random_state,
     seed_everything,
     trainable,
 )
 from snella.runs.measure import PeakMemory
 from snella.runs.optimizers import build_optimizer
 from snella.runs.protocol import Protocol
+from snella.runs.stopping import Terminated, whole
 from snella.seeds import derive_seed
 from snella.tasks.base import Task
 
@@ -42,6 +46,19 @@ PREDICTIONS = "predictions"
 def prediction_folder(folder: Path, epoch: int, split: str) -> Path:
     """Where a run's predictions after ``epoch`` lie."""
     return folder / PREDICTIONS / f"epoch{epoch:04d}" / split
+
+
+@dataclass
+class Begun:
+    """The part of an epoch that is done, in whole steps.
+
+    ``random`` is where the generators have to be put before it goes on, None once they are there.
+    """
+
+    losses: list[Tensor] = field(default_factory=list)
+    examples: int = 0
+    seconds: float = 0.0
+    random: dict[str, Any] | None = None
 
 
 @dataclass
@@ -78,6 +95,7 @@ class Trainer:
         self.checkpoint = folder / "checkpoint.pt"
         self.device = next(model.parameters()).device
         self.progress = Progress()
+        self.begun: Begun | None = None
         self.ema: dict[str, Tensor] | None = None
         steps = task.steps(protocol.train_split)
         self.steps = -(-steps // protocol.accumulation)
@@ -107,9 +125,14 @@ class Trainer:
             self._write_checkpoint(optimizer)
         else:
             self._restore(saved, optimizer)
-        for epoch in range(self.progress.epoch + 1, self.epochs):
-            self._epoch(epoch, optimizer)
-            self._check_frozen(frozen)
+        try:
+            for epoch in range(self.progress.epoch + 1, self.epochs):
+                self._epoch(epoch, optimizer)
+                self._check_frozen(frozen)
+        except Terminated:
+            if self.begun is None or self.begun.losses:
+                self._write_checkpoint(optimizer)
+            raise
         return self.progress
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -140,23 +163,16 @@ class Trainer:
         return ({**b, "views": v} for b, v in zip(batches, augmented, strict=True))
 
     def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
-        seed = derive_seed(self.seed, "epoch", epoch)
-        seed_everything(seed)
-        memory = PeakMemory(self.device)
-        begin = time.perf_counter()
-        with memory.watch():
-            row = self._train(epoch, seed, optimizer)
-        row["train_seconds"] = time.perf_counter() - begin
-        if memory.mib is not None:
-            seen = self.progress.peak_memory_mb
-            self.progress.peak_memory_mb = max(memory.mib, seen or 0.0)
+        row = self._train(epoch, optimizer)
         if self.protocol.looks(epoch, self.epochs):
             row |= self._predict(epoch)
-        self.progress.epoch = epoch
-        self.progress.history.append(row)
-        last = epoch == self.epochs - 1
-        if last or (epoch + 1) % self.protocol.checkpoint_every == 0:
-            self._write_checkpoint(optimizer)
+        with whole():
+            self.begun = None
+            self.progress.epoch = epoch
+            self.progress.history.append(row)
+            last = epoch == self.epochs - 1
+            if last or (epoch + 1) % self.protocol.checkpoint_every == 0:
+                self._write_checkpoint(optimizer)
         self.report(row, self.epochs)
 
     def _check_frozen(self, before: dict[str, int]) -> None:
@@ -175,19 +191,20 @@ class Trainer:
                 "it did not mark as trainable; set requires_grad in adapt, or leave it alone."
             )
 
-    def _train(self, epoch: int, seed: int, optimizer: torch.optim.Optimizer) -> Row:
-        self.model.train()
-        self.method.on_epoch_start(self.model, epoch, self.epochs)
-        losses: list[Tensor] = []
-        examples = 0
-        batches = self._on_device(self.task.batches(self.protocol.train_split, seed))
-        for step, group in enumerate(_grouped(batches, self.protocol.accumulation)):
-            if epoch * self.steps + step == self.protocol.steps:
-                break
-            self._set_lr(optimizer, epoch, step / self.steps)
-            losses.append(self._step(group, optimizer))
-            examples += sum(self.task.size(batch) for batch in group)
-        values = torch.stack(losses).float().cpu()
+    def _train(self, epoch: int, optimizer: torch.optim.Optimizer) -> Row:
+        """Train what is left of an epoch."""
+        seed = derive_seed(self.seed, "epoch", epoch)
+        seed_everything(seed)
+        begun, self.begun = self.begun or Begun(), Begun()  # a hook cut short is not saved
+        with self._measured(begun):
+            self.model.train()
+            self.method.on_epoch_start(self.model, epoch, self.epochs)
+            if begun.random is not None:
+                restore_random_state(begun.random)
+                begun.random = None
+            self.begun = begun
+            self._steps(epoch, seed, optimizer, begun)
+        values = torch.stack(begun.losses).float().cpu()
         if not values.isfinite().all():
             first = int((~values.isfinite()).nonzero()[0])
             raise Diverged(f"the loss became {values[first]:.0f} in epoch {epoch}, step {first}")
@@ -195,8 +212,36 @@ class Trainer:
             "epoch": epoch,
             "lr": optimizer.param_groups[0]["lr"],
             "loss": values.mean().item(),
-            "examples": examples,
+            "examples": begun.examples,
+            "train_seconds": begun.seconds,
         }
+
+    def _steps(self, epoch: int, seed: int, optimizer: torch.optim.Optimizer, begun: Begun) -> None:
+        done, end = len(begun.losses), self.steps
+        if self.protocol.steps:
+            end = min(end, self.protocol.steps - epoch * self.steps)
+        accumulation = self.protocol.accumulation
+        batches = self.task.batches(self.protocol.train_split, seed)
+        rest = self._on_device(islice(batches, done * accumulation, None))
+        for step, group in zip(range(done, end), _grouped(rest, accumulation), strict=False):
+            with whole():
+                self._set_lr(optimizer, epoch, step / self.steps)
+                begun.losses.append(self._step(group, optimizer))
+                begun.examples += sum(self.task.size(batch) for batch in group)
+
+    @contextmanager
+    def _measured(self, begun: Begun) -> Iterator[None]:
+        """Add the block's seconds and memory, also where a signal ends it."""
+        memory = PeakMemory(self.device)
+        begin = time.perf_counter()
+        try:
+            with memory.watch():
+                yield
+        finally:
+            begun.seconds += time.perf_counter() - begin
+            if memory.mib is not None:
+                seen = self.progress.peak_memory_mb
+                self.progress.peak_memory_mb = max(memory.mib, seen or 0.0)
 
     def _step(self, batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Tensor:
         loss = train_step(
@@ -259,16 +304,21 @@ class Trainer:
             yield
             return
         live = {n: p.detach().clone() for n, p in trainable(self.model).items()}
-        self._put(self.ema)
-        yield
-        self._put(live)
+        try:
+            self._put(self.ema)
+            yield
+        finally:
+            self._put(live)
 
     @torch.no_grad()
     def _put(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in trainable(self.model).items():
-            parameter.copy_(values[name])
+        with whole():
+            for name, parameter in trainable(self.model).items():
+                parameter.copy_(values[name])
 
     def _write_checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.begun is not None and self.begun.random is None:
+            self.begun.random = random_state()
         content = {
             "fingerprint": self.fingerprint,
             "state": self.method.state(self.model),
@@ -279,6 +329,7 @@ class Trainer:
             "epoch": self.progress.epoch,
             "history": self.progress.history,
             "peak_memory_mb": self.progress.peak_memory_mb,
+            "begun": None if self.begun is None else asdict(self.begun),
         }
         with atomic(self.checkpoint) as path:
             torch.save(content, path)
@@ -300,6 +351,7 @@ class Trainer:
             self.scaler.load_state_dict(saved["scaler"])
         self.ema = saved["ema"]
         self.progress = Progress(saved["epoch"], saved["history"], saved["peak_memory_mb"])
+        self.begun = None if saved["begun"] is None else Begun(**saved["begun"])
 
 
 def _grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

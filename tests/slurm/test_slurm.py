@@ -309,6 +309,40 @@ def test_a_job_of_several_cells_keeps_them_apart(tree, data):
         assert (tree.cell(method) / "finished.json").stat().st_mtime_ns == written
 
 
+REFUSING = """\
+#!/bin/sh
+[ -e "$0.used" ] && exec {real} "$@"
+touch "$0.used"
+echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2
+echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy" >&2
+exit 1
+"""
+
+
+def test_a_refused_job_is_submitted_again_and_a_cancelled_one_of_several_cells_is_not(
+    tree, data, cluster, monkeypatch
+):
+    tree.configure({"held": {"file": "held.py"}, "linear": {}})
+    sbatch = tree.folder / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(REFUSING.format(real=shutil.which("sbatch")))
+    sbatch.chmod(0o755)
+    path = f"{sbatch.parent}{os.pathsep}{cluster.environment['PATH']}"
+    monkeypatch.setitem(cluster.environment, "PATH", path)
+    coordinator = tree.start(
+        "--profile", str(ROOT / "workflow/profiles/slurm"),
+        "--profile", str(ROOT / "workflow/profiles/batch"),
+        "--config", f"data={data}", "--retries", "1",
+    )  # fmt: skip
+    wait(lambda: tree.is_training("held"), tree)
+    assert "sbatch refuses jobs for now (QOSMaxSubmitJobPerUserLimit" in tree.log()
+    (job,) = [j for j in cluster.jobs() if j["folder"] == str(tree.folder)]
+    cluster.call("scancel", job["id"])
+    assert ended(coordinator, tree) == 1
+    assert f"A job of 2 cells is not tried again: SLURM job {job['id']} was cancelled" in tree.log()
+    assert len([j for j in cluster.jobs() if j["folder"] == str(tree.folder)]) == 1
+
+
 def test_a_profile_without_partition_is_one_line(tree, data):
     tree.configure({"linear": {}}, partition="")
     assert ended(tree.start("--config", f"data={data}"), tree) == 2
