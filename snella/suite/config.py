@@ -127,7 +127,11 @@ class MethodOverride(Strict):
 
 
 class SuiteEntry(Strict):
-    """Columns, backbone, protocol and seeds; ``groups`` maps a group's name to its data sets."""
+    """Columns, backbone, protocol and seeds; ``groups`` maps a group's name to its data sets.
+
+    ``methods`` are the rows (null: all there are). ``further_methods`` are rows beside them, which
+    every table shows that does not leave them out: how a row is added to a shipped suite.
+    """
 
     title: str
     demo: bool = False
@@ -140,6 +144,7 @@ class SuiteEntry(Strict):
     methods: (
         Annotated[list[Reference], Field(min_length=1), AfterValidator(check_distinct)] | None
     ) = None
+    further_methods: Annotated[list[Reference], AfterValidator(check_distinct)] = []
     method_overrides: dict[Reference, MethodOverride] = {}
     search: Search = Search()
 
