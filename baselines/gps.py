@@ -28,7 +28,6 @@ from snella.method import (
     Unsupported,
     batch_gradients,
     fold_entries,
-    restore_entries,
     train_entries,
 )
 
@@ -61,7 +60,7 @@ class GPS(Method):
             )
 
     def adapt(self, model: nn.Module) -> None:
-        """Train the biases; the weights are chosen by :meth:`calibrate` or :meth:`load_state`."""
+        """Train the biases; the weights are chosen by :meth:`calibrate`."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained_part(name, parameter) == "whole")
 
@@ -75,10 +74,6 @@ class GPS(Method):
                 total[name] = total.get(name, 0) + gradient
         for name, gradient in total.items():
             train_entries(model, name, top_entries(gradient, self.connections))
-
-    def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        restore_entries(model, state)
-        super().load_state(model, state)
 
     def merge(self, model: nn.Module) -> None:
         fold_entries(model)

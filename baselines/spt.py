@@ -36,7 +36,6 @@ from snella.method import (
     fuse_qkv,
     head,
     replace,
-    restore_entries,
     slots,
     split_qkv,
     train_entries,
@@ -118,7 +117,6 @@ class SPT(Method):
             path, found, _ = name.partition(".branch.down.weight")
             if found and not isinstance(model.get_submodule(path), _BranchLinear):
                 self._add_module(model, path)
-        restore_entries(model, state)
         for name, parameter in model.named_parameters():
             if name in state:
                 parameter.requires_grad_(True)

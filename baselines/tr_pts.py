@@ -28,7 +28,6 @@ from snella.method import (
     batch_gradients,
     first_images,
     fold_entries,
-    restore_entries,
     slots,
     train_entries,
 )
@@ -68,10 +67,6 @@ class TRPTS(Method):
                 fisher[name] = fisher.get(name, 0) + gradient.square()
         for name, entries in choose(fisher, self.share).items():
             train_entries(model, name, entries)
-
-    def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        restore_entries(model, state)
-        super().load_state(model, state)
 
     def merge(self, model: nn.Module) -> None:
         if self.keep < 1:

@@ -151,14 +151,32 @@ def test_a_row_is_called_like_its_file_unless_it_says_otherwise(elsewhere: Path)
 
 
 def test_an_added_row_closes_every_table(elsewhere: Path) -> None:
-    """Of the suites that name no rows themselves."""
+    """In a suite that names its rows it is one of the further methods."""
     main(["new-baseline", "mine"])
     config = configuration.load(overrides={"methods": {"mine": {}}})
     for table in config.tables:
-        chosen = plan.for_table(config, table)
-        if plan.current_suite(chosen).methods is not None:
-            continue
-        assert plan.table_methods(config, table)[-1][1][-1] == "mine"
+        suite = plan.for_table(config, table).suite
+        named = config.suites[suite].methods is not None
+        asked = {"methods": {"mine": {}}}
+        if named:
+            assert "mine" not in plan.table_methods(config, table)[-1][1]
+            asked["suites"] = {suite: {"further_methods": ["mine"]}}
+        rows = plan.table_methods(configuration.load(overrides=asked), table)
+        assert rows[-1][1][-1] == "mine"
+        if table in ("table1", "table5", "table6"):  # the main one of each family shows it
+            assert config.tables[table].get("others", "") is not None
+
+
+def test_a_row_of_one_table_may_be_added_to_another() -> None:
+    """DoRA has its place in Table 13; asked for, it closes Table 1 as well."""
+    asked = {"suites": {"quick": {"further_methods": ["dora"]}}}
+    plain, config = configuration.load(), configuration.load(overrides=asked)
+    assert "dora" not in [m for _, group in plan.table_methods(plain, "table1") for m in group]
+    assert plan.table_methods(config, "table1")[-1] == (None, ["dora"])
+    assert plan.suite_methods(config).count("dora") == 1
+    with pytest.raises(UserError, match=r"Unknown method 'doar'\. Did you mean 'dora'"):
+        wrong = {"suites": {"quick": {"further_methods": ["doar"]}}}
+        plan.plan(configuration.load(overrides=wrong))
 
 
 @pytest.mark.parametrize("kind", BASE_SIZE)

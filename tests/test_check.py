@@ -103,6 +103,48 @@ def test_a_sound_method_passes_every_check(tmp_path: Path) -> None:
     assert found["all marked learns"].text == "5"
 
 
+CHOSEN = """\
+from typing import ClassVar
+
+from snella.method import Method, batch_gradients, fold_entries, slots, train_entries
+
+
+class Mine(Method):
+    supports: ClassVar[frozenset[str]] = frozenset({"vit", "swin", "convnext", "sam", "sd3"})
+
+    def adapt(self, model):
+        pass
+
+    def calibrate(self, model, batches, loss_fn):
+        names = [f"{slot.path}.weight" for slot in slots(model, ("fc1",))]
+        for gradients in batch_gradients(model, names, batches, loss_fn):
+            chosen = {name: g.abs().flatten().topk(20).indices for name, g in gradients.items()}
+        for name, indices in chosen.items():
+            train_entries(model, name, indices)
+
+    def merge(self, model):
+        fold_entries(model)
+"""
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_method_that_chooses_its_entries_from_data_needs_no_more_than_calibrate(
+    tmp_path: Path, kind: str
+) -> None:
+    """Nothing is marked before; on SD3, which has no head, nothing at all."""
+    if missing_extra(kind):
+        pytest.skip(f"needs the extra {missing_extra(kind)}")
+    found = findings(write(tmp_path, header=CHOSEN), kind)
+    assert {name: f.detail for name, f in found.items() if f.status == "failed"} == {}
+    assert found["saves and loads"].status == found["merges"].status == "passed"
+
+
+def test_a_calibration_that_marks_nothing_is_seen(tmp_path: Path) -> None:
+    header = CHOSEN.split("        names =")[0] + "        pass\n"
+    found = findings(write(tmp_path, header=header))
+    assert "Mine.calibrate marks nothing trainable" in found["trains"].detail
+
+
 FAULTS = {
     "all marked learns": [
         (

@@ -101,7 +101,12 @@ BAD = {
         "        model.get_submodule('blocks.0.attn.qqkv').requires_grad_(True)\n",
         {},
         ["mine.py", "Mine.adapt does not fit VisionTransformer", "qqkv", "mine.py, line 10",
-         "Did you mean 'qkv'"],
+         "Did you mean 'blocks.0.attn.qkv'"],
+    ),
+    "place": (
+        "class Mine(Method):\n    def adapt(self, model):\n        model.proj\n",
+        {},
+        ["mine.py", "no attribute 'proj'", "Did you mean 'patch_embed.proj'"],
     ),
     "attribute": (
         "class Mine(Method):\n    def adapt(self, model):\n        model.blokcs\n",

@@ -50,6 +50,20 @@ def test_order_is_methods_then_data_sets_then_seeds():
     ]  # fmt: skip
 
 
+def test_a_file_of_ones_own_adds_to_the_main_configuration(tmp_path):
+    """`snella --configfile my.yaml` plans what Snakemake plans of the same two files."""
+    mine = tmp_path / "my.yaml"
+    mine.write_text("methods: {mine: {file: full}}\nsuites.smoke.seeds: [3]\n")
+    main = configuration.DEFAULT
+    merged = yaml.safe_load(main.read_text()) | yaml.safe_load(mine.read_text())
+    ours = configuration.load(mine)
+    theirs = configuration.from_snakemake(merged, [main, mine])
+    assert ours.model_dump() == theirs.model_dump()
+    assert ours.suite == "quick" and "segmentation" in ours.task_suites
+    assert "mine" in ours.methods and ours.suites["smoke"].seeds == [3]
+    assert ours.where(["suite"]).startswith("config/config.yaml")
+
+
 def test_layers_of_settings():
     """Preset < method's own < suite's overrides < suite's word on that method."""
     config = load(

@@ -72,8 +72,10 @@ def base_count(subject: Subject) -> str:
 
 def loss_falls(subject: Subject) -> str:
     """The toy task's loss is lower after a dozen steps."""
-    text = f"{subject.fit.before:.2f}→{subject.fit.after:.2f}"
-    if not subject.fit.after < subject.fit.before:
+    before, after = subject.fit.before, subject.fit.after
+    digits = 2 if abs(before - after) >= 0.01 else 4
+    text = f"{before:.{digits}f}→{after:.{digits}f}"
+    if not after < before:
         raise Failure(f"in {EPOCHS * STEPS} steps on one batch the loss went {text}")
     return text
 

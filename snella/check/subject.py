@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from snella.check.toy import make_toy
-from snella.methods.base import Method, prepare_model
+from snella.methods.base import Method, check_marked, prepare_model
 from snella.methods.step import train_step
 from snella.models.parameters import count_parameters, seed_everything, trainable
 from snella.tasks.base import Toy
@@ -94,6 +94,7 @@ def _fit(method: Method, model: nn.Module, toy: Toy, lr: float) -> Fit:
     """Calibrate and train ``model`` on one batch, with all hooks, as the trainer does."""
     seed_everything(2)
     method.calibrate(model, [toy.batch, toy.batch], toy.loss)
+    check_marked(method, model)
     before = _loss(model, toy)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     groups = method.parameter_groups(model, lr, WEIGHT_DECAY)

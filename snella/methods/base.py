@@ -24,55 +24,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from snella.errors import CannotMerge, Unsupported, UserError, one_line, unknown
-from snella.methods.calibration import batch_gradients, first_images
-from snella.models.entries import (
-    fold_entries,
-    fold_parametrizations,
-    restore_entries,
-    train_entries,
-)
-from snella.models.families import (
-    Slot,
-    blocks,
-    family,
-    fuse_qkv,
-    head,
-    replace,
-    slots,
-    split_qkv,
-    unused_parameters,
-)
-from snella.models.names import ROLES
-from snella.models.parameters import count_parameters, freeze, no_decay, seed_everything, trainable
+from snella.models.entries import restore_entries
+from snella.models.families import family, head, unused_parameters
+from snella.models.parameters import count_parameters, freeze, no_decay, trainable
 from snella.validation import hyperparameter_error
-
-__all__ = [
-    "ROLES",
-    "Batch",
-    "CannotMerge",
-    "LossFn",
-    "Method",
-    "Slot",
-    "Unsupported",
-    "batch_gradients",
-    "blocks",
-    "count_parameters",
-    "family",
-    "first_images",
-    "fold_entries",
-    "fold_parametrizations",
-    "fuse_qkv",
-    "head",
-    "load_method",
-    "no_decay",
-    "replace",
-    "restore_entries",
-    "seed_everything",
-    "slots",
-    "split_qkv",
-    "train_entries",
-    "trainable",
-]
 
 Batch = dict[str, Tensor]
 """What a task's loader yields, e.g. image (B, 3, H, W) float and label (B,) int64."""
@@ -152,19 +107,24 @@ class Method(BaseModel):
         """All tensors that change the output: by default what trains, and persistent buffers.
 
         Must be symmetric with :meth:`load_state`. A method that changes frozen weights or
-        chooses a structure from data overrides both.
+        chooses modules from data overrides both.
         """
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         return {name: t.detach() for name, t in model.state_dict().items() if name not in frozen}
 
     def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        """Load what :meth:`state` returned into a freshly adapted ``model``.
+        """Load what :meth:`state` returned into a freshly adapted ``model``, not calibrated again.
 
-        Raises ``ValueError`` if a tensor has no place in the model.
+        Entries chosen by :func:`~snella.method.train_entries` are chosen as they were. Raises
+        ``ValueError`` if a tensor has no place in the model.
         """
+        restore_entries(model, state)
         result = model.load_state_dict(state, strict=False)
         if result.unexpected_keys:
-            raise ValueError(f"the adapter has tensors unknown here: {result.unexpected_keys[:3]}")
+            raise ValueError(
+                f"the adapter has tensors unknown here: {result.unexpected_keys[:3]}; "
+                "what calibrate builds, load_state must build as well"
+            )
 
     def training_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Further tensors that an interrupted training needs to go on, e.g. moving averages.
@@ -305,7 +265,6 @@ def prepare_model(method: Method, model: nn.Module) -> None:
             f"{file}: {type(method).__name__}.adapt does not fit {type(model).__name__}: "
             f"{one_line(error, file)}{_closest_module(model, error)}"
         ) from error
-    calibrates = type(method).calibrate is not Method.calibrate
     marked = bool(trainable(model)) or method.head_only
     for parameter in unused_parameters(model):
         parameter.requires_grad_(False)
@@ -318,7 +277,7 @@ def prepare_model(method: Method, model: nn.Module) -> None:
         )
     for part in found:
         part.requires_grad_(True)
-    if not (marked or calibrates) or not trainable(model):
+    if not _calibrates(method) and not (marked and trainable(model)):
         raise _nothing_marked(method, "adapt")
     _in_single_precision(model)
 
@@ -333,10 +292,13 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 
 def check_marked(method: Method, model: nn.Module) -> None:
     """Raise :class:`~snella.errors.UserError` if a method that calibrates marked nothing."""
-    calibrates = type(method).calibrate is not Method.calibrate
-    if calibrates and not method.head_only and not count_parameters(model)["trainable"]:
+    if _calibrates(method) and not method.head_only and not count_parameters(model)["trainable"]:
         raise _nothing_marked(method, "calibrate")
     _in_single_precision(model)
+
+
+def _calibrates(method: Method) -> bool:
+    return type(method).calibrate is not Method.calibrate
 
 
 def _in_single_precision(model: nn.Module) -> None:
@@ -354,8 +316,10 @@ def _nothing_marked(method: Method, hook: str) -> UserError:
 
 
 def _closest_module(model: nn.Module, error: BaseException) -> str:
-    """A hint where ``error`` is about a module that the model does not have."""
+    """A hint where ``error`` is about a module that lies elsewhere, or has a similar name."""
     missing = re.search(r"has no attribute [`'\"](\w+)", str(error))
-    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
-    close = difflib.get_close_matches(missing[1], parts, n=1) if missing else []
-    return f". Did you mean {close[0]!r}?" if close else "."
+    if not missing:
+        return "."
+    paths = {path.rpartition(".")[2]: path for path, _ in reversed(list(model.named_modules()))}
+    close = difflib.get_close_matches(missing[1], paths, n=1)
+    return f". Did you mean {paths[close[0]]!r}?" if close else "."

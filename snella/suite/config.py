@@ -1,9 +1,9 @@
 """What to run, as typed data: suites, backbones, data sets, methods, protocols.
 
-``config/`` holds one YAML file per section and one file per suite; ``config/config.yaml``
-(or any file given instead) chooses the suite and may add to or override every section, so
-that a lab needs a single file of its own. An unknown key is an error that names the file,
-the key and the closest match.
+``config/`` holds one YAML file per section and one file per suite; ``config/config.yaml``, and over
+it a file of one's own, choose the suite and may add to or override every section, so that a lab
+needs a single file of its own. An unknown key is an error that names the file, the key and the
+closest match.
 """
 
 from __future__ import annotations
@@ -127,7 +127,11 @@ class MethodOverride(Strict):
 
 
 class SuiteEntry(Strict):
-    """Columns, backbone, protocol and seeds; ``groups`` maps a group's name to its data sets."""
+    """Columns, backbone, protocol and seeds; ``groups`` maps a group's name to its data sets.
+
+    ``methods`` are the rows (null: all there are). ``further_methods`` are rows beside them, which
+    every table shows that does not leave them out: how a row is added to a shipped suite.
+    """
 
     title: str
     demo: bool = False
@@ -140,6 +144,7 @@ class SuiteEntry(Strict):
     methods: (
         Annotated[list[Reference], Field(min_length=1), AfterValidator(check_distinct)] | None
     ) = None
+    further_methods: Annotated[list[Reference], AfterValidator(check_distinct)] = []
     method_overrides: dict[Reference, MethodOverride] = {}
     search: Search = Search()
 
@@ -289,14 +294,17 @@ def locate(path: str) -> str:
 
 
 def load(path: Path = DEFAULT, overrides: dict[str, Any] | None = None) -> Config:
-    """Read ``path``, the sections beside it, and ``overrides`` (as from ``--config``).
+    """Read the section files, ``config.yaml`` beside them, and over it ``path`` and ``overrides``.
 
-    Keys of ``overrides`` may be dotted.
+    Snakemake merges in the same order, so that both plan the same runs from the same files.
+    ``overrides`` are those of ``--config``; their keys may be dotted.
     """
     path = Path(locate(path.as_posix())) if path == DEFAULT else path
     origins = Origins()
     base = _shipped(path, origins)
-    own = expand(read_yaml(path, origins), base, str(path))
+    main = _shipped_folder(path) / DEFAULT.name
+    below = read_yaml(main, origins) if main.exists() and main.resolve() != path.resolve() else {}
+    own = expand(overlay(below, read_yaml(path, origins)), base, str(path))
     above = expand(overrides or {}, base, COMMAND_LINE)
     origins.add(lines_of(above, COMMAND_LINE))
     return _merged(base, own, above, origins)

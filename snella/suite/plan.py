@@ -51,7 +51,8 @@ def current_suite(config: Config) -> SuiteEntry:
             place = config.where((*at, "groups", group, dataset))
             look_up("data set", dataset, config.datasets, place)
     for method in suite_methods(config):
-        look_up("method", method, config.methods, config.where((*at, "methods")))
+        key = "further_methods" if method in suite.further_methods else "methods"
+        look_up("method", method, config.methods, config.where((*at, key)))
     for dataset in suite.search.datasets or ():
         place = config.where((*at, "search", "datasets"))
         look_up(f"data set of suite {config.suite}:", dataset, dict.fromkeys(suite.datasets), place)
@@ -63,9 +64,10 @@ def current_suite(config: Config) -> SuiteEntry:
 
 
 def suite_methods(config: Config) -> list[str]:
-    """The suite's rows; every configured method where the suite names none."""
+    """The suite's rows, or every configured method where it names none, and its further ones."""
     suite: SuiteEntry = look_up("suite", config.suite, config.suites)
-    return list(config.methods) if suite.methods is None else suite.methods
+    rows = config.methods if suite.methods is None else suite.methods
+    return list(dict.fromkeys([*rows, *suite.further_methods]))
 
 
 def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
@@ -155,24 +157,25 @@ def find_method(config: Config, name: str) -> tuple[Path, dict[str, Any]]:
 def table_methods(config: Config, table: str) -> list[tuple[str | None, list[str]]]:
     """A table's row groups, reduced to the suite's methods.
 
-    Methods that no table lists, such as one a user just added, form a last group of every
-    table, so that naming a method in the configuration is enough to get its row.
+    Methods that no table lists, such as one a user just added, and the suite's further methods
+    form a last group of every table, so that naming a method in the configuration is enough.
     """
     config = for_table(config, table)
     spec = config.tables[table]
     enabled = suite_methods(config)
-    listed = {
-        name
-        for other in config.tables.values()
-        for group in other.get("rows", [])
-        for name in group["methods"]
-    }
+    elsewhere = {name for other in config.tables.values() for name in _listed(other)}
+    listed = _listed(spec) | elsewhere - set(config.suites[config.suite].further_methods)
     groups = [
         (group.get("group"), [name for name in group["methods"] if name in enabled])
         for group in spec.get("rows", [])
     ]
     added = [name for name in enabled if name not in listed]
     return [(title, names) for title, names in [*groups, (None, added)] if names]
+
+
+def _listed(spec: dict[str, Any]) -> set[str]:
+    """The methods that a table's description names."""
+    return {name for group in spec.get("rows", []) for name in group["methods"]}
 
 
 def table_runs(config: Config, table: str) -> list[Run]:
