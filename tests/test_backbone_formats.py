@@ -44,6 +44,11 @@ def releases(state):
             | {"module.predictor.0.weight": torch.ones(4, 4)},
             "optimizer": {"state": {}, "param_groups": []},
         },
+        "moco v3 linear probe": {
+            "epoch": 90, "arch": "vit_base", "best_acc1": torch.tensor(76.6),
+            "state_dict": named("module.", state),
+            "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+        },
         "moco v2": {
             "state_dict": named("module.encoder_q.", state)
             | named("module.encoder_k.", other(state))

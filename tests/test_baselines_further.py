@@ -28,12 +28,13 @@ ROWS = [
     ("dylora", "vit"), ("dylora", "swin"), ("dylora", "convnext"), ("karst", "vit"),
     ("karst", "swin"), ("vqt", "vit"), ("synqt", "vit"), ("pyra", "vit"), ("noah", "vit"),
     ("mosa", "vit"), ("res_tuning", "vit"), ("tr_pts", "vit"), ("vpt", "convnext"),
+    ("fixed_mask", "vit"), ("fixed_mask", "swin"), ("fixed_mask", "convnext"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "family"), ROWS)
 def test_contract(name: str, family: str) -> None:
-    settings = {"factor": 4, "rank": 2} if name == "karst" else {}
+    settings = {"karst": {"factor": 4, "rank": 2}, "fixed_mask": {"rank": 4}}.get(name, {})
     check_contract(make(name, **settings), family)
 
 
@@ -53,6 +54,8 @@ def test_contract(name: str, family: str) -> None:
         ("noah", {"prompts": (5,), "lora": (0,), "adapter": (0,)}, 12 * 5 * 768),
         ("noah", {}, 12 * (5 * 768 + 5 * 3_072 + 5 * 1_537 + 768)),
         ("mosa", {}, 350_400),
+        ("fixed_mask", {}, 5_308_416 + 72 * 4),
+        ("fixed_mask", {"kernel": "piecewise-linear"}, 5_308_416 + 72 * 2),
         ("res_tuning", {}, 470_136),
         ("res_tuning", {"prefix": 0, "prompt": 0}, 193_656),
     ],
@@ -352,3 +355,43 @@ def test_vpt_border_of_a_convnext() -> None:
     whole = model.prompt_border.put(model.stem, (torch.zeros(1, 3, 224, 224),))[0]
     assert torch.equal(whole[0, :, :3], model.prompt_border.rows[:, :3])
     assert torch.equal(whole[0, :, 3:-3, -3:], model.prompt_border.columns[:, :, 3:])
+
+
+def test_fixed_masks_keep_the_most_sensitive_weights_alone() -> None:
+    method = make("fixed_mask", rank=4, share=0.25, scoring_batch_size=4, images=8)
+    model = prepared(method)
+    plain = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("original")}
+    first = [{k: v[i : i + 4] for k, v in batch().items()} for i in (0, 4)]
+    gradients = {}
+    for name in plain:
+        model.get_parameter(name).requires_grad_(True)
+    for part in first:
+        loss = F.cross_entropy(model(part["image"]), part["label"])
+        found = torch.autograd.grad(loss, [model.get_parameter(n) for n in plain])
+        for name, gradient in zip(plain, found, strict=True):
+            gradients[name] = gradients.get(name, 0) + gradient.square()
+    for name in plain:
+        model.get_parameter(name).requires_grad_(False)
+    method.calibrate(model, first, lambda m, b: F.cross_entropy(m(b["image"]), b["label"]))
+    everything = torch.cat([g.flatten() for g in gradients.values()])
+    least = everything.sort(descending=True).values[round(0.25 * len(everything)) - 1]
+    for name, gradient in gradients.items():
+        layer = model.get_submodule(name.partition(".parametrizations")[0])
+        changed = layer.weight != plain[name]
+        assert not (changed & (gradient < 0.999 * least)).any()
+        assert changed[gradient > 1.001 * least].all()
+
+
+def test_fixed_masks_kernel_is_snellas() -> None:
+    from snella.equations.kernels import Kernel, merge
+
+    kind = functions(make("fixed_mask"))._MaskedKernel
+    for name, mixed in (("piecewise-linear", False), ("mix-k", True)):
+        torch.manual_seed(0)
+        kernel = kind(torch.zeros(5, 7), 4, mixed)
+        kernel.mask.fill_(True)
+        order = {"coefficient_0": 0.1, "coefficient_1": -0.1, "scale": 1.0, "offset": 0.0}
+        chosen = Kernel(name, rank=4)
+        scalars = torch.tensor([[order[key] for key in chosen.scalars]])
+        expected = merge(chosen, kernel.a[None], kernel.b[None], scalars)[0]
+        torch.testing.assert_close(kernel(torch.zeros(5, 7)), expected)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from generation_support import PROMPTS, settings, subject
+from PIL import Image
 from safetensors.torch import save_file
 
 from snella.errors import UserError
@@ -122,6 +125,43 @@ def test_clip_features_are_open_clips(tmp_path: Path) -> None:
     ids = small.token_ids(["a red circle"])
     with torch.inference_mode():
         torch.testing.assert_close(texts[:1], clip.model.encode_text(ids, normalize=True))
+
+
+TINY_CLIP = {
+    "embed_dim": 8, "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*")
+def test_openais_clip_is_read_with_its_own_activation(tmp_path: Path, monkeypatch: Any) -> None:
+    """ViT-B-32.pt is a TorchScript archive in half precision, for QuickGELU alone."""
+    import open_clip
+    from test_backbone_formats import nested
+
+    for known in ("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS"):
+        copy = type(getattr(open_clip.factory, known))(getattr(open_clip.factory, known))
+        monkeypatch.setattr(open_clip.factory, known, copy)
+    for name, config in (
+        ("tiny-quickgelu", TINY_CLIP),
+        ("tiny", TINY_CLIP | {"quick_gelu": False}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(tmp_path / f"{name}.json")
+    theirs = open_clip.create_model("tiny-quickgelu").eval()
+    state = {n: t.half() for n, t in theirs.state_dict().items() if n != "attn_mask"}
+    sizes = {n: torch.tensor(1.0) for n in ("input_resolution", "context_length", "vocab_size")}
+    torch.jit.script(nested(state | sizes)).save(str(tmp_path / "ViT-B-32.pt"))
+    file = str(tmp_path / "ViT-B-32.pt")
+    images = noise(2)
+    clip = Clip("tiny-quickgelu", file)
+    pixels = torch.stack([clip.transform(Image.fromarray(i)) for i in images])
+    with torch.inference_mode():
+        expected = theirs.encode_image(pixels, normalize=True)
+    torch.testing.assert_close(clip.images(images), expected, rtol=1e-2, atol=1e-2)
+    with pytest.raises(UserError, match="trained with QuickGELU; set `clip_model: tiny-quickgelu`"):
+        Clip("tiny", file)
 
 
 def scorer(tmp_path: Path, **changes: object) -> SubjectScorer:

@@ -10,11 +10,13 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from snella.errors import UserError
 from snella.method import ROLES
 from snella.methods.base import build_method
 from snella.runs.protocol import Protocol
 from snella.suite.config import load
 from snella.suite.plan import method_path
+from snella.suite.settings import settings_of
 from snella.tasks.classification.settings import ClassificationSettings
 
 CONFIG = load(ROOT / "config" / "config.yaml")
@@ -29,7 +31,7 @@ def test_released_settings_are_valid(file):
         entry = CONFIG.methods[row]
         for dataset, found in sets.items():
             assert dataset in CONFIG.datasets, (row, dataset)
-            values = {**CONFIG.protocols["snella-released"], **found.get("protocol", {})}
+            values = {"epochs": 100, "hyperparameters": "released", **found.get("protocol", {})}
             common = {k: v for k, v in values.items() if k in Protocol.model_fields}
             Protocol(**common)
             rest = {k: v for k, v in values.items() if k not in common}
@@ -69,9 +71,11 @@ def test_mean_connections_of_gps_are_those_of_the_scripts():
 
 @pytest.mark.parametrize("name", list(CONFIG.protocols))
 def test_presets_are_valid(name):
-    values = CONFIG.protocols[name]
+    values = dict(CONFIG.protocols[name])
+    parts = [*values.pop("rows", {}).values(), *values.pop("collections", {}).values()]
     common = {k: v for k, v in values.items() if k in Protocol.model_fields}
     Protocol(**common)
+    assert all(values | part for part in parts)
     rest = {k: v for k, v in values.items() if k not in common}
     if not {"max_steps", "prompt"} & set(rest):
         info = {k: v for k, v in rest.items() if k in ClassificationSettings.model_fields}
@@ -134,3 +138,88 @@ def test_spt_counts_as_its_released_allocations_do():
         total = structured + int(line["full_vector_params"]) + sum(single.values()) + 768
         assert int(line["allocated_params"]) == total
         assert int(line["trained_params_without_head"]) == total - single["norm"]
+
+
+def made(suite, method, dataset, **changes):
+    """The settings of a row on a data set, with keys of the configuration changed."""
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    config = load(ROOT / "config" / "config.yaml", {"suite": suite, **dotted})
+    file = method_path(config, config.methods[method].file)
+    (common, settings, _), _ = settings_of(config, config.suites[suite], method, dataset, file)
+    return common.model_dump() | settings
+
+
+def some(values, *names):
+    return tuple(values[name] for name in names)
+
+
+def test_scripts_rates_are_not_overruled_by_a_rows_own():
+    """The rates in config/methods.yaml were found for AdamW and other tasks."""
+    vpt = {"suites__vtab1k__protocol": "vpt"}
+    names = ("optimizer", "lr", "weight_decay", "batch_size")
+    for row in ("vpt-deep", "vpt-shallow", "bias", "partial-1", "mlp3"):
+        assert some(made("vtab1k", row, "dtd", **vpt), *names) == ("sgd", 1.25, 1e-3, 128)
+    assert some(made("vtab1k", "linear", "dtd", **vpt), *names) == ("sgd", 10.0, 1e-3, 1024)
+    assert some(made("vtab1k", "full", "dtd", **vpt), *names) == ("adamw", 1e-4, 1e-2, 128)
+    for row in ("full", "linear", "ssf", "snella-8"):
+        released = made("kvasir-released", row, "kvasir-seg-released")
+        assert some(released, *names) == ("adamw", 2e-4, 1e-2, 1)
+        assert some(made("kvasir", row, "kvasir-seg"), *names) == ("adamw", 1e-3, 1e-2, 1)
+    gps = made("kvasir-released", "gps", "kvasir-seg-released")
+    assert some(gps, *names, "train_split") == ("adam", 2e-4, 0.0, 1, "trainval")
+    for row in ("full", "ssf", "snella-8"):
+        assert some(made("dreambooth", row, "dreambooth-cat"), "lr", "weight_decay") == (1e-4, 1e-4)
+    assert made("vtab1k", "vpt-deep", "dtd")["lr"] == 1e-2  # a protocol of ours keeps them
+
+
+def test_released_segmentation_keeps_its_rate_within_an_epoch():
+    golden = np.load(ROOT / "tests/golden/spt_gps/lr_schedules.npz")
+    np.testing.assert_allclose(rates(preset("released-segmentation")), golden["sam"], rtol=1e-12)
+
+
+def test_presets_know_other_collections():
+    names = ("train_split", "augmentation", "resize", "resize_size", "interpolation", "mixup")
+    vtab = ("trainval", "none", "square", None, "bicubic", 0.0)
+    expected = {
+        "snella-released": ("train", "timm", "shorter-side", 256, "bilinear", 0.0),
+        "spt": ("train", "timm", "square", 256, "bicubic", 0.0),
+        "vpt": ("train", "flip", "shorter-side", 256, "bilinear", 0.0),
+        "ssf": ("trainval", "random-resized-crop", "shorter-side", 248, "bicubic", 0.8),
+        "gps": ("trainval", "random-resized-crop", "shorter-side", 248, "bicubic", 0.8),
+        "fair": ("trainval", "timm", "shorter-side", 256, "bicubic", 0.0),
+    }
+    for name, fgvc in expected.items():
+        changes = {"suites__vtab1k__protocol": name, "suites__vtab1k__groups__fgvc": ["cub"]}
+        found = {d: made("vtab1k", "linear", d, **changes) for d in ("dtd", "cub")}
+        assert some(found["cub"], *names) == fgvc, name
+        assert some(found["dtd"], *names[:4], *names[5:]) == vtab[:4] + vtab[5:], name
+    complete = made("full-image", "vpt-deep", "svhn-full")
+    wanted = ("batch_size", "lr", "weight_decay", "warmup_epochs", "min_lr", "augmentation")
+    assert some(complete, *wanted) == (128, 5e-3, 1e-2, 20, 0.0, "random-resized-crop")
+
+
+def test_names_in_parts_of_a_preset_are_checked():
+    for part, name, close in (("rows", "fulll", "full"), ("collections", "fgcv", "fgvc")):
+        changes = {f"protocols__fair__{part}": {name: {"lr": 0.1}}}
+        with pytest.raises(UserError, match=f"protocol fair: '{name}'.*{close}"):
+            made("vtab1k", "full", "dtd", **changes)
+        with pytest.raises(UserError, match=f"`{part}` of a protocol maps names"):
+            made("vtab1k", "full", "dtd", **{f"protocols__fair__{part}": [1]})
+
+
+def test_fair_takes_the_backbones_own_normalisation():
+    for backbone, own in (
+        ("vit-b16", "inception"), ("vit-b16-mae", "imagenet"), ("swin-b", "imagenet"),
+        ("clip-b16", "clip"), ("dinov2-b14", "imagenet"),
+    ):  # fmt: skip
+        assert (
+            made("vtab1k", "full", "dtd", suites__vtab1k__backbone=backbone)["normalisation"] == own
+        )
+    with pytest.raises(UserError, match="backbone vit-b16 does not say how its pixels"):
+        made("vtab1k", "full", "dtd", backbones={"vit-b16": {"normalisation": None}})
+
+
+def test_tables_name_rows_that_there_are():
+    missing = {m for spec in CONFIG.tables.values() for row in spec["rows"]
+               for m in row["methods"] if m not in CONFIG.methods}  # fmt: skip
+    assert not missing

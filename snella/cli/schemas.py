@@ -31,12 +31,17 @@ def write_schemas(folder: Path) -> list[Path]:
 def schemas() -> dict[str, dict[str, Any]]:
     """The schema of ``config.yaml``, of a file of one's own, and of each section's file."""
     protocol = _protocol()
+    part = {"type": "object", "additionalProperties": {"type": "object"}}
+    preset = {
+        **protocol,
+        "properties": {**protocol["properties"], "rows": part, "collections": part},
+    }
     config = _schema(Config)
     sections = {
         "backbones": _named(BackboneEntry),
         "datasets": _named(DatasetSpec),
         "methods": _named(MethodEntry),
-        "protocols": {"type": "object", "additionalProperties": protocol},
+        "protocols": {"type": "object", "additionalProperties": preset},
         "released": _schema(dict[str, dict[str, MethodOverride]]),
         "suite": _schema(SuiteEntry),
         "tables": _named(TableSpec),

@@ -11,7 +11,7 @@ from snella.validation import Strict
 
 class PixelSettings(Strict):
     """How a stored image becomes the model's input; docs/data.md says which published code does
-    what.
+    what. ``normalisation: backbone`` is the one of its pre-training, put in when runs are planned.
     """
 
     pixels: Literal["as-is", "community-jpeg"] = "as-is"
@@ -19,7 +19,7 @@ class PixelSettings(Strict):
     resize: Literal["square", "shorter-side", "none"] = "square"
     resize_size: int | None = Field(None, gt=0)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    normalisation: Literal["imagenet", "inception", "none"] = "imagenet"
+    normalisation: Literal["imagenet", "inception", "clip", "none", "backbone"] = "imagenet"
     augmentation: Literal["none", "flip", "random-resized-crop", "timm"] = "none"
     auto_augment: str | None = Field(None, pattern=r"^(rand|augmix|original|v0|3a)[a-z0-9.-]*$")
     random_erasing: float = Field(0.0, ge=0, le=1)

@@ -116,7 +116,7 @@ def _load(file: Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(file)
-    if _is_torchscript(file):
+    if is_torchscript(file):
         return torch.jit.load(str(file), map_location="cpu").state_dict()
     try:
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
@@ -133,7 +133,7 @@ def _load(file: Path) -> Any:
         raise
 
 
-def _is_torchscript(file: Path) -> bool:
+def is_torchscript(file: Path) -> bool:
     """OpenAI's CLIP files are TorchScript archives."""
     if not zipfile.is_zipfile(file):
         return False
@@ -158,10 +158,8 @@ def _container(path: Path, content: Mapping[str, Any], key: str | None) -> Mappi
             known = ", ".join(k for k, v in content.items() if isinstance(v, Mapping)) or "none"
             raise UserError(f"Backbone file {path} has no container {key!r}; it has: {known}.")
         content = inner
-    while not any(isinstance(value, Tensor) for value in content.values()):
-        inner = next((content[k] for k in CONTAINERS if isinstance(content.get(k), Mapping)), None)
-        if inner is None:
-            break
+    # Not even where a tensor stands beside it: MoCo keeps its best accuracy as one.
+    while inner := next((c for k in CONTAINERS if isinstance(c := content.get(k), Mapping)), None):
         content = inner
     return content
 

@@ -82,7 +82,8 @@ class BackboneEntry(Strict):
     ``file`` is a weights file, a transformers folder, ``timm`` (the tag's weights in the local
     cache) or ``random``. ``key`` chooses one of several containers in a file; ``ignore`` and
     ``fresh`` list beginnings of tensors that only the file and only the model may have;
-    ``holds``, ``lacks``, ``md5`` and ``sha256`` tell releases of one architecture apart. A file of
+    ``holds``, ``lacks``, ``md5`` and ``sha256`` tell releases of one architecture apart;
+    ``normalisation`` is that of the pixels in pre-training. A file of
     an installed package is ``package:name/path``, where ``package`` says what to install.
     """
 
@@ -100,7 +101,7 @@ class BackboneEntry(Strict):
     title: str = ""
     source: str = ""
     licence: str = ""
-    normalisation: str | None = None
+    normalisation: Literal["imagenet", "inception", "clip", "none"] | None = None
     demo: bool = False
 
     @property

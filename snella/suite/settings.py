@@ -1,6 +1,10 @@
 """The settings of one run: layers of the configuration, one over another, typed and checked.
 
 Protocol preset < row < suite < the suite's word on the row < released or searched settings < trial.
+A preset says under ``collections:`` what it does on the data sets of one publication (the first
+part of ``official``: fgvc, full_image). One that reproduces others' scripts says under ``rows:``
+what these do for a row (``*``: any other), in the place of the row's own settings, which were found
+for another protocol.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from snella.validation import validate
 log = logging.getLogger("snella")
 EIGHT_BIT = {"adam8bit": "adam", "adamw8bit": "adamw"}
 """Optimizers of bitsandbytes, and the same with states in full precision."""
+COLLECTIONS = dict.fromkeys(("vtab1k", "fgvc", "full_image"))
+"""Publications of data sets for which a preset may say something else."""
 
 Typed = tuple[Protocol, dict[str, Any], dict[str, Any]]
 """The protocol, the task's settings and the hyper-parameters of a run."""
@@ -31,7 +37,9 @@ def settings_of(
 ) -> tuple[Typed, tuple[str, ...]]:
     """All settings of a row on a data set, and what a reader of its number should know."""
     info = find_task(config.datasets[dataset].task, config.tasks)
-    protocol, hyperparameters = _configured(config, suite, method)
+    official = config.datasets[dataset].options.get("official")
+    collection = str(official or "").partition("/")[0]
+    protocol, hyperparameters = _configured(config, suite, method, collection)
     at, found, notes = _found(config, method, dataset, Layers(config, protocol).merged())
     protocol.append(((*at, "protocol"), found.protocol))
     hyperparameters.append(((*at, "hyperparameters"), found.hyperparameters))
@@ -44,7 +52,16 @@ def settings_of(
         notes = (f"trial {trial.number} of a search: scored on validation examples",)
     layers = Layers(config, protocol), Layers(config, hyperparameters)
     # Most data sets share a row's settings, which are checked once.
-    key = ("settings", config.suite, trial and trial.number, method, file, info.name, at)
+    key = (
+        "settings",
+        config.suite,
+        trial and trial.number,
+        method,
+        file,
+        info.name,
+        at,
+        collection,
+    )
     common, settings, chosen = config.once(
         key, lambda: _typed(config, suite, method, file, info, *layers)
     )
@@ -52,21 +69,45 @@ def settings_of(
     return (common, settings, chosen), (*notes, *lacking)
 
 
-def _configured(config: Config, suite: SuiteEntry, method: str) -> tuple[list[Layer], list[Layer]]:
+def _configured(
+    config: Config, suite: SuiteEntry, method: str, collection: str
+) -> tuple[list[Layer], list[Layer]]:
     """The layers of the protocol and of the hyper-parameters that any row has."""
     row = config.methods[method]
     special = suite.method_overrides.get(method, MethodOverride())
     at_row, at_suite = ("methods", method), ("suites", config.suite)
     at_special = (*at_suite, "method_overrides", method)
+    at_preset = ("protocols", suite.protocol)
+    preset = dict(config.protocols[suite.protocol])
+    rows = _part(config, at_preset, "rows", preset, {"*": None, **config.methods})
+    there = _part(config, at_preset, "collections", preset, COLLECTIONS)
+    name = method if method in rows else "*"
     return [
-        (("protocols", suite.protocol), config.protocols[suite.protocol]),
-        ((*at_row, "protocol"), row.protocol),
+        (at_preset, preset),
+        ((*at_preset, "collections", collection), there.get(collection, {})),
+        ((*at_preset, "rows", name), rows[name])
+        if name in rows
+        else ((*at_row, "protocol"), row.protocol),
         ((*at_suite, "overrides"), suite.overrides),
         ((*at_special, "protocol"), special.protocol),
     ], [
         ((*at_row, "hyperparameters"), row.hyperparameters),
         ((*at_special, "hyperparameters"), special.hyperparameters),
     ]
+
+
+def _part(
+    config: Config, at: tuple[str, ...], part: str, preset: dict[str, Any], known: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What a preset says under ``part`` about those of the ``known``; taken out of it."""
+    found = preset.pop(part, {})
+    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+        place = config.where((*at, part)) or ".".join((*at, part))
+        raise UserError(f"{place}: `{part}` of a protocol maps names to settings of it.")
+    for name in found:
+        kind = f"name under `{part}` of protocol {at[-1]}:"
+        look_up(kind, name, known, config.where((*at, part, name)))
+    return found
 
 
 def _typed(
@@ -83,9 +124,22 @@ def _typed(
         for layer in protocol.stack[:-1]:  # a later one may hide its nonsense
             _validated(info, Layers(config, [layer]), where, alone=True)
     common, settings = _validated(info, protocol, where)
+    if settings.get("normalisation") == "backbone":
+        settings["normalisation"] = _own_normalisation(config, suite, protocol)
     check_image_size(config, suite, settings, protocol)
     check_hyperparameters(file, hyperparameters)
     return common, settings, hyperparameters.merged()
+
+
+def _own_normalisation(config: Config, suite: SuiteEntry, protocol: Layers) -> str:
+    """How the backbone's pixels were normalised in pre-training, which its entry must say."""
+    found = config.backbones[suite.backbone].normalisation
+    if found is None:
+        raise UserError(
+            f"{protocol.where(['normalisation'])}: backbone {suite.backbone} does not say how its "
+            "pixels were normalised; add `normalisation:` to it, or name one in the protocol."
+        )
+    return found
 
 
 def _installed(config: Config, protocol: Protocol) -> tuple[Protocol, tuple[str, ...]]:

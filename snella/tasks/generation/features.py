@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from snella.errors import UserError, one_line, unknown
 from snella.models.backbones import build_backbone
+from snella.models.checkpoint import is_torchscript
 from snella.tasks.generation.settings import LOCAL, locate
 
 Images = Sequence[np.ndarray]
@@ -31,7 +32,8 @@ class Clip:
     """CLIP features of images and texts, float32 (N, D) on the CPU.
 
     ``model`` is an architecture of open_clip with weights ``file``, or ``local-dir:`` and a folder
-    in open_clip's layout. Images are prepared as open_clip prepares them for that model.
+    in open_clip's layout. Images are prepared as open_clip prepares them for that model. OpenAI's
+    own files are TorchScript archives, and fit the architectures called ``-quickgelu`` alone.
     """
 
     def __init__(self, model: str, file: str | None, batch: int = 64) -> None:
@@ -43,8 +45,14 @@ class Clip:
             raise unknown("CLIP architecture of open_clip", model, open_clip.list_models())
         else:
             file = _existing(file, "clip_file", f"CLIP {model}")
+            check_clip(model, file)
+        archive = file is not None and is_torchscript(Path(file))
         try:
-            made = open_clip.create_model_and_transforms(model, pretrained=file, device=device())
+            made = open_clip.create_model_and_transforms(
+                model, pretrained=None if archive else file, device=device()
+            )
+            if archive:
+                made[0].load_state_dict(_openai_tensors(str(file)))
             self.tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:
             raise UserError(
@@ -63,6 +71,28 @@ class Clip:
         """Features (N, D) of texts."""
         found = self.model.encode_text(self.tokenizer(list(texts)).to(device()))
         return F.normalize(found.float(), dim=-1).cpu()
+
+
+def check_clip(model: str, file: str) -> None:
+    """Refuse OpenAI's file for an architecture with another activation, which nothing would show.
+
+    Raises :class:`~snella.errors.UserError`; needs no weights in memory.
+    """
+    import open_clip
+
+    known = open_clip.get_model_config(model) or {}
+    if is_torchscript(Path(file)) and not known.get("quick_gelu"):
+        raise UserError(
+            f"`clip_file: {file}` is OpenAI's, which was trained with QuickGELU; "
+            f"set `clip_model: {model}-quickgelu`."
+        )
+
+
+def _openai_tensors(file: str) -> dict[str, Tensor]:
+    """The tensors of OpenAI's archive in single precision, under names that are open_clip's too."""
+    sizes = ("input_resolution", "context_length", "vocab_size")
+    state = torch.jit.load(file, map_location="cpu").state_dict()
+    return {name: tensor.float() for name, tensor in state.items() if name not in sizes}
 
 
 class TimmFeatures:
