@@ -142,7 +142,7 @@ def write(
     """Write the table ``t`` of records."""
     methods = changes.pop("methods", METHODS)
     described = changes.pop("described", None) or spec(**changes)
-    return write_table(described, suite or REAL, methods, tidy(runs), folder, "t")
+    return write_table(build_table("t", described, suite or REAL, methods, tidy(runs)), folder)
 
 
 def records(

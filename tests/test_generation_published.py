@@ -88,7 +88,7 @@ def test_means_over_subjects_have_a_bootstrap_interval() -> None:
 def test_paired_differences_of_cosines_keep_their_digits() -> None:
     table = made("table6", lambda metric, subject: 0.4 + 0.01 * subject)
     found = statistics_grid(table_statistics(table, "lora-8"))
-    assert {entry.text for line in found.lines for entry in line.entries} >= {"+0.0000"}
+    assert {entry.text for line in found.lines for entry in line.cells} >= {"+0.0000"}
 
 
 def test_a_count_is_printed_in_a_unit_that_shows_all_rows() -> None:

@@ -163,8 +163,8 @@ def test_tables_show_what_latex_shows(content, page):
     grid = table_grid(suite.tables[0].table)
     rows = re.findall(r'<tr data-row="\d+">.*?</tr>', page, re.S)
     shown = [re.findall(r'class="value">(.*?)</span>', row) for row in rows]
-    assert shown == [[entry.text for entry in line.entries] for line in grid.lines]
-    assert all(Parsed(text).words[0] in page for _, text in grid.notes)
+    assert shown == [[entry.text for entry in line.cells] for line in grid.lines]
+    assert all(Parsed(text).words[0] in page for text in grid.letters)
 
 
 def test_a_demo_says_so_and_is_never_compared(page):

@@ -142,7 +142,7 @@ def test_every_difference_of_protocol_is_noted(tmp_path):
     names = {"suite": "paper", "backbone": "vit-b16"}
     runs = records(0.5, ["snella-32", "mine"], [*FGVC, *TASKS], seeds=[0, 1], **names)
     methods = {"snella-32": "SNELLA-32", "mine": "Mine"}
-    paths = write_table(shipped("table1"), PAPER, methods, tidy(runs), tmp_path, "t")
+    paths = write_table(build_table("t", shipped("table1"), PAPER, methods, tidy(runs)), tmp_path)
     assert {f"t_vs_published.{kind}" for kind in ("csv", "md", "tex")} <= {p.name for p in paths}
     text = (tmp_path / "t_vs_published.md").read_text()
     for word in ("best-test", "ours: last", "ImageNet mean", "of 1 seed; ours: 2", "JPEG", "EMA"):

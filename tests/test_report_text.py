@@ -5,19 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import shutil
+import string
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_support import METHODS, QUICK, REAL, make, record, records, spec, write
+from report_support import METHODS, QUICK, REAL, make, record, records, write
 from rich.console import Console
 
-from snella.report import Missing, compile_pdf, print_table, tidy
+from snella.report import Missing, compile_pdf, print_table
 from snella.report.latex import ONE_COLUMN, TWO_COLUMNS, choose_layout, escape, to_latex
 from snella.report.pdf import PAGE, run_pdflatex
+from snella.report.table import Cell
 from snella.report.text import (
-    Entry,
-    Footnotes,
     Grid,
     Heading,
     Line,
@@ -133,7 +133,7 @@ def test_terminal_table_is_split_where_the_terminal_is_narrow():
     assert pieces(made, 60) == [[0, 1, 2, 3], [4, 5, 6]]
     assert pieces(made, 1) == [[i] for i in range(7)]
     console = Console(file=io.StringIO(), width=60)
-    print_table(spec(), REAL, METHODS, tidy(records()), "table1", console=console)
+    print_table(make(records()), console)
     text = console.file.getvalue()
     assert text.count("LoRA-8") == 2 and "50.0" in text and "…" not in text
     assert max(map(len, text.splitlines())) <= 60
@@ -145,9 +145,11 @@ def test_markdown_shows_labels_as_they_are():
 
 
 def test_footnotes_share_a_letter_for_the_same_text_and_go_on_after_z():
-    notes = Footnotes()
-    assert [notes.letter(str(i)) for i in range(28)][-3:] == ["z", "aa", "ab"]
-    assert notes.letter("0") == "a" and notes.letter("") == ""
+    cells = tuple(Cell(note=str(i)) for i in (*range(27), 0))
+    lines = (Line("a", cells), Line("b", (), continued=True, note="last"))
+    letters = Grid("t", "", (), (Section(None, lines),)).letters
+    assert list(letters.values()) == [*string.ascii_lowercase, "aa", "ab"]
+    assert letters["0"] == "a" and letters["last"] == "ab"
 
 
 @given(st.text())
@@ -181,8 +183,8 @@ def wide_grid(columns, spread="", rows=21, blocks=3, label="SNELLA-32"):
     heads = tuple(
         Heading(f"Data set {i}", f"Block {i * blocks // columns}") for i in range(columns)
     )
-    entries = (Entry("77.9", spread),) * columns
-    lines = tuple(Line(label, entries) for _ in range(rows))
+    cells = (Cell("77.9", spread),) * columns
+    lines = tuple(Line(label, cells) for _ in range(rows))
     return Grid("t", "A table.", heads, (Section(None, lines),), remarks=("A remark.",))
 
 

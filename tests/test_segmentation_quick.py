@@ -21,8 +21,11 @@ from snella.quick.pretrain_sam import (
     choose_shapes,
     decode,
     learning_rate,
+    losses,
+    parts,
     points_in,
     pretrain,
+    train_epoch,
 )
 from snella.quick.segmentation import SIZE, SPLITS, TISSUES, Grounds, draw, make
 from snella.quick.segmentation_shapes import Renderer
@@ -188,7 +191,7 @@ SMALL = PretrainConfig(
 
 def test_pretraining_resumes_to_the_same_weights_and_says_what_it_did(tmp_path: Path) -> None:
     record = pretrain(SMALL, tmp_path / "whole.safetensors")
-    assert pretrain(SMALL, tmp_path / "cut.safetensors", seconds_limit=0.0) == {}
+    assert pretrain(SMALL, tmp_path / "cut.safetensors", stop_after=1) == {}
     again = pretrain(SMALL, tmp_path / "cut.safetensors")
     assert again["sha256"] == record["sha256"]
     assert record["pictures"] == 24 and len(record["history"]) == 3
@@ -199,19 +202,28 @@ def test_pretraining_resumes_to_the_same_weights_and_says_what_it_did(tmp_path: 
     assert mask_logits(model, torch.zeros(1, 3, 32, 32)).shape == (1, 16, 16)
 
 
-def test_a_pretraining_may_be_prolonged_before_its_cooldown(tmp_path: Path) -> None:
-    out = tmp_path / "a.safetensors"
-    started = []
-
-    def stopped(config: PretrainConfig) -> None:
-        assert pretrain(config, out, seconds_limit=0.0) == {}
-        started.append(len(torch.load(out.with_name(out.name + ".checkpoint"))["history"]))
-
-    stopped(SMALL)  # after one epoch: the cool-down is the third
-    longer = pretrain(replace(SMALL, epochs=4), out)
-    assert len(longer["history"]) == 4 and started == [1]
-    whole = pretrain(replace(SMALL, epochs=4), tmp_path / "b.safetensors")
-    assert longer["sha256"] == whole["sha256"]
+def test_pretraining_steps_as_a_plain_loop_does() -> None:
+    """The weights after an epoch are, bit for bit, those of gradient, clipping and step by hand."""
+    config = replace(SMALL, steps=3)
+    model, map_, optimizer = parts(config)
+    train_epoch(model, map_, optimizer, config, 1)
+    plain, plain_map, plain_optimizer = parts(config)
+    rng = torch.Generator().manual_seed(100_003 * config.seed + 1)
+    drawn = Renderer(SIZES["image_size"], config.layers, rng).many(6, config.batch_size)
+    rows = torch.cat([torch.randperm(len(drawn), generator=rng) for _ in range(config.repeats)])
+    for step, chosen in enumerate(rows.split(config.batch_size)[: config.steps]):
+        for group in plain_optimizer.param_groups:
+            group["lr"] = learning_rate(config, 1 + (step + 1) / config.steps)
+        loss, *_ = losses(plain, plain_map, drawn.turned(chosen, rng), config, rng)
+        plain_optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        plain_optimizer.step()
+    for one, other in ((model, plain), (map_, plain_map)):
+        found, wanted = one.state_dict(), other.state_dict()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    untrained = parts(config)[0].state_dict()
+    assert any(not torch.equal(untrained[n], v) for n, v in model.state_dict().items())
 
 
 def test_the_recipe_is_the_configured_backbone() -> None:

@@ -10,7 +10,6 @@ from snella.errors import UserError
 from snella.files import write_text
 from snella.jobs import tables
 from snella.jobs.galleries import examples
-from snella.report import build_table
 from snella.report.page import Content, PageRun, PageSuite, PageTable, render
 from snella.report.page.content import RunKey
 from snella.report.published import read_paper
@@ -101,8 +100,7 @@ def _page_run(config: Config, run: Run) -> PageRun:
 
 
 def _table(config: Config, name: str, stale: bool) -> PageTable:
-    m = tables.material(config, name, stale)
-    table = build_table(name, m.spec, m.suite, m.methods, m.frame, others=m.others)
+    table = tables.build(config, name, stale)
     command = (
         f"snakemake --cores all --config suite={config.suite} results={config.results}"
         f" -- {config.results}/{name}.tex"

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from snella import results
 from snella.files import atomic
 from snella.records import read_failure
-from snella.report import Missing, SuiteInfo, TableSpec, parse_spec, print_table, write_table
+from snella.report import (
+    Missing,
+    SuiteInfo,
+    TableSpec,
+    build_table,
+    parse_spec,
+    print_table,
+    write_table,
+)
 from snella.report.columns import expand_columns
 from snella.report.frame import tidy
-from snella.report.table import Table, build_table
+from snella.report.table import Table
 from snella.report.write import statistics_texts, versus_texts, write_texts
 from snella.runs.run import Run
 from snella.suite import plan
 from snella.suite.config import Config
 from snella.suite.status import usable
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COMPANIONS = ("cells", "statistics", "ranks", "vs_published")
 
@@ -36,10 +39,8 @@ def write(config: Config, name: str, stale: bool = False) -> list[Path]:
     one. A run without a record becomes a dash with a footnote; so does a stale one (made with
     other settings, code or data than planned), or with ``stale`` it is shown and marked.
     """
-    m = material(config, name, stale)
-    out = Path(config.results) / m.suite.name
-    written = write_table(m.spec, m.suite, m.methods, m.frame, out, name, others=m.others)
-    return _publish(written, Path(config.results), name)
+    table, results = build(config, name, stale), Path(config.results)
+    return _publish(write_table(table, results / table.suite.name), results, name)
 
 
 def _publish(written: list[Path], results: Path, name: str) -> list[Path]:
@@ -70,10 +71,9 @@ def write_statistics(
     from snella.report.statistics import table_statistics
 
     table = build(config, name, stale)
-    reference = reference or table.spec.reference or table.methods[0][0]
+    found = table_statistics(table, reference or table.spec.reference or table.methods[0])
     out = Path(config.results)
-    paths = write_texts(out, statistics_texts(table, reference))
-    found = table_statistics(table, reference)
+    paths = write_texts(out, statistics_texts(found))
     return paths + critical_difference(found, out / f"{name}_ranks")
 
 
@@ -86,40 +86,17 @@ def write_audit(config: Config) -> list[Path]:
 
 def show(config: Config, name: str, stale: bool = False) -> None:
     """Print the table ``name`` in the terminal."""
-    m = material(config, name, stale)
-    print_table(m.spec, m.suite, m.methods, m.frame, name, others=m.others)
+    print_table(build(config, name, stale))
 
 
 def build(config: Config, name: str, stale: bool = False) -> Table:
-    """The table ``name`` with all its numbers."""
-    m = material(config, name, stale)
-    return build_table(name, m.spec, m.suite, m.methods, m.frame, others=m.others)
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a table is made of."""
-
-    spec: TableSpec
-    suite: SuiteInfo
-    methods: Mapping[str, str]
-    frame: pd.DataFrame
-    others: Mapping[str, SuiteInfo]
-
-
-def material(config: Config, name: str, stale: bool = False) -> Material:
-    """Description, suites, rows and the frame of a table; reads all records that it shows."""
+    """The table ``name`` with all its numbers, from all records that it shows."""
     config = plan.for_table(config, name)
     spec, methods = _rows(config, name)
     records = [_read(run, stale) for run in table_runs(config, name)]
-    frame = tidy(
-        records,
-        subsets=spec.subsets,
-        labels=results.labels(config),
-        groups=results.groups(config),
-    )
-    own = suite_info(config)
-    return Material(spec, own, methods, frame, _others(config, spec))
+    frame = tidy(records, subsets=spec.subsets)
+    others = _others(config, spec)
+    return build_table(name, spec, suite_info(config), methods, frame, others=others)
 
 
 def table_runs(config: Config, name: str) -> list[Run]:

@@ -11,26 +11,21 @@ follows each, so that a killed run resumes to the same weights.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import platform
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from snella.files import atomic, digest_file
 from snella.methods.step import train_step
 from snella.quick import formula
-
-log = logging.getLogger(__name__)
+from snella.quick.epochs import run_epochs, write
 
 ARCHITECTURE: dict[str, Any] = {
     "img_size": 32,
@@ -167,6 +162,7 @@ def pretrain(config: PretrainConfig, out: Path, stop_after: int | None = None) -
     call after that many epochs of this call (None: train to the end). Returns the record, or an
     empty dict when stopped before the end.
     """
+    import timm
     from timm.models.vision_transformer import VisionTransformer
 
     pixels, numbers = formula.render(config.seed, config.classes, config.instances)
@@ -177,74 +173,15 @@ def pretrain(config: PretrainConfig, out: Path, stop_after: int | None = None) -
         **config.architecture, num_classes=classes, weight_init=config.weight_init
     )
     optimizer = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=config.lr)
-    checkpoint = out.with_name(out.name + ".checkpoint")
-    state = _load(checkpoint, config)
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    history: list[dict[str, float]] = state.get("history", [])
-    seconds = float(state.get("seconds", 0.0))
 
-    for epoch in range(len(history), config.epochs):
-        if stop_after is not None and epoch - len(state.get("history", [])) >= stop_after:
-            return {}
-        started = time.perf_counter()
-        loss, accuracy = _epoch(model, optimizer, images, labels, config, epoch)
-        seconds += time.perf_counter() - started
-        history = [*history, {"loss": round(loss, 4), "accuracy": round(accuracy, 4)}]
-        log.info("epoch %d/%d loss %.3f accuracy %.3f", epoch + 1, config.epochs, loss, accuracy)
-        _save(checkpoint, config, model, optimizer, history, seconds)
-    record = _write(out, config, model, history, seconds)
-    checkpoint.unlink(missing_ok=True)
-    return record
+    def epoch(number: int) -> dict[str, float]:
+        loss, accuracy = _epoch(model, optimizer, images, labels, config, number)
+        return {"loss": loss, "accuracy": accuracy}
 
-
-def _save(
-    path: Path,
-    config: PretrainConfig,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: list[dict[str, float]],
-    seconds: float,
-) -> None:
-    """Write a checkpoint, so that a kill never leaves half a file."""
-    state = {
-        "config": json.dumps(asdict(config), sort_keys=True),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": history,
-        "seconds": seconds,
-    }
-    with atomic(path) as temporary:
-        torch.save(state, temporary)
-
-
-def _load(path: Path, config: PretrainConfig) -> dict[str, Any]:
-    """The checkpoint of this very config, or an empty dict."""
-    if not path.is_file():
+    done = run_epochs(config, out, model, optimizer, epoch, stop_after)
+    if done is None:
         return {}
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    same = state["config"] == json.dumps(asdict(config), sort_keys=True)
-    return state if same else {}
-
-
-def _write(
-    out: Path,
-    config: PretrainConfig,
-    model: torch.nn.Module,
-    history: list[dict[str, float]],
-    seconds: float,
-) -> dict[str, Any]:
-    """Write weights (float32, no head) and record; return the record."""
-    import timm
-
-    weights = {
-        name: value.detach().float().contiguous()
-        for name, value in model.state_dict().items()
-        if not name.startswith("head.")
-    }
-    save_file(weights, out)
-    record = {
+    about = {
         "model_class": "timm.models.vision_transformer.VisionTransformer",
         "architecture": config.architecture,
         "normalisation": {"mean": [MEAN] * 3, "std": [STD] * 3},
@@ -258,21 +195,11 @@ def _write(
             "images": sum(config.classes.values()) * config.instances,
         },
         "config": asdict(config),
-        "final": history[-1],
-        "history": history,
-        "seconds": round(seconds, 1),
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "numpy": np.__version__,
-        },
-        "parameters": sum(value.numel() for value in weights.values()),
-        "sha256": digest_file(out),
     }
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return record
+    weights = {n: v for n, v in model.state_dict().items() if not n.startswith("head.")}
+    versions = {"timm": timm.__version__, "numpy": np.__version__}
+    return write(out, weights, about, *done, versions)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,8 +7,7 @@ ambiguity-aware outputs, and the squared error of the predicted IoU. It is also 
 prompt, for all shapes, because that is how the benchmark uses SAM and this one is too small to get
 there by itself. A linear map of the encoder's output, thrown away afterwards, predicts coverage,
 boundary and relief in cells, which teaches a small encoder sooner than masks alone do. It never
-sees a tissue. Each epoch depends only on (config, epoch), and a checkpoint follows each; a run may
-be ended early or prolonged, since the learning rate falls only in the last epochs.
+sees a tissue. Each epoch depends only on (config, epoch), and a checkpoint follows each.
 
     python -m snella.quick.pretrain_sam --out workflow/resources/sam_quick.safetensors
 """
@@ -16,12 +15,7 @@ be ended early or prolonged, since the learning rate falls only in the last epoc
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
-import os
-import platform
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from snella.models.sam import (
-    build_sam,
-    mask_loss,
-    pixel_statistics,
-    positions,
-)
+from snella.methods.base import Batch
+from snella.methods.step import train_step
+from snella.models.sam import build_sam, mask_loss, pixel_statistics, positions
+from snella.quick.epochs import run_epochs, write
 from snella.quick.segmentation_shapes import Pictures, Renderer
 from snella.records import provenance
-
-log = logging.getLogger(__name__)
 
 ARCHITECTURE: dict[str, Any] = {
     "image_size": 96,
@@ -223,8 +213,8 @@ def learning_rate(config: PretrainConfig, progress: float) -> float:
     return config.lr * max(0.0, min(1.0, rise, fall))
 
 
-def _epoch(
-    model: Any,
+def train_epoch(
+    model: nn.Module,
     map_: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: PretrainConfig,
@@ -237,21 +227,22 @@ def _epoch(
     drawn = render.many(-(-config.steps * config.batch_size // config.repeats), config.batch_size)
     rows = torch.cat([torch.randperm(len(drawn), generator=rng) for _ in range(config.repeats)])
     seen = []
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        value, *ious = losses(model, map_, Pictures(**batch), config, rng)
+        seen.append(torch.stack([value.detach(), *ious]))
+        return value
+
     for step, chosen in enumerate(rows.split(config.batch_size)[: config.steps]):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, epoch + (step + 1) / config.steps)
-        loss, *ious = _loss(model, map_, drawn.turned(chosen, rng), config, rng)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        seen.append(torch.stack([loss.detach(), *ious]))
+        batch = vars(drawn.turned(chosen, rng))
+        train_step(model, optimizer, [batch], loss, clip_grad=1.0)
     means = torch.stack(seen).mean(0).tolist()
-    names = ("loss", "iou", "iou_unprompted")
-    return {name: round(value, 4) for name, value in zip(names, means, strict=True)}
+    return dict(zip(("loss", "iou", "iou_unprompted"), means, strict=True))
 
 
-def _loss(
+def losses(
     model: Any, map_: nn.Module, pictures: Pictures, config: PretrainConfig, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of one batch, IoU of the single mask with a prompt, and without one."""
@@ -287,131 +278,60 @@ def checks(model: Any, config: PretrainConfig, batches: int = 8) -> dict[str, fl
     return {f"iou_{name}": round(float(torch.cat(v).mean()), 4) for name, v in found.items()}
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: matrices decay; vectors, embeddings and position tables do not."""
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; vectors, embeddings and position tables do not."""
     spared = ("pos_embed", "rel_pos", "token", "embed")
-    plain = [p for n, p in model.named_parameters() if p.ndim >= 2 and not _any(spared, n)]
-    chosen = {id(p) for p in plain}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+
+    def decays(name: str, value: Tensor) -> bool:
+        return value.ndim >= 2 and ("patch_embed" in name or not any(s in name for s in spared))
+
+    named = list(model.named_parameters())
+    plain = [p for name, p in named if decays(name, p)]
+    rest = [p for name, p in named if not decays(name, p)]
     return [{"params": plain, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def _any(parts: tuple[str, ...], name: str) -> bool:
-    return any(part in name for part in parts) and "patch_embed" not in name
-
-
-def pretrain(
-    config: PretrainConfig, out: Path, device: str = "cpu", seconds_limit: float | None = None
-) -> dict[str, Any]:
-    """Train, write the weights to ``out`` and their record beside it (.json); return the record.
-
-    Resumes from ``out`` + ".checkpoint" when that was made by the same config. ``seconds_limit``
-    ends the call after the epoch in which it is reached, and returns an empty dict.
-    """
+def parts(
+    config: PretrainConfig, device: str = "cpu"
+) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    """The SAM with random weights, the map of the dense loss, and the optimizer of both."""
     torch.manual_seed(config.seed)
     model = build_sam("sam_vit", config.architecture).to(device).train()
     map_ = nn.Conv2d(config.architecture["decoder_dim"], 3 * CELLS**2, 1).to(device)
-    whole = nn.ModuleList([model, map_])
-    optimizer = torch.optim.AdamW(_groups(whole, config.weight_decay), lr=config.lr, fused=True)
-    checkpoint = out.with_name(out.name + ".checkpoint")
-    state = _load(checkpoint, config, device)
-    if state:
-        whole.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    history: list[dict[str, float]] = state.get("history", [])
-    seconds, begin = float(state.get("seconds", 0.0)), time.perf_counter()
-    for epoch in range(len(history), config.epochs):
-        started = time.perf_counter()
-        row = _epoch(model, map_, optimizer, config, epoch)
-        seconds += time.perf_counter() - started
-        history = [*history, row]
-        log.info("epoch %d/%d loss %.3f iou %.3f / %.3f", epoch + 1, config.epochs, *row.values())
-        _save(checkpoint, config, whole, optimizer, history, seconds)
-        late = seconds_limit is not None and time.perf_counter() - begin > seconds_limit
-        if late and len(history) < config.epochs:
-            return {}
-    record = _write(out, config, model, history, seconds)
-    checkpoint.unlink(missing_ok=True)
-    return record
+    groups = parameter_groups(nn.ModuleList([model, map_]), config.weight_decay)
+    return model, map_, torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-def _save(
-    path: Path,
-    config: PretrainConfig,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: list[dict[str, float]],
-    seconds: float,
-) -> None:
-    """Write a checkpoint under another name first, so that a kill never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".part")
-    state = {
-        "config": _settings(config),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": history,
-        "seconds": seconds,
-    }
-    torch.save(state, half)
-    os.replace(half, path)
-
-
-def _load(path: Path, config: PretrainConfig, device: str) -> dict[str, Any]:
-    """The checkpoint of this very config, or an empty dict.
-
-    Its number of epochs may be another, as long as neither run had begun its cool-down there.
-    """
-    if not path.is_file():
-        return {}
-    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    before, now = json.loads(state["config"]), json.loads(_settings(config))
-    ends = [c["epochs"] - c["cooldown_epochs"] for c in (before, now)]
-    if len(state["history"]) <= min(ends):
-        for name in ("epochs", "cooldown_epochs"):
-            before[name] = now[name]
-    return state if before == now else {}
-
-
-def _settings(config: PretrainConfig) -> str:
-    return json.dumps(asdict(config), sort_keys=True)
-
-
-def _write(
-    out: Path,
-    config: PretrainConfig,
-    model: nn.Module,
-    history: list[dict[str, float]],
-    seconds: float,
+def pretrain(
+    config: PretrainConfig, out: Path, device: str = "cpu", stop_after: int | None = None
 ) -> dict[str, Any]:
-    """Write weights (float32, the official layout) and record; return the record."""
-    from safetensors.torch import save_file
+    """Train, write the weights to ``out`` and their record beside it (.json); return the record.
 
-    device = next(model.parameters()).device
-    weights = {n: t.detach().float().cpu().contiguous() for n, t in model.state_dict().items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out)
-    hardware = provenance()["hardware"]
-    record = {
+    Resumes from ``out`` + ".checkpoint" when that was made by the same config. ``stop_after`` ends
+    the call after that many of its epochs, and returns an empty dict.
+    """
+    model, map_, optimizer = parts(config, device)
+    both = nn.ModuleList([model, map_])
+    done = run_epochs(
+        config, out, both, optimizer,
+        lambda epoch: train_epoch(model, map_, optimizer, config, epoch), stop_after,
+    )  # fmt: skip
+    if done is None:
+        return {}
+    kind = "cpu" if device == "cpu" else "gpu"
+    about = {
         "model_class": "segment_anything.modeling.Sam",
         "architecture": config.architecture,
         "data": "shapes rendered by formula only: no photograph, no image of a quick task",
         "pictures": config.epochs * config.steps * config.batch_size,
         "config": asdict(config),
         "checks": checks(model.eval(), config),
-        "final": history[-1],
-        "history": history,
-        "seconds": round(seconds, 1),
         "machine": {
-            "device": hardware["gpu" if device.type == "cuda" else "cpu"],
+            "device": provenance()["hardware"][kind],
             "threads": torch.get_num_threads(),
         },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "parameters": sum(value.numel() for value in weights.values()),
-        "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
     }
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return record
+    return write(out, model.state_dict(), about, *done, {})
 
 
 OPTIONS = ("epochs", "cooldown_epochs", "steps", "batch_size", "seed")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from snella.errors import UserError, unknown
 from snella.report.spec import (
-    Columns,
     DatasetColumns,
     GroupColumns,
     MeanColumn,
+    MetricColumns,
+    RowGroup,
     SubsetColumns,
     SuiteInfo,
     TableSpec,
@@ -165,16 +167,6 @@ class Column:
         return dict.fromkeys(self.datasets, 1 / len(self.datasets))
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Methods, as (name, label), under an optional header line."""
-
-    title: str | None
-    methods: tuple[tuple[str, str], ...]
-    reference: bool = False
-    own: bool = False
-
-
 def expand_columns(
     spec: TableSpec,
     suite: SuiteInfo,
@@ -228,87 +220,47 @@ class _Builder:
     def home(self, name: str | None) -> SuiteInfo | None:
         return self.suite if name in (None, self.suite.name) else self.others.get(name or "")
 
-    def columns(self, description: Columns) -> list[Column]:
+    def columns(self, description: MetricColumns) -> list[Column]:
         """The columns of one entry, once per metric it names."""
-        assert not isinstance(description, ValueColumn)
         home = self.home(description.suite)
         if home is None:
             if description.optional:
                 return []
             raise unknown("suite of a table's column:", description.suite, self.others)
-        named = description.metric
-        several = isinstance(named, list)
+        several = isinstance(description.metric, list)
+        names = description.metric if isinstance(description.metric, list) else [description.metric]
         result = []
-        for name in named if isinstance(named, list) else [named]:
+        for name in names:
             own = self.metrics[name or self.spec.metric]
             if description.digits is not None:
                 units = tuple(replace(u, digits=description.digits) for u in own.units)
                 own = replace(own, units=units)
             suffix = "" if name is None else f" {own.name}"
-            if description.suite is not None and home is not self.suite:
+            if home is not self.suite:
                 suffix += f" ({home.name})"
-            title = own.title if several else None
-            result += self._of_metric(description, home, own, suffix, title)
+            block = home.block(description.block)
+            if several:
+                block = f"{block}: {own.title}" if block else own.title
+            if isinstance(description, SubsetColumns):
+                result += self._parts(description, home, own, block, suffix)
+            elif isinstance(description, MeanColumn):
+                members = _members(description.mean_of, home, description.optional)
+                make = partial(Column, block=block if several else None, quantity=own, suite=home)
+                key = f"mean{suffix}"
+                result += _means(description.mean, make, key, description.label, members)
+            else:
+                result += _of_groups(description, home, own, block, suffix)
         return result
 
-    def _of_metric(
-        self, description: Columns, home: SuiteInfo, own: Quantity, suffix: str, title: str | None
-    ) -> list[Column]:
-        assert not isinstance(description, ValueColumn)
-        block = home.block(description.block)
-        if title is not None:
-            block = f"{block}: {title}" if block else title
-        if isinstance(description, SubsetColumns):
-            return self._subset_columns(description, home, own, suffix, block)
-        if isinstance(description, DatasetColumns):
-            wanted = [description.datasets_of]
-        else:
-            of_groups = isinstance(description, GroupColumns)
-            wanted = description.groups if of_groups else description.mean_of  # type: ignore[union-attr]
-        members = _members(wanted, home, description.optional)
-        if not members:
-            return []
-        if isinstance(description, MeanColumn):
-            alone = block if title is not None else None
-            return _means(
-                description.mean,
-                f"mean{suffix}",
-                description.label,
-                alone,
-                own,
-                members,
-                home,
-                visible=False,
-            )
-        columns: list[Column]
-        if isinstance(description, DatasetColumns):
-            columns = [
-                Column(d + suffix, home.label(d), block, "dataset", own, {g: (d,)}, home)
-                for g, ds in members.items()
-                for d in ds
-            ]
-        else:
-            columns = [
-                Column(
-                    g + suffix, _capital(home.label(g)), block, "mean_of_tasks", own, {g: ds}, home
-                )
-                for g, ds in members.items()
-            ]
-        if description.mean is not None:
-            key = f"{description.block or wanted[0]} mean{suffix}"
-            columns += _means(
-                description.mean, key, "Mean", block, own, members, home, visible=True
-            )
-        return columns
-
-    def _subset_columns(
+    def _parts(
         self,
         description: SubsetColumns,
         home: SuiteInfo,
         own: Quantity,
-        suffix: str,
         block: str | None,
+        suffix: str,
     ) -> list[Column]:
+        """A column per part of a data set's test set, and one for the whole."""
         dataset = description.subsets_of
         group = next((g for g, ds in home.groups.items() if dataset in ds), None)
         if group is None:
@@ -316,57 +268,69 @@ class _Builder:
                 return []
             known = [d for ds in home.groups.values() for d in ds]
             raise unknown(f"data set of suite {home.name!r}:", dataset, known)
+        make = partial(
+            Column, block=block or home.label(dataset), kind="dataset", quantity=own,
+            members={group: (dataset,)}, suite=home,
+        )  # fmt: skip
         names = description.subsets or list(self.subsets.get(dataset, ()))
-        members = {group: (dataset,)}
-        block = block or home.label(dataset)
         columns = [
-            Column(
-                f"{dataset}/{n}{suffix}",
-                home.label(n),
-                block,
-                "dataset",
-                own,
-                members,
-                home,
-                subset=n,
-            )
-            for n in names
+            make(key=f"{dataset}/{name}{suffix}", label=home.label(name), subset=name)
+            for name in names
         ]
         if description.mean is not None or not columns:
-            whole = Column(f"{dataset}{suffix}", "All", block, "dataset", own, members, home)
-            columns.append(whole)
+            columns.append(make(key=f"{dataset}{suffix}", label="All"))
         return columns
+
+
+def _of_groups(
+    description: DatasetColumns | GroupColumns,
+    home: SuiteInfo,
+    own: Quantity,
+    block: str | None,
+    suffix: str,
+) -> list[Column]:
+    """A column per data set or per group, and their mean."""
+    make = partial(Column, block=block, quantity=own, suite=home)
+    columns: list[Column]
+    if isinstance(description, DatasetColumns):
+        groups = [description.datasets_of]
+        members = _members(groups, home, description.optional)
+        columns = [
+            make(key=d + suffix, label=home.label(d), kind="dataset", members={g: (d,)})
+            for g, ds in members.items()
+            for d in ds
+        ]
+    else:
+        groups = description.groups
+        members = _members(groups, home, description.optional)
+        columns = [
+            make(key=g + suffix, label=_capital(home.label(g)), kind="mean_of_tasks",
+                 members={g: ds})
+            for g, ds in members.items()
+        ]  # fmt: skip
+    if description.mean is not None:
+        key = f"{description.block or groups[0]} mean{suffix}"
+        columns += _means(description.mean, partial(make, visible=True), key, "Mean", members)
+    return columns
 
 
 def _means(
     kind: str,
+    make: Callable[..., Column],
     key: str,
     label: str,
-    block: str | None,
-    own: Quantity,
     members: Mapping[str, tuple[str, ...]],
-    home: SuiteInfo,
-    *,
-    visible: bool,
 ) -> list[Column]:
-    """One mean, or with ``both`` one over tasks and one over groups."""
-    kinds: list[Kind] = ["mean_of_tasks", "mean_of_groups"]
+    """One mean, or with ``both`` one over tasks and one over groups; none over nothing."""
+    if not members:
+        return []
     if kind != "both":
-        chosen: Kind = "mean_of_groups" if kind == "groups" else "mean_of_tasks"
-        return [Column(key, label, block, chosen, own, members, home, visible)]
+        return [make(key=key, label=label, kind=f"mean_of_{kind}", members=members)]
     return [
-        Column(
-            f"{key} over {k.rpartition('_')[2]}",
-            f"{label} ({k.rpartition('_')[2]})",
-            block,
-            k,
-            own,
-            members,
-            home,
-            visible,
-        )
-        for k in kinds
-    ]
+        make(key=f"{key} over {over}", label=f"{label} ({over})", kind=f"mean_of_{over}",
+             members=members)
+        for over in ("tasks", "groups")
+    ]  # fmt: skip
 
 
 def _members(groups: Sequence[str], suite: SuiteInfo, optional: bool) -> dict[str, tuple[str, ...]]:
@@ -380,21 +344,19 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def expand_rows(spec: TableSpec, methods: Mapping[str, str]) -> list[Rows]:
-    """The enabled ``methods`` (name to label) in the table's order; unnamed ones come last."""
-    named: list[str] = []
-    result: list[Rows] = []
-    for group in spec.rows:
-        named += group.methods
-        present = tuple((m, methods[m]) for m in group.methods if m in methods)
-        if present:
-            result.append(Rows(group.group, present, group.reference, group.own))
+def expand_rows(spec: TableSpec, methods: Iterable[str]) -> list[RowGroup]:
+    """The enabled ``methods`` in the table's order; unnamed ones come last."""
+    methods = list(methods)
+    named = [m for group in spec.rows for m in group.methods]
     twice = sorted({m for m in named if named.count(m) > 1})
     if twice:
         raise UserError(f"The table names {', '.join(twice)} twice; every method is one row.")
-    rest = tuple((m, label) for m, label in methods.items() if m not in named)
+    groups = [*spec.rows]
+    rest = [m for m in methods if m not in named]
     if rest and spec.others is not None:
-        result.append(Rows(spec.others, rest))
+        groups.append(RowGroup(group=spec.others, methods=rest))
+    present = [(group, [m for m in group.methods if m in methods]) for group in groups]
+    result = [group.model_copy(update={"methods": own}) for group, own in present if own]
     if not result:
         raise UserError("No enabled method occurs in the table; enable one of its rows.")
     return result

@@ -34,7 +34,7 @@ def critical_difference(statistics: Statistics, path: Path) -> list[Path]:
     test = statistics.friedman
     if test is None or not statistics.ranks:
         return nothing("Ranks need three rows that all have run on two data sets.", path)
-    labels = dict(statistics.table.methods)
+    labels = statistics.table.labels
     order = sorted(statistics.ranks, key=lambda m: statistics.ranks[m])
     ranks = [statistics.ranks[m] for m in order]
     groups = cliques(ranks, test.critical_difference)

@@ -10,7 +10,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from snella.report.text import Entry, Grid, Heading, Line, Section, pack
+from snella.report.table import Cell
+from snella.report.text import Grid, Heading, Line, Section, pack
 
 ONE_COLUMN, TWO_COLUMNS = 234.0, 497.0  # pt, of a CVPR page
 PAGE_HEIGHT = 600.0
@@ -149,7 +150,7 @@ def _label_width(grid: Grid, layout: Layout) -> float:
 
 
 def _column_width(grid: Grid, layout: Layout, column: int) -> float:
-    numbers = [_entry_width(line.entries[column], _points(line, layout)) for line in grid.lines]
+    numbers = [_cell_width(line.cells[column], _points(line, layout)) for line in grid.lines]
     parts = _broken(grid.headings[column].label)
     head = 1.2 if layout.rotate else max(map(_text_width, parts))
     return max([*numbers, head * layout.points]) + 2 * layout.gap
@@ -159,9 +160,9 @@ def _points(line: Line, layout: Layout) -> float:
     return 7.0 if line.continued else layout.points
 
 
-def _entry_width(entry: Entry, points: float) -> float:
-    spread = _text_width(f"±{entry.spread}") * 6.2 + 3 if entry.spread else 0.0
-    return _text_width(entry.text) * points * (1.08 if entry.mark == "best" else 1) + spread
+def _cell_width(cell: Cell, points: float) -> float:
+    spread = _text_width(f"±{cell.spread}") * 6.2 + 3 if cell.spread else 0.0
+    return _text_width(cell.text) * points * (1.08 if cell.mark == "best" else 1) + spread
 
 
 def _text_width(text: str) -> float:
@@ -178,7 +179,7 @@ def to_latex(grid: Grid) -> str:
     A table that would be longer than the page in panels is printed without its spreads.
     """
     layout = choose_layout(grid)
-    if _height(grid, layout) > PAGE_HEIGHT and any(e.spread for x in grid.lines for e in x.entries):
+    if _height(grid, layout) > PAGE_HEIGHT and any(c.spread for x in grid.lines for c in x.cells):
         grid = _without_spread(grid)
         layout = choose_layout(grid)
     packages = ["booktabs", "graphicx"] if layout.rotate else ["booktabs"]
@@ -200,7 +201,7 @@ def _without_spread(grid: Grid) -> Grid:
         replace(
             s,
             lines=tuple(
-                replace(x, entries=tuple(replace(e, spread="") for e in x.entries)) for x in s.lines
+                replace(x, cells=tuple(replace(c, spread="") for c in x.cells)) for x in s.lines
             ),
         )
         for s in grid.sections
@@ -232,8 +233,7 @@ def _tabular(grid: Grid, layout: Layout, columns: Sequence[int]) -> list[str]:
         for index, line in enumerate(section.lines):
             if index and section.lines[index - 1].continued and not line.continued:
                 lines.append(r"\addlinespace[2pt]")
-            entries = [line.entries[i] for i in columns]
-            lines.append(_line(line, entries, padding))
+            lines.append(_line(grid, line, [line.cells[i] for i in columns], padding))
     return [*lines, r"\bottomrule", end]
 
 
@@ -277,10 +277,10 @@ def _heading(heading: Heading, rotate: bool) -> str:
 
 def _widths(grid: Grid, column: int) -> tuple[int, int]:
     """Longest integer part of the numbers and of the spreads in a column."""
-    entries = [line.entries[column] for line in grid.lines]
+    cells = [line.cells[column] for line in grid.lines]
     return (
-        max((_integer(e.text) for e in entries), default=0),
-        max((_integer(e.spread) for e in entries), default=0),
+        max((_integer(c.text) for c in cells), default=0),
+        max((_integer(c.spread) for c in cells), default=0),
     )
 
 
@@ -288,30 +288,30 @@ def _integer(text: str) -> int:
     return len(text.partition(".")[0]) if text[:1].isdigit() else 0
 
 
-def _line(line: Line, entries: Sequence[Entry], padding: Sequence[tuple[int, int]]) -> str:
+def _line(grid: Grid, line: Line, cells: Sequence[Cell], padding: Sequence[tuple[int, int]]) -> str:
     label = escape(line.label)
-    cells = [_entry(e, *widths) for e, widths in zip(entries, padding, strict=True)]
+    texts = [_cell(grid, c, *widths) for c, widths in zip(cells, padding, strict=True)]
     if line.continued:
         label = rf"\quad\scriptsize {label}"
-        label += rf"\textsuperscript{{{line.note}}}" if line.note else ""
-        cells = [rf"\scriptsize {cell}" if cell else "" for cell in cells]
-    return " & ".join([label, *cells]) + r" \\"
+        label += rf"\textsuperscript{{{grid.letter(line.note)}}}" if line.note else ""
+        texts = [rf"\scriptsize {text}" if text else "" for text in texts]
+    return " & ".join([label, *texts]) + r" \\"
 
 
-def _entry(entry: Entry, integers: int, spread_integers: int) -> str:
+def _cell(grid: Grid, cell: Cell, integers: int, spread_integers: int) -> str:
     """A number, padded with invisible digits so that the points of a column stand in line."""
-    text = escape(entry.text)
-    if entry.mark == "best":
+    text = escape(cell.text)
+    if cell.mark == "best":
         text = rf"\textbf{{{text}}}"
-    elif entry.mark == "tied":
+    elif cell.mark == "tied":
         text = rf"\underline{{{text}}}"
-    if entry.text[:1].isdigit():
-        text = _phantom(integers - _integer(entry.text)) + text
-    if entry.spread:
-        pad = _phantom(spread_integers - _integer(entry.spread))
-        text += rf"\,{{\tiny$\pm$\,{entry.spread}{pad}}}"
-    if entry.note:
-        text += rf"\rlap{{\textsuperscript{{{entry.note}}}}}"
+    if cell.text[:1].isdigit():
+        text = _phantom(integers - _integer(cell.text)) + text
+    if cell.spread:
+        pad = _phantom(spread_integers - _integer(cell.spread))
+        text += rf"\,{{\tiny$\pm$\,{cell.spread}{pad}}}"
+    if cell.note:
+        text += rf"\rlap{{\textsuperscript{{{grid.letter(cell.note)}}}}}"
     return text
 
 
@@ -322,7 +322,8 @@ def _phantom(digits: int) -> str:
 def _below(grid: Grid) -> list[str]:
     """Remarks and footnotes, as wide as the line."""
     notes = [
-        rf"\textsuperscript{{{letter}}}\,{escape(text.rstrip('.'))}." for letter, text in grid.notes
+        rf"\textsuperscript{{{letter}}}\,{escape(text.rstrip('.'))}."
+        for text, letter in grid.letters.items()
     ]
     if not (grid.remarks or notes):
         return []

@@ -7,6 +7,7 @@ and says why. A seed that has not run yet only narrows the outcome to the other 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,13 +51,7 @@ class Outcome:
         """Sample standard deviation over seeds; None for fewer than two."""
         if self.mean is None or len(self.values) < 2:
             return None
-        return deviation(list(self.values.values()))
-
-
-def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation."""
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        return statistics.stdev(self.values.values())
 
 
 class Results:

@@ -115,7 +115,8 @@ class PublishedTable(Strict):
     rows: dict[str, str | int] = {}
 
 
-Columns = ValueColumn | DatasetColumns | SubsetColumns | GroupColumns | MeanColumn
+MetricColumns = DatasetColumns | SubsetColumns | GroupColumns | MeanColumn
+Columns = ValueColumn | MetricColumns
 
 COLUMN_KINDS: dict[str, type[BaseModel]] = {
     "value": ValueColumn,

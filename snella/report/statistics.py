@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from snella.errors import unknown
 from snella.report.columns import Column, Quantity, Unit
 from snella.report.noise import ALPHA, holm
-from snella.report.table import DASH, Table, compare_rows
-from snella.report.text import Entry, Grid, Heading, Line, Section, comments
+from snella.report.table import DASH, Cell, Table, compare_rows
+from snella.report.text import Grid, Heading, Line, Section, comments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -256,7 +256,12 @@ class Statistics:
 
 
 def table_statistics(table: Table, reference: str) -> Statistics:
-    """Compare the table's rows with ``reference``, over the data sets of its first metric."""
+    """Compare the table's rows with ``reference``, over the data sets of its first metric.
+
+    Raises UserError for a reference that is no row of the table.
+    """
+    if reference not in table.methods:
+        raise unknown("reference row", reference, table.methods)
     ranked = [c for c in table.columns if c.ranked]
     quantity = ranked[0].quantity
     columns = {
@@ -266,7 +271,7 @@ def table_statistics(table: Table, reference: str) -> Statistics:
         for d in c.datasets
     }
     unit = quantity.units[0]
-    scores: dict[str, dict[str, dict[int, float]]] = {m: {} for m, _ in table.methods}
+    scores: dict[str, dict[str, dict[int, float]]] = {m: {} for m in table.methods}
     for method, found in scores.items():
         for key, column in columns.items():
             outcome = table.results.outcome(method, column.datasets[0], column)
@@ -336,7 +341,7 @@ def statistics_frame(statistics: Statistics) -> pd.DataFrame:
 
 def statistics_grid(statistics: Statistics) -> Grid:
     """The comparison as a table of its own, for LaTeX, Markdown and the terminal."""
-    table, labels = statistics.table, dict(statistics.table.methods)
+    table, labels = statistics.table, statistics.table.labels
     images = any(row.p_images is not None for row in statistics.rows)
     heads = ["Rank", "Difference", f"{LEVEL:.0%} interval", "p", "p (Holm)"]
     heads += ["p images (Holm)"] if images else []
@@ -382,7 +387,7 @@ def statistics_grid(statistics: Statistics) -> Grid:
 
 def _line(label: str, cells: Sequence[str]) -> Line:
     return Line(
-        label, tuple(Entry(text.replace("-", "−") if text[:1] in "+-" else text) for text in cells)
+        label, tuple(Cell(text.replace("-", "−") if text[:1] in "+-" else text) for text in cells)
     )
 
 

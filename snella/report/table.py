@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from snella.errors import UserError
-from snella.report.columns import Column, Metrics, Rows, Unit, expand_columns, expand_rows
+from snella.report.columns import Column, Metrics, Unit, expand_columns, expand_rows
 from snella.report.frame import COST, PARAMETERS
 from snella.report.noise import ALPHA, leading, p_value
-from snella.report.results import Outcome, Results, column_outcome, deviation, some
-from snella.report.spec import SuiteInfo, TableSpec
+from snella.report.results import Outcome, Results, column_outcome, some
+from snella.report.spec import RowGroup, SuiteInfo, TableSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,45 +32,52 @@ CHANCE_Z = 1.645  # one-sided 5 %
 
 @dataclass(frozen=True)
 class Cell:
-    """One number, in the column's unit; ``text`` and ``spread`` are what is printed.
+    """What is printed in a cell, and its numbers in the column's unit.
 
-    ``error`` is the standard error over test images. ``mark``: ``best`` is beyond noise better
-    than every other row, ``tied`` not distinguishable from the best.
+    ``mark``: ``best`` is beyond noise better than every other row, ``tied`` not distinguishable
+    from the best; ``note`` is what a footnote says. ``values`` are by seed, ``error`` is the
+    standard error over test images.
     """
 
-    mean: float | None
-    std: float | None = None
-    values: Mapping[int, float] = field(default_factory=dict)
     text: str = DASH
     spread: str = ""
-    error: float | None = None
     mark: Mark = ""
     note: str = ""
+    mean: float | None = None
+    std: float | None = None
+    values: Mapping[int, float] = field(default_factory=dict)
+    error: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
     """Cells by (method, column key), with all that a writer says around them.
 
-    ``compared`` holds the keys of the columns whose rows could be compared.
+    ``labels`` are the printed names of all rows, ``compared`` the keys of the columns whose rows
+    could be compared.
     """
 
     name: str
     spec: TableSpec
     suite: SuiteInfo
     results: Results
-    rows: list[Rows]
+    rows: list[RowGroup]
+    labels: Mapping[str, str]
     columns: list[Column]
     units: Mapping[str, Unit]
     cells: Mapping[tuple[str, str], Cell]
     compared: frozenset[str]
 
     @property
-    def methods(self) -> list[tuple[str, str]]:
-        """(name, label) of all methods, top to bottom."""
+    def shown(self) -> list[str]:
+        """The names of all rows, top to bottom."""
+        return [method for group in self.rows for method in group.methods]
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of all rows that are methods, and no constants."""
         constants = {row.name for row in self.spec.constants}
-        pairs = [pair for group in self.rows for pair in group.methods]
-        return [pair for pair in pairs if pair[0] not in constants]
+        return [method for method in self.shown if method not in constants]
 
     @property
     def suites(self) -> list[SuiteInfo]:
@@ -169,8 +176,8 @@ class Table:
             f"from the column's best (paired over test images{self._over_seeds()}, "
             f"Holm-corrected within the column, level {ALPHA:g})."
         )
-        ranked_apart = {m for rows in self.rows if rows.reference for m, _ in rows.methods}
-        reference = [label for name, label in self.methods if name in ranked_apart]
+        apart = {m for rows in self.rows if rows.reference for m in rows.methods}
+        reference = [self.labels[m] for m in self.methods if m in apart]
         if reference:
             text += f" {some(reference)}: reference, not ranked."
         return text
@@ -217,13 +224,14 @@ def build_table(
     """
     frame = _of_suites(frame, [suite.name, *(others or {})])
     rows = expand_rows(spec, methods)
-    shown = [m for group in rows for m, _ in group.methods]
+    shown = [m for group in rows for m in group.methods]
     frame = frame[frame["method"].isin(shown)]
+    labels = {row.name: row.label for row in spec.constants} | dict(methods)
     if spec.constants:
         frame = with_constants(frame, spec)
-        constants = tuple((row.name, row.label) for row in spec.constants)
-        rows = [Rows(None, constants, reference=True), *rows]
-        shown = [*(name for name, _ in constants), *shown]
+        constants = [row.name for row in spec.constants]
+        rows = [RowGroup(methods=constants, reference=True), *rows]
+        shown = [*constants, *shown]
     columns = expand_columns(spec, suite, Metrics.of(frame), others, _subsets(frame))
     pairs = {(c.suite.name, d) for c in columns for d in c.datasets}
     keys = zip(frame["suite"], frame["dataset"], strict=True)
@@ -232,13 +240,13 @@ def build_table(
     units: dict[str, Unit] = {}
     cells: dict[tuple[str, str], Cell] = {}
     compared = set()
-    reference = {m for group in rows if group.reference for m, _ in group.methods}
+    reference = {m for group in rows if group.reference for m in group.methods}
     for column in columns:
         outcomes = {m: column_outcome(results, m, column) for m in shown}
         unit = column.quantity.unit(o.mean for o in outcomes.values() if o.mean is not None)
         units[column.key] = unit
         made = {m: _cell(o, column, unit, results.seeds) for m, o in outcomes.items()}
-        made |= {c.name: Cell(None) for c in spec.constants if made[c.name].mean is None}
+        made |= {c.name: Cell() for c in spec.constants if made[c.name].mean is None}
         if column.ranked:
             made = _judge(made, column, unit, results, spec.spread)
             ranked = {m: cell for m, cell in made.items() if m not in reference}
@@ -246,7 +254,9 @@ def build_table(
             made |= marked or {}
             compared |= {column.key} if marked is not None else set()
         cells.update({(method, column.key): cell for method, cell in made.items()})
-    return Table(name, spec, suite, results, rows, columns, units, cells, frozenset(compared))
+    return Table(
+        name, spec, suite, results, rows, labels, columns, units, cells, frozenset(compared)
+    )
 
 
 def with_constants(frame: pd.DataFrame, spec: TableSpec) -> pd.DataFrame:
@@ -287,7 +297,7 @@ def _subsets(frame: pd.DataFrame) -> dict[str, list[str]]:
 
 def _cell(outcome: Outcome, column: Column, unit: Unit, seeds: list[int]) -> Cell:
     if outcome.mean is None:
-        return Cell(None, note=outcome.blocked)
+        return Cell(note=outcome.blocked)
     mean = outcome.mean * unit.scale
     std = None if outcome.std is None else outcome.std * unit.scale
     lacking = [s for s in seeds if s not in outcome.values]
@@ -299,7 +309,8 @@ def _cell(outcome: Outcome, column: Column, unit: Unit, seeds: list[int]) -> Cel
         notes.append(f"stale: {outcome.stale}")
     spread = "" if std is None or not column.ranked else f"{std:.{unit.digits}f}"
     values = {seed: v * unit.scale for seed, v in outcome.values.items()}
-    return Cell(mean, std, values, f"{mean:.{unit.digits}f}", spread, note="; ".join(notes))
+    text = f"{mean:.{unit.digits}f}"
+    return Cell(text, spread, note="; ".join(notes), mean=mean, std=std, values=values)
 
 
 def _judge(
@@ -332,14 +343,14 @@ def _over_subsets(results: Results, column: Column, method: str) -> float | None
     rows = rows[(rows["method"] == method) & (rows["dataset"] == column.datasets[0])]
     rows = rows[(rows["subset"] != "") & (rows["suite"] == column.suite.name)]
     means = rows.groupby("subset")["value"].mean()
-    return deviation(list(means)) if len(means) > 1 else None
+    return statistics.stdev(means) if len(means) > 1 else None
 
 
 def _over_datasets(results: Results, column: Column, method: str) -> float | None:
     """Standard deviation over a mean's data sets, each the mean over seeds."""
     means = [results.outcome(method, dataset, column).mean for dataset in column.datasets]
     known = [value for value in means if value is not None]
-    return deviation(known) if len(known) > 1 else None
+    return statistics.stdev(known) if len(known) > 1 else None
 
 
 def _chance(cell: Cell, column: Column, unit: Unit, results: Results) -> Cell:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from snella.report.table import Cell, Mark, Table
+from snella.report.table import Cell, Table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,24 +18,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One printed cell; ``note`` is a footnote letter."""
-
-    text: str
-    spread: str = ""
-    mark: Mark = ""
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class Line:
     """One printed row. ``continued`` lines belong to the line above and print small.
 
-    ``note`` is a footnote letter of such a line as a whole.
+    ``note`` is a footnote of such a line as a whole.
     """
 
     label: str
-    entries: tuple[Entry, ...]
+    cells: tuple[Cell, ...]
     continued: bool = False
     note: str = ""
 
@@ -58,14 +49,13 @@ class Heading:
 
 @dataclass(frozen=True)
 class Grid:
-    """A whole table. ``notes`` are (letter, text); ``comments`` go into the file only."""
+    """A whole table; ``comments`` go into the file only."""
 
     name: str
     caption: str
     headings: tuple[Heading, ...]
     sections: tuple[Section, ...]
     remarks: tuple[str, ...] = ()
-    notes: tuple[tuple[str, str], ...] = ()
     comments: tuple[str, ...] = ()
     rotate: bool = False
     first: str = "Method"
@@ -80,6 +70,16 @@ class Grid:
         """All rows, top to bottom."""
         return [line for section in self.sections for line in section.lines]
 
+    @cached_property
+    def letters(self) -> dict[str, str]:
+        """A letter for every different footnote, in reading order: a … z, aa, ab, …"""
+        texts = [t for line in self.lines for t in (*(c.note for c in line.cells), line.note) if t]
+        return {text: _letters(index) for index, text in enumerate(dict.fromkeys(texts))}
+
+    def letter(self, note: str) -> str:
+        """The letter of a footnote; empty for an empty one."""
+        return self.letters.get(note, "")
+
     def units(self) -> list[list[int]]:
         """Columns that belong together: those of a block; a column without one stands alone."""
         result: list[list[int]] = []
@@ -91,24 +91,6 @@ class Grid:
         return result
 
 
-@dataclass
-class Footnotes:
-    """Gives every different text a letter: a … z, aa, ab, …"""
-
-    letters: dict[str, str] = field(default_factory=dict)
-
-    def letter(self, text: str) -> str:
-        """The letter of ``text``; empty for an empty text."""
-        if text and text not in self.letters:
-            self.letters[text] = _letters(len(self.letters))
-        return self.letters.get(text, "")
-
-    @property
-    def notes(self) -> tuple[tuple[str, str], ...]:
-        """(letter, text) in order of first use."""
-        return tuple((letter, text) for text, letter in self.letters.items())
-
-
 def _letters(index: int) -> str:
     head, tail = divmod(index, 26)
     return (_letters(head - 1) if head else "") + chr(ord("a") + tail)
@@ -116,26 +98,20 @@ def _letters(index: int) -> str:
 
 def table_grid(table: Table) -> Grid:
     """The table as printed."""
-    footnotes = Footnotes()
-
-    def entry(cell: Cell) -> Entry:
-        return Entry(cell.text, cell.spread, cell.mark, footnotes.letter(cell.note))
-
     sections = []
     for index, rows in enumerate(table.rows):
         lines = tuple(
-            Line(label, tuple(entry(table.cells[method, c.key]) for c in table.columns))
-            for method, label in rows.methods
+            Line(table.labels[m], tuple(table.cells[m, c.key] for c in table.columns))
+            for m in rows.methods
         )
         after_reference = index > 0 and table.rows[index - 1].reference
-        sections.append(Section(rows.title, lines, rows.own or after_reference))
+        sections.append(Section(rows.group, lines, rows.own or after_reference))
     return Grid(
         name=table.name,
         caption=table.caption,
         headings=headings(table),
         sections=tuple(sections),
         remarks=tuple(table.remarks),
-        notes=footnotes.notes,
         comments=comments(table),
         rotate=table.spec.rotate,
     )
@@ -177,9 +153,11 @@ def to_markdown(grid: Grid) -> str:
     for section in grid.sections:
         if section.title:
             lines.append(_row([f"*{escape_markdown(section.title)}*", *[""] * len(heads)]))
-        lines += [_markdown_line(line) for line in section.lines]
+        lines += [_markdown_line(grid, line) for line in section.lines]
     lines += ["", *[f"{escape_markdown(remark)}  " for remark in grid.remarks]]
-    lines += [f"<sup>{letter}</sup> {escape_markdown(text)}  " for letter, text in grid.notes]
+    lines += [
+        f"<sup>{letter}</sup> {escape_markdown(text)}  " for text, letter in grid.letters.items()
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -187,16 +165,20 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _markdown_line(line: Line) -> str:
-    label = escape_markdown(line.label) + (f"<sup>{line.note}</sup>" if line.note else "")
-    cells = [_markdown_entry(e) for e in line.entries]
+def _markdown_line(grid: Grid, line: Line) -> str:
+    label = escape_markdown(line.label) + _markdown_note(grid, line.note)
+    cells = [_markdown_cell(grid, cell) for cell in line.cells]
     return _row([f"<sub>{label}</sub>" if line.continued else label, *cells])
 
 
-def _markdown_entry(entry: Entry) -> str:
-    spread = f" ± {entry.spread}" if entry.spread else ""
-    note = f"<sup>{entry.note}</sup>" if entry.note else ""
-    return MARKDOWN[entry.mark].format(escape_markdown(entry.text) + spread) + note
+def _markdown_cell(grid: Grid, cell: Cell) -> str:
+    spread = f" ± {cell.spread}" if cell.spread else ""
+    text = MARKDOWN[cell.mark].format(escape_markdown(cell.text) + spread)
+    return text + _markdown_note(grid, cell.note)
+
+
+def _markdown_note(grid: Grid, note: str) -> str:
+    return f"<sup>{grid.letter(note)}</sup>" if note else ""
 
 
 def escape_markdown(text: str) -> str:
@@ -222,7 +204,7 @@ def print_grid(grid: Grid, console: Console | None = None) -> None:
         console.print(_piece(grid, columns))
     for remark in grid.remarks:
         console.print(Text(remark, style="dim"))
-    for letter, text in grid.notes:
+    for text, letter in grid.letters.items():
         console.print(Text(f"{letter}  {text}", style="dim"))
 
 
@@ -232,7 +214,8 @@ def pieces(grid: Grid, width: int) -> list[list[int]]:
     A block stays together unless it is too wide for a piece of its own.
     """
     needs = [
-        max(map(len, [*above.split("\n"), *(_plain(line.entries[i]) for line in grid.lines)])) + GAP
+        max(map(len, [*above.split("\n"), *(_cell(grid, x.cells[i]).plain for x in grid.lines)]))
+        + GAP
         for i, above in enumerate(_above(grid))
     ]
     return pack(grid.units(), needs, width - _label_width(grid) - GAP)
@@ -283,22 +266,17 @@ def _piece(grid: Grid, columns: list[int]) -> RichTable:
         for line in section.lines:
             style = "dim" if line.continued else ""
             label = Text(("  " if line.continued else "") + line.label, style=style)
-            label.append(f" {line.note}" if line.note else "", style="dim italic")
-            table.add_row(label, *(_entry(line.entries[i], style) for i in columns))
+            label.append(f" {grid.letter(line.note)}" if line.note else "", style="dim italic")
+            table.add_row(label, *(_cell(grid, line.cells[i], style) for i in columns))
     return table
 
 
-def _plain(entry: Entry) -> str:
-    spread = f" ±{entry.spread}" if entry.spread else ""
-    return f"{entry.text}{spread}{' ' if entry.note else ''}{entry.note}"
-
-
-def _entry(entry: Entry, style: str) -> Text:
+def _cell(grid: Grid, cell: Cell, style: str = "") -> Text:
     from rich.text import Text
 
-    text = Text(entry.text, style=STYLES[entry.mark] or style)
-    if entry.spread:
-        text.append(f" ±{entry.spread}", style="dim")
-    if entry.note:
-        text.append(f" {entry.note}", style="dim italic")
+    text = Text(cell.text, style=STYLES[cell.mark] or style)
+    if cell.spread:
+        text.append(f" ±{cell.spread}", style="dim")
+    if cell.note:
+        text.append(f" {grid.letter(cell.note)}", style="dim italic")
     return text

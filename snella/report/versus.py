@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +26,8 @@ from snella.report.published import (
 )
 from snella.report.results import some
 from snella.report.spec import PublishedTable
-from snella.report.table import DASH, Cell, Table
-from snella.report.text import Entry, Footnotes, Grid, Heading, Line, Section, comments, headings
+from snella.report.table import Cell, Table
+from snella.report.text import Grid, Line, Section, comments, headings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,8 +91,7 @@ def judge(
     if n >= 2:
         from scipy.stats import t
 
-        mean = math.fsum(values) / n
-        std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+        std = statistics.stdev(values)
         reach = float(t.ppf((1 + LEVEL) / 2, n - 1)) * std * math.sqrt(1 + 1 / n) + rounding
         if abs(difference) <= reach:
             return "reproduced", f"within ±{reach:.2g} of seed noise"
@@ -167,9 +167,8 @@ def compare_published(table: Table) -> Versus | None:
         if source.backbone in (None, line["backbone"])
         and source.pretraining in (None, line["pretraining"])
     ]
-    shown = [pair for group in table.rows for pair in group.methods]
-    rows = match_rows(lines, [m for m, _ in shown], source.rows)
-    ours = {m: _ours(table, m) for m, _ in shown}
+    rows = match_rows(lines, table.shown, source.rows)
+    ours = {m: _ours(table, m) for m in table.shown}
     pairs: dict[tuple[str, str], Pair] = {}
     columns = []
     apart: dict[str, list[str]] = defaultdict(list)
@@ -178,7 +177,8 @@ def compare_published(table: Table) -> Versus | None:
         if where is None or not _occurs(near, where):
             continue
         columns.append(column)
-        for method, label in shown:
+        for method in table.shown:
+            label = table.labels[method]
             pair = Pair(method, label, column, table.cells[method, column.key])
             pair = _pair(near, rows.get(method), where, table.units[column.key], pair)
             if pair.printed is not None and column.ranked:
@@ -289,64 +289,55 @@ def in_unit(printed: Printed, unit: Unit, *, cost: bool) -> float | None:
 
 def versus_grid(versus: Versus) -> Grid:
     """The comparison as printed: three lines for every method."""
-    table = versus.table
-    footnotes = Footnotes()
-    shown: dict[str, Heading] = dict(
-        zip((c.key for c in table.columns), headings(table), strict=True)
-    )
-
-    def lines(method: str, label: str) -> list[Line]:
-        pairs = [versus.pairs[method, c.key] for c in versus.columns]
-        ours = tuple(
-            Entry(p.ours.text, p.ours.spread, p.ours.mark, footnotes.letter(p.ours.note))
-            for p in pairs
-        )
-        result = [Line(label, ours)]
-        if any(p.printed is not None for p in pairs):
-            notes = {p.printed["note"] for p in pairs if p.printed is not None}
-            shared = notes.pop() if len(notes) == 1 else ""
-            theirs = tuple(_printed(versus, p, footnotes, shared) for p in pairs)
-            result += [Line("published", theirs, continued=True, note=footnotes.letter(shared))]
-        if any(p.difference is not None for p in pairs):
-            digits = [table.units[p.column.key].digits for p in pairs]
-            apart = tuple(
-                Entry("" if p.difference is None else signed(p.difference, n))
-                for p, n in zip(pairs, digits, strict=True)
-            )
-            result += [Line("difference", apart, continued=True)]
-        return result
-
+    table, columns = versus.table, versus.columns
+    shown = dict(zip((c.key for c in table.columns), headings(table), strict=True))
     sections = tuple(
-        Section(rows.title, tuple(line for pair in rows.methods for line in lines(*pair)), rows.own)
+        Section(rows.group, tuple(x for m in rows.methods for x in _lines(versus, m)), rows.own)
         for rows in table.rows
     )
     absent = [
-        label
-        for rows in table.rows
-        for method, label in rows.methods
-        if all(versus.pairs[method, c.key].printed is None for c in versus.columns)
+        table.labels[method]
+        for method in table.shown
+        if all(versus.pairs[method, c.key].printed is None for c in columns)
     ]
     remarks = [f"Not in the published table: {', '.join(absent)}."] if absent else []
     return Grid(
         name=f"{table.name}_vs_published",
         caption=f"{table.caption} Beside the published numbers.",
-        headings=tuple(shown[c.key] for c in versus.columns),
+        headings=tuple(shown[c.key] for c in columns),
         sections=sections,
         remarks=(table.remarks[0], *versus.remarks, *remarks),
-        notes=footnotes.notes,
         comments=comments(table),
         rotate=table.spec.rotate,
     )
 
 
-def _printed(versus: Versus, pair: Pair, footnotes: Footnotes, shared: str) -> Entry:
+def _lines(versus: Versus, method: str) -> list[Line]:
+    """A row of ours, what is printed for it, and the difference."""
+    pairs = [versus.pairs[method, column.key] for column in versus.columns]
+    digits = [versus.table.units[column.key].digits for column in versus.columns]
+    result = [Line(versus.table.labels[method], tuple(p.ours for p in pairs))]
+    notes = {p.printed["note"] for p in pairs if p.printed is not None}
+    if notes:
+        shared = notes.pop() if len(notes) == 1 else ""
+        theirs = tuple(_printed(versus, *pair, shared) for pair in zip(pairs, digits, strict=True))
+        result.append(Line("published", theirs, continued=True, note=shared))
+    if any(p.difference is not None for p in pairs):
+        apart = tuple(
+            Cell("" if p.difference is None else signed(p.difference, n))
+            for p, n in zip(pairs, digits, strict=True)
+        )
+        result.append(Line("difference", apart, continued=True))
+    return result
+
+
+def _printed(versus: Versus, pair: Pair, digits: int, shared: str) -> Cell:
     if pair.printed is None or pair.value is None:
-        return Entry(DASH, note=footnotes.letter(pair.note))
-    digits = versus.table.units[pair.column.key].digits
+        return Cell(note=pair.note)
     spread = f"{float(pair.printed['std']):.{digits}f}" if pair.printed["std"] else ""
     note = pair.printed["note"].replace(shared, "") if shared else pair.printed["note"]
     doubts = "; ".join(filter(None, (note, *versus.paper.doubts(pair.printed))))
-    return Entry(f"{pair.value:.{digits}f}", spread, note=footnotes.letter(doubts))
+    return Cell(f"{pair.value:.{digits}f}", spread, note=doubts)
 
 
 def signed(value: float, digits: int) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snella.errors import unknown
 from snella.files import atomic
 from snella.report.latex import to_latex
-from snella.report.spec import SuiteInfo, TableSpec
 from snella.report.statistics import (
+    Statistics,
     mean_interval,
     statistics_frame,
     statistics_grid,
     table_statistics,
 )
-from snella.report.table import Table, build_table
+from snella.report.table import Table
 from snella.report.text import Grid, print_grid, table_grid, to_markdown
 from snella.report.versus import compare_published, versus_frame, versus_grid
 
@@ -27,29 +26,17 @@ if TYPE_CHECKING:
 DIGITS = "%.12g"  # of a number in a CSV file: all that are recorded, no binary dust
 
 
-def write_table(
-    spec: TableSpec,
-    suite: SuiteInfo,
-    methods: Mapping[str, str],
-    frame: pd.DataFrame,
-    out_dir: Path,
-    name: str,
-    *,
-    selection: str | None = None,
-    others: Mapping[str, SuiteInfo] | None = None,
-) -> list[Path]:
+def write_table(table: Table, out_dir: Path) -> list[Path]:
     """Write ``<name>.tex``, ``.csv``, ``.md`` and ``_cells.csv`` and return the paths.
 
-    ``methods`` maps every enabled method to its label. Where the suite has a published
-    counterpart, ``<name>_vs_published.{tex,csv,md}`` follow; where the spec names an enabled
-    reference row, ``<name>_statistics.{tex,csv,md}``. ``selection`` overrides the records' own.
-    Raises UserError for records that may not share a table.
+    Where the suite has a published counterpart, ``<name>_vs_published.{tex,csv,md}`` follow; where
+    the table names an enabled reference row, ``<name>_statistics.{tex,csv,md}``.
     """
-    table = build_table(name, spec, suite, methods, frame, selection, others)
+    name, reference = table.name, table.spec.reference
     contents = {f"{name}.csv": to_csv(wide(table)), f"{name}_cells.csv": to_csv(cells(table))}
-    contents |= _texts(name, table_grid(table)) | versus_texts(table)
-    if spec.reference is not None and spec.reference in methods:
-        contents |= statistics_texts(table, spec.reference)
+    contents |= _texts(table_grid(table)) | versus_texts(table)
+    if reference is not None and reference in table.methods:
+        contents |= statistics_texts(table_statistics(table, reference))
     return write_texts(out_dir, contents)
 
 
@@ -66,41 +53,23 @@ def versus_texts(table: Table) -> dict[str, str]:
     versus = compare_published(table)
     if versus is None:
         return {}
-    name = f"{table.name}_vs_published"
-    return {**_texts(name, versus_grid(versus)), f"{name}.csv": to_csv(versus_frame(versus))}
+    grid = versus_grid(versus)
+    return {**_texts(grid), f"{grid.name}.csv": to_csv(versus_frame(versus))}
 
 
-def statistics_texts(table: Table, reference: str) -> dict[str, str]:
-    """The comparison of all rows with ``reference`` by file name.
-
-    Raises UserError for a reference that is no row of the table.
-    """
-    if reference not in dict(table.methods):
-        raise unknown("reference row", reference, dict(table.methods))
-    found = table_statistics(table, reference)
-    name = f"{table.name}_statistics"
+def statistics_texts(found: Statistics) -> dict[str, str]:
+    """The comparison of all rows with a reference by file name."""
     grid = statistics_grid(found)
-    return {**_texts(name, grid), f"{name}.csv": to_csv(statistics_frame(found))}
+    return {**_texts(grid), f"{grid.name}.csv": to_csv(statistics_frame(found))}
 
 
-def print_table(
-    spec: TableSpec,
-    suite: SuiteInfo,
-    methods: Mapping[str, str],
-    frame: pd.DataFrame,
-    name: str,
-    *,
-    selection: str | None = None,
-    others: Mapping[str, SuiteInfo] | None = None,
-    console: Console | None = None,
-) -> None:
+def print_table(table: Table, console: Console | None = None) -> None:
     """Print the table in the terminal, in pieces where it is too wide."""
-    table = build_table(name, spec, suite, methods, frame, selection, others)
     print_grid(table_grid(table), console)
 
 
-def _texts(name: str, grid: Grid) -> dict[str, str]:
-    return {f"{name}.tex": to_latex(grid), f"{name}.md": to_markdown(grid)}
+def _texts(grid: Grid) -> dict[str, str]:
+    return {f"{grid.name}.tex": to_latex(grid), f"{grid.name}.md": to_markdown(grid)}
 
 
 def to_csv(frame: pd.DataFrame) -> str:
@@ -114,19 +83,17 @@ def wide(table: Table) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for group in table.rows:
-        for method, label in group.methods:
-            row: dict[str, Any] = {**_origin(table), "group": group.title}
-            row |= {"method": method, "label": label}
-            notes = []
-            for column in table.columns:
-                cell = table.cells[method, column.key]
-                unit = table.units[column.key].symbol
-                valued = column.kind == "value" and unit
-                key = f"{column.key} ({unit})" if valued else column.key
-                row |= {key: cell.mean, f"{key} std": cell.std, f"{key} n": len(cell.values)}
-                notes += [f"{column.key}: {cell.note}"] if cell.note else []
-            rows.append(row | {"notes": " | ".join(notes)})
+    for group, method in _rows(table):
+        row: dict[str, Any] = {**_origin(table), "group": group, "method": method}
+        row["label"] = table.labels[method]
+        notes = []
+        for column in table.columns:
+            cell = table.cells[method, column.key]
+            unit = table.units[column.key].symbol
+            key = f"{column.key} ({unit})" if column.kind == "value" and unit else column.key
+            row |= {key: cell.mean, f"{key} std": cell.std, f"{key} n": len(cell.values)}
+            notes += [f"{column.key}: {cell.note}"] if cell.note else []
+        rows.append(row | {"notes": " | ".join(notes)})
     return pd.DataFrame(rows)
 
 
@@ -138,37 +105,42 @@ def cells(table: Table) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for group in table.rows:
-        for method, label in group.methods:
-            for column in table.columns:
-                cell = table.cells[method, column.key]
-                low, high = mean_interval(table, method, column) or (None, None)
-                rows.append(
-                    {
-                        **_origin(table),
-                        "backbone": table.results.common("backbone", column.suite.name),
-                        "protocol": table.results.common("protocol", column.suite.name),
-                        "group": group.title,
-                        "method": method,
-                        "label": label,
-                        "block": column.block,
-                        "column": column.key,
-                        "kind": column.kind,
-                        "metric": column.quantity.name,
-                        "unit": table.units[column.key].symbol,
-                        "mean": cell.mean,
-                        "std": cell.std,
-                        "error": cell.error,
-                        "low": low,
-                        "high": high,
-                        "n": len(cell.values),
-                        "seeds": ";".join(map(str, cell.values)),
-                        "values": ";".join(DIGITS % v for v in cell.values.values()),
-                        "mark": cell.mark,
-                        "note": cell.note,
-                    }
-                )
+    for group, method in _rows(table):
+        for column in table.columns:
+            cell = table.cells[method, column.key]
+            low, high = mean_interval(table, method, column) or (None, None)
+            rows.append(
+                {
+                    **_origin(table),
+                    "backbone": table.results.common("backbone", column.suite.name),
+                    "protocol": table.results.common("protocol", column.suite.name),
+                    "group": group,
+                    "method": method,
+                    "label": table.labels[method],
+                    "block": column.block,
+                    "column": column.key,
+                    "kind": column.kind,
+                    "metric": column.quantity.name,
+                    "unit": table.units[column.key].symbol,
+                    "mean": cell.mean,
+                    "std": cell.std,
+                    "error": cell.error,
+                    "low": low,
+                    "high": high,
+                    "n": len(cell.values),
+                    "seeds": ";".join(map(str, cell.values)),
+                    "values": ";".join(DIGITS % v for v in cell.values.values()),
+                    "mark": cell.mark,
+                    "note": cell.note,
+                }
+            )
     return pd.DataFrame(rows)
+
+
+def _rows(table: Table) -> Iterator[tuple[str | None, str]]:
+    """(header, method) of every row."""
+    for group in table.rows:
+        yield from ((group.group, method) for method in group.methods)
 
 
 def _origin(table: Table) -> dict[str, str]:

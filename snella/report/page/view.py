@@ -165,13 +165,12 @@ def _table(index: int, part: PageTable, runs: Mapping[RunKey, PageRun]) -> dict[
     table = part.table
     grid, versus = table_grid(table), compare_published(table)
     pairs = {} if versus is None else versus.pairs
-    names = [name for rows in table.rows for name, _ in rows.methods]
     places: Places = {}
     for number, run in enumerate(runs.values()):
         places.setdefault((run.suite, run.method, run.dataset), []).append((number, run.state))
     cells = [
         [_cell(table, name, c, places, pairs.get((name, c.key))) for c in table.columns]
-        for name in names
+        for name in table.shown
     ]
     columns = [
         {
@@ -192,13 +191,13 @@ def _table(index: int, part: PageTable, runs: Mapping[RunKey, PageRun]) -> dict[
         "heads": [h.label for h in grid.headings],
         "sections": _sections(table, grid, cells),
         "remarks": [*grid.remarks, *([] if versus is None else versus.remarks)],
-        "notes": grid.notes,
+        "notes": [(letter, text) for text, letter in grid.letters.items()],
         "versus": versus is not None,
         "verdicts": _verdicts(pairs.values()),
         "trade_offs": trade_offs(table, f"{index}"),
         "data": {
             "columns": columns, "cells": cells,
-            "rows": [label for rows in table.rows for _, label in rows.methods],
+            "rows": [table.labels[name] for name in table.shown],
         },
     }  # fmt: skip
 
@@ -211,10 +210,10 @@ def _sections(table: Table, grid: Grid, cells: list[list[dict[str, Any]]]) -> li
         for line in section.lines:
             entries = [
                 {
-                    "text": e.text, "spread": e.spread, "mark": e.mark, "note": e.note,
+                    "text": e.text, "spread": e.spread, "mark": e.mark, "note": grid.letter(e.note),
                     "state": cell["state"], "key": f"{row},{column}", "published": cell.get("pub"),
                 }
-                for column, (e, cell) in enumerate(zip(line.entries, cells[row], strict=True))
+                for column, (e, cell) in enumerate(zip(line.cells, cells[row], strict=True))
             ]  # fmt: skip
             lines.append({"label": line.label, "row": row, "entries": entries})
             row += 1
@@ -278,7 +277,7 @@ def trade_offs(table: Table, index: str) -> list[dict[str, Any]]:
     name = f"{head.block} {table.label(head)}" if head.block else table.label(head)
     title = f"{name}: {head.quantity.title}" + (f" ({unit})" if unit else "")
     y = scatter.Axis(title, head.quantity.higher_is_better)
-    names = [(m, label, rows.own) for rows in table.rows for m, label in rows.methods]
+    names = [(m, table.labels[m], rows.own) for rows in table.rows for m in rows.methods]
     found = []
     for cost in COSTS:
         points = _points(table, names, head, number, cost, index)
