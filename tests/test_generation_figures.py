@@ -54,6 +54,19 @@ def test_line_i_shows_prompt_i_of_subject_i(tmp_path: Path) -> None:
     assert file.with_suffix(".png").stat().st_size > 1000
 
 
+def test_a_lost_image_leaves_its_place_in_the_gallery_empty(tmp_path: Path) -> None:
+    runs = [shown(tmp_path, m, d) for m in ("LoRA", "SNELLA") for d in ("one", "two")]
+    (runs[3].predictions / "images" / image_name(1, 0)).unlink()
+    (gallery,) = TASK.examples(runs)
+    assert gallery.heads == ["Photograph", "Unadapted", "LoRA", "SNELLA"]
+    assert [[image is None for image in line.images] for line in gallery.lines] == [
+        [False] * 4, [False, False, False, True],
+    ]  # fmt: skip
+    assert list(gallery.lines[1].captions) == ["", "", "", "no image"]
+    with pytest.raises(UserError, match="missing or damaged"):  # a figure is made whole
+        TASK.draw_figure(None, runs, "", tmp_path / "samples.pdf")
+
+
 def test_a_trade_off_averages_seeds_before_subjects(tmp_path: Path) -> None:
     runs = [
         shown(tmp_path, "LoRA", "one", clip_i=0.2, drift=0.1, clip_t=0.5),

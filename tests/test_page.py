@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,6 @@ from hypothesis import strategies as st
 
 from snella.report.page import (
     Content,
-    Gallery,
-    GalleryLine,
     PageRun,
     PageSuite,
     PageTable,
@@ -34,6 +34,7 @@ from snella.report.run_details import describe, repeat
 from snella.report.table import Table
 from snella.report.text import table_grid
 from snella.report.verdicts import audit
+from snella.tasks import Gallery, GalleryLine
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 5_000_000
@@ -198,16 +199,43 @@ def test_an_empty_tree_is_a_page_that_says_what_to_do():
     assert "make table1" in render(Content())
 
 
-def test_a_page_of_the_whole_quick_suite_keeps_its_budget(content):
-    """500 runs, with what they repeat stored once."""
+def many(content: Content, count: int, **changes: Any) -> dict:
+    """Runs like the content's first one, each with identities and times of its own."""
     template = next(iter(content.runs.values()))
     runs = {}
-    for number in range(500):
-        values = {**template.__dict__, "method": f"m{number}", "folder": f"results/runs/{number}"}
-        run = PageRun(**values)
+    for number in range(count):
+        digest = hashlib.sha256(str(number).encode()).hexdigest()
+        details = {
+            **template.details,
+            "identity": dict.fromkeys(template.details["identity"], digest),
+            "digests": dict.fromkeys(("adapter.safetensors", "scores.npz", "predictions"), digest),
+            "curve": {"loss": [number / (1 + e) for e in range(6)], "val": [0.5] * 6},
+        }
+        own = {"method": f"m{number}", "folder": f"results/runs/{number}", "details": details}
+        run = replace(template, **own, **changes)
         runs[run.key] = run
-    size = len(render(Content(content.suites, runs, (), content.audit)))
-    assert size < BUDGET / 2
+    return runs
+
+
+@pytest.mark.parametrize(("count", "state", "budget"), [(500, "done", 0.5), (1500, "stale", 0.9)])
+def test_a_page_of_many_runs_keeps_its_budget(content, count, state, budget):
+    """What the runs repeat is stored once; those that need attention are rows of the script's."""
+    page = render(Content(content.suites, many(content, count, state=state), (), content.audit))
+    assert len(page) < budget * BUDGET
+    assert page.count("<tr") < 100
+
+
+def test_runs_are_missing_where_their_row_was_begun(content):
+    def run(method: str, dataset: str, state: str) -> PageRun:
+        template = next(iter(content.runs.values()))
+        return replace(template, method=method, dataset=dataset, state=state, details=None)
+
+    runs = [
+        run("a", "x", "done"), run("a", "y", "missing"), run("b", "x", "missing"),
+        run("b", "y", "missing"), run("c", "x", "missing"),
+    ]  # fmt: skip
+    shown = view(Content(runs={one.key: one for one in runs}))
+    assert dict(shown["states"]) == {"done": 1, "missing": 1} and shown["idle"] == 2
 
 
 def test_pictures_shrink_until_they_fit(monkeypatch):
@@ -217,8 +245,10 @@ def test_pictures_shrink_until_they_fit(monkeypatch):
     (shown,) = pictures.views([gallery])
     size = sum(len(cell["uri"]) for line in shown["lines"] for cell in line["cells"])
     assert 0 < size <= pictures.BUDGET
-    monkeypatch.setattr(pictures, "BUDGET", 10)
-    assert pictures.views([gallery]) == []
+    monkeypatch.setattr(pictures, "BUDGET", 10_000)  # even the smallest fit once only
+    first, second = pictures.views([gallery, gallery])
+    assert first["text"] == "" and first["lines"]
+    assert second["lines"] == [] and "Left out" in second["text"]
 
 
 @settings(deadline=None)
@@ -274,7 +304,7 @@ def test_a_damaged_record_costs_no_page(tmp_path, monkeypatch):
     path.write_text(path.read_text().replace("0.5", "0.9"))
     assert main(["report", "--config", "suite=smoke", f"results={tmp_path}"]) == 0
     text = (tmp_path / "report.html").read_text()
-    assert "changed by hand" in text and ">damaged</span>" in text
+    assert "changed by hand" in text and "<b>1</b> damaged" in text
 
 
 def test_the_workflow_has_the_page(tmp_path):
@@ -421,6 +451,20 @@ def test_the_audit_is_filtered(shown):
     shown(f"{text}.dispatchEvent(new Event('input'))")
     assert 0 < shown(rows) < 10
     assert "cifar100" in shown("document.querySelector('#audit-rows tbody').textContent")
+
+
+def test_a_long_list_is_made_as_it_is_asked_for(browser, content, tmp_path):
+    file = tmp_path / "report.html"
+    runs = many(content, 1500, state="stale", why="made with other code")
+    file.write_text(render(Content(content.suites, runs, (), content.audit)))
+    browser.open(file)
+    rows = "document.querySelectorAll('#attention-rows tbody tr').length"
+    assert browser(rows) == 100
+    click(browser, "#attention .more")
+    assert browser(rows) == 200 and not browser.errors
+    click(browser, "#attention-rows tr:last-child [data-run]")
+    shown = browser("document.querySelector('#dialog-body').textContent")
+    assert "results/runs/199" in shown and "no log is kept on this page" in shown
 
 
 @pytest.mark.parametrize("width", [390, 1280])

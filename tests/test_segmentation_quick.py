@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from snella.quick.pretrain_sam import (
 )
 from snella.quick.segmentation import SIZE, SPLITS, TISSUES, Grounds, draw, make
 from snella.quick.segmentation_shapes import Renderer
-from snella.tasks.base import Backbone, DatasetSpec
+from snella.tasks.base import Backbone, DatasetSpec, Shown
 from snella.tasks.segmentation import TASK
 from snella.tasks.segmentation.figure import choose, coloured
 from snella.tasks.segmentation.figure import draw as draw_figure
@@ -296,6 +297,14 @@ def test_the_figure_is_drawn_from_files(tmp_path: Path) -> None:
     assert len(rows) == len(cases) and set(rows[0]) == {"case", "image", *folders}
     assert (tmp_path / "figure8.pdf").read_bytes()[:4] == b"%PDF"
     assert (tmp_path / "figure8.png").stat().st_size > 10_000
+    runs = [Shown(label, "polyps", data, settings, where, {}) for label, where in folders.items()]
+    first, *rest = runs
+    (whole,) = TASK.examples(runs)
+    assert len(whole.lines) == len(cases) and whole.heads == ["Image", "Truth", *folders]
+    shutil.rmtree(first.predictions)  # one lost run costs no gallery
+    (left,) = TASK.examples(runs)
+    assert left.heads == ["Image", "Truth", *(run.method for run in rest)] and left.lines
+    assert f"missing or damaged: {first.method}." in left.text
 
 
 def test_table_and_figure_come_from_the_quick_segmentation_suite(tmp_path: Path) -> None:

@@ -79,6 +79,15 @@ def test_a_family_outside_the_package_reaches_a_table(mine, tmp_path, monkeypatc
     assert np.sqrt((scores.astype(float) ** 2).mean()) == pytest.approx(metrics["last"]["rmse"])
     text = (tmp_path / "results/spots.tex").read_text()
     assert "Root mean squared error" in text and f"{metrics['last']['rmse']:.3f}"[:4] in text
+    assert main(["report", *mine]) == 0
+    page = (tmp_path / "results/report.html").read_text()
+    assert "The first test image." in page and page.count("data:image/webp") == 4
+    run = tmp_path / "results/runs/spots/tiny/spots/full/seed0"
+    for file in run.rglob("places.npy"):
+        file.unlink()
+    assert main(["report", *mine]) == 0
+    page = (tmp_path / "results/report.html").read_text()
+    assert "examples, suite spots: FileNotFoundError" in page and "data:image" not in page
 
 
 def test_settings_of_another_family_are_refused(mine, capsys, monkeypatch):

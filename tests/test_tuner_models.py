@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -220,6 +222,53 @@ def test_alive(name: str, variant: str, tmp_path: Path) -> None:
         merged = model.merge_and_unload()
         torch.testing.assert_close(forward(merged), expected, rtol=1e-4, atol=1e-5)
     assert merged.state_dict().keys() == initial.keys()
+
+
+RELOAD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import snella, torch
+from pathlib import Path
+from peft import PeftModel
+from test_tuner_models import MODELS
+different = []
+for number, (name, (make, _)) in enumerate(MODELS.items()):
+    folder = Path(sys.argv[2], str(number))
+    saved = torch.load(folder / "check.pt", weights_only=True)
+    model, forward = make()
+    model.load_state_dict(saved["backbone"])
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(model, folder).eval()
+        same = forward(model).equal(saved["expected"])
+        merged = forward(model.merge_and_unload())
+        same &= merged.allclose(saved["expected"], rtol=1e-4, atol=1e-5)
+    different += [] if same else [name]
+sys.exit(", ".join(different) or None)
+"""
+
+
+def test_all_reload_in_a_fresh_process(tmp_path: Path) -> None:
+    """The live model, the reloaded one and the merged one are the same function."""
+    for number, (make, _) in enumerate(MODELS.values()):
+        torch.manual_seed(number)
+        backbone, forward = make()
+        initial = {key: value.clone() for key, value in backbone.state_dict().items()}
+        model = get_peft_model(backbone, SnellaConfig(rank=4))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+        for epoch in range(2):
+            model.on_epoch_start(epoch, 2)
+            forward(model.train()).square().sum().backward()
+            optimizer.step()
+            model.on_step_end()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            expected = forward(model.eval())
+        model.save_pretrained(str(tmp_path / str(number)))
+        torch.save({"backbone": initial, "expected": expected}, tmp_path / str(number) / "check.pt")
+    command = [sys.executable, "-c", RELOAD, str(Path(__file__).parent), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_separate_and_fused_queries_agree() -> None:

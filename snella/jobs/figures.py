@@ -1,7 +1,8 @@
-"""From the predictions and records on disk to a figure."""
+"""From the predictions and records on disk to a figure, and to the examples of the page."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from snella.data.prepared import Prepared
@@ -9,10 +10,13 @@ from snella.errors import UserError
 from snella.jobs.tables import suite_info
 from snella.records import read_record
 from snella.runs.run import Run
-from snella.runs.trainer import prediction_folder
 from snella.suite import plan
 from snella.suite.config import Config
-from snella.tasks.base import Shown
+from snella.tasks import find_task
+from snella.tasks.base import Gallery, Shown
+
+MOST = 12
+"""The most methods that a gallery shows: the suite's first ones, and its last."""
 
 
 def draw(config: Config, name: str) -> Path:
@@ -31,8 +35,32 @@ def draw(config: Config, name: str) -> Path:
     return file
 
 
+def examples(config: Config) -> list[Gallery]:
+    """Examples of the configured suite's first seed; none for a task without a gallery.
+
+    Raises :class:`~snella.errors.UserError` if nothing of what they would show is there any more.
+    """
+    task = find_task(plan.suite_task(config), config.tasks)
+    if not task.gallery:
+        return []
+    suite = plan.current_suite(config)
+    title = f"{suite.title}{' (demo)' if suite.demo and 'demo' not in suite.title else ''}"
+    try:
+        runs = plan.plan(config, seeds=suite.seeds[:1])
+        found = [shown for run in runs if (shown := shown_run(config, run)) is not None]
+        names = list(dict.fromkeys(shown.method for shown in found))
+        chosen = names if len(names) <= MOST else [*names[: MOST - 1], names[-1]]
+        found = [shown for shown in found if shown.method in chosen]
+        galleries = task.examples(found) if found else []
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{type(error).__name__}: {error}") from error
+    return [replace(g, title=f"{title}: {g.title}" if g.title else title) for g in galleries]
+
+
 def shown_run(config: Config, run: Run) -> Shown | None:
     """A run for a figure; None if it has not finished."""
+    from snella.runs.trainer import prediction_folder  # imports torch
+
     record = read_record(run.folder)
     if record is None or record["status"] != "ok":
         return None

@@ -9,7 +9,7 @@ from snella import results
 from snella.errors import UserError
 from snella.files import write_text
 from snella.jobs import tables
-from snella.jobs.galleries import examples
+from snella.jobs.figures import examples
 from snella.report.page import Content, PageRun, PageSuite, PageTable, render
 from snella.report.page.content import RunKey
 from snella.report.published import read_paper
@@ -53,7 +53,12 @@ def content(config: Config, *, stale: bool = False) -> Content:
                 skipped.append(f"{name}, suite {own.suite}: {error}")
         if shown:
             info = tables.suite_info(own)
-            suites.append(PageSuite(info.title, info.banner, shown, examples(own)))
+            try:
+                galleries = examples(own)
+            except UserError as error:
+                galleries = []
+                skipped.append(f"examples, suite {own.suite}: {error}")
+            suites.append(PageSuite(info.title, info.banner, shown, galleries))
     try:
         found = audit(results.frame(config.results)) if suites else None
     except UserError as error:

@@ -168,7 +168,7 @@ def compare_published(table: Table) -> Versus | None:
         and source.pretraining in (None, line["pretraining"])
     ]
     rows = match_rows(lines, table.shown, source.rows)
-    ours = {m: _ours(table, m) for m in table.shown}
+    ours = {m: _ours(table, m) for m in rows}
     pairs: dict[tuple[str, str], Pair] = {}
     columns = []
     apart: dict[str, list[str]] = defaultdict(list)

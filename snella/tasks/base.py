@@ -110,8 +110,9 @@ class TaskInfo:
     an edit of one makes only its own stage stale. ``families`` are those that the task trains.
     ``figures`` are the kinds of figures that the configuration may ask for, the usual one first:
     "module:function" from (runs as :class:`Shown`, a note on their origin, file.pdf) to that file
-    with a .png and a .csv beside it. With ``expensive_scoring`` the workflow scores in a job of
-    its own, with its own resources.
+    with a .png and a .csv beside it. ``gallery``, "module:function" from runs as :class:`Shown` to
+    a list of :class:`Gallery`, gives the examples of the page of all results. With
+    ``expensive_scoring`` the workflow scores in a job of its own, with its own resources.
     """
 
     name: str
@@ -126,6 +127,7 @@ class TaskInfo:
     families: tuple[str, ...]
     expensive_scoring: bool = False
     figures: Mapping[str, str] = field(default_factory=dict)
+    gallery: str = ""
 
     @property
     def primary(self) -> Metric:
@@ -156,6 +158,11 @@ class TaskInfo:
             raise unknown(f"kind of figure of {self.name}", chosen, self.figures)
         return chosen
 
+    def examples(self, shown: Sequence[Shown]) -> list[Gallery]:
+        """Examples of finished runs; none where the task has no gallery."""
+        found: list[Gallery] = _resolve(self.gallery)(shown) if self.gallery else []
+        return found
+
     def make_toy(self, family: str) -> Toy:
         """A tiny model of ``family`` with a batch to learn by heart; imports torch."""
         found: Toy = _resolve(self.toy)(family)
@@ -181,6 +188,31 @@ class Shown:
     settings: Any
     predictions: Path
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class GalleryLine:
+    """One example: what it shows, and an image per head with its caption.
+
+    Images are uint8 (H, W, 3); one that is not there is None.
+    """
+
+    label: str
+    images: Sequence[np.ndarray | None]
+    captions: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Examples of runs, chosen by a rule that ``text`` states, one column per head.
+
+    ``title`` tells several galleries of one suite apart. What cannot be shown, ``text`` says.
+    """
+
+    title: str
+    text: str
+    heads: Sequence[str]
+    lines: Sequence[GalleryLine]
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 # Without underscores, as functions, methods and operators are called.
 _ARITHMETIC = {"mul", "rmul", "add", "radd", "sub", "rsub", "div", "truediv", "lerp", "addcdiv"}
+
+_COPIES = {"detach", "clone", "to", "cpu", "cuda", "contiguous"}
 
 
 class Budget(Tensor):
@@ -30,7 +33,7 @@ class Budget(Tensor):
         if name == "copy_" and hasattr(args[1], "_sources"):
             return _take(args[0], args[1]._sources)
         if name.removeprefix("_foreach_").strip("_") not in _ARITHMETIC:
-            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+            return _apply(name, func, args, kwargs or {})
         in_place = name.endswith("_") and not name.endswith("__")
         if name.startswith("_foreach_"):
             columns = [a if isinstance(a, list | tuple) else [a] * len(args[0]) for a in args]
@@ -45,6 +48,16 @@ class Budget(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Files hold plain tensors."""
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _apply(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Copies of a budget are budgets; what is computed from it, as by an exported layer, not."""
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*args, **kwargs)
+    copied = name in _COPIES or func == Tensor.data.__get__  # type: ignore[attr-defined]
+    if copied and type(result) is Tensor and not result.is_floating_point():
+        return result.as_subclass(Budget)
+    return result
 
 
 def _combine(operands: tuple[Any, ...], in_place: bool) -> Tensor:

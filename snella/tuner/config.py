@@ -65,6 +65,7 @@ _ELSEWHERE = {
     "target_parameters": "SNELLA adapts modules; nn.MultiheadAttention is one",
     "layer_replication": "layers that share their weights would share their budget",
     "trainable_token_indices": "name the embedding in target_modules or modules_to_save",
+    "ensure_weight_tying": "an adapted layer has a weight of its own once it is merged",
     "megatron_config": "parallel layers hold part of a matrix, whose entries compete as a whole",
 }
 _CARD = """## Loading

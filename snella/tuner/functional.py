@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from snella.backends.dispatch import contract, effective_weight, found_like
 from snella.backends.scratch import Scratch
 from snella.backends.update import Factors, Found, Update, from_spec
+from snella.errors import UserError
 
 
 def _forward(
@@ -143,6 +144,7 @@ def merged_linear(
     tensors = x, weight, bias, a, b, scalars, budgets
     y: Tensor
     if not torch.compiler.is_compiling():
+        _refuse_transforms()
         y = _MergedLinear.apply(*tensors, update)
     elif update.kernel.is_piecewise:
         y = _linear_operator(*tensors, update.spec)[0]
@@ -158,12 +160,23 @@ def merged_weight(
     tensors = weight, a, b, scalars, budgets
     merged: Tensor
     if not torch.compiler.is_compiling():
+        _refuse_transforms()
         merged = _MergedWeight.apply(*tensors, update)
     elif update.kernel.is_piecewise:
         merged = _weight_operator(*tensors, update.spec)[0]
     else:
         merged = _uncompiled(_MergedWeight, *tensors, update)
     return merged
+
+
+def _refuse_transforms() -> None:
+    """torch's own error names none of what its user has called."""
+    if torch._C._are_functorch_transforms_active():
+        raise UserError(
+            "SNELLA's own derivatives cannot be transformed by torch.func (vmap, grad, per-sample "
+            "gradients): call backward once per sample, or merge the adapter (merge_and_unload) if "
+            "it does not train."
+        )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -52,6 +52,7 @@ class SnellaLayer(BaseTunerLayer):
         self.allocators: dict[str, Any] = {}
         self._updates: dict[str, Update] = {}
         self._folded = Fold()
+        self._shared: list[nn.Parameter] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 

@@ -44,7 +44,7 @@ def create_layer(
         )
     layer = chosen(target, adapter_name, config, slices, key)
     layer.quantization_backend = backend
-    return layer
+    return layer.train(target.training)
 
 
 def _refusal(
@@ -60,6 +60,11 @@ def _refusal(
         return "an embedding with max_norm or sparse gradients changes its own weight"
     if isinstance(target, nn.modules.conv._ConvNd) and target.transposed:
         return "transposed convolutions are not offered"
+    if backend is None and chosen.parameter not in target._parameters:
+        return (
+            f"its {chosen.parameter} is computed anew in every forward (weight_norm, spectral_norm "
+            "or another parametrization); remove that first"
+        )
     weight = getattr(target, chosen.parameter)
     if backend is None and not weight.is_floating_point():
         return f"its weight is {weight.dtype}, by a quantisation that PEFT does not know"

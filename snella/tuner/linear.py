@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
@@ -158,14 +159,22 @@ class SnellaLinear(nn.Module, SnellaLayer):
         """Adapters that act now, apart from those merged into the frozen weight."""
         if self.disable_adapters or self.merged:
             return []
+        if torch._C._is_tracing():
+            raise UserError(
+                "torch.jit.trace cannot follow SNELLA's operations: merge the adapter first "
+                "(merge_and_unload), or use torch.export."
+            )
         return [name for name in self.active_adapters if name in self.snella_A]
 
     def _folds(self, names: list[str]) -> bool:
         """Whether one plain matrix does: no gradient for the update, and no dropout on it."""
         if torch.compiler.is_compiling() or any(self._drops(name) for name in names):
             return False
+        tensors = [tensor for name in names for tensor in self._tensors(name)]
+        if any(map(is_functorch_wrapped_tensor, tensors)):
+            return False  # which is refused
         if torch.is_grad_enabled():
-            return not any(t.requires_grad for name in names for t in self._tensors(name))
+            return not any(tensor.requires_grad for tensor in tensors)
         # Training without gradients is a checkpointed forward; keeping matrices would undo it.
         return not self.training
 
@@ -217,11 +226,22 @@ class SnellaLinear(nn.Module, SnellaLayer):
             self._write(merged)
             self.merged_adapters.append(name)
 
+    def part(self) -> None:
+        """Merge into a copy of the frozen weight, until unmerged: other modules hold it too."""
+        weight: nn.Parameter = getattr(self.base_layer, self.parameter)
+        if not self._shared and not self._hidden():
+            self._shared.append(weight)
+            copy = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            setattr(self.base_layer, self.parameter, copy)
+
     @torch.no_grad()
     def unmerge(self) -> None:
         """Subtract the merged adapters again."""
         if not self.merged:
             warnings.warn(f"{self.key} is not merged; nothing to do.", stacklevel=2)
+        if self._shared:
+            setattr(self.base_layer, self.parameter, self._shared.pop())
+            self.merged_adapters.clear()
         while self.merged_adapters:
             delta = self.get_delta_weight(self.merged_adapters.pop())
             self._write(self._readable().to(delta.dtype) - delta)

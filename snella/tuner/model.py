@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import Counter
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +23,9 @@ from snella.tuner import allocator, saving
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.layers import create_layer, slices_of
+from snella.tuner.linear import SnellaLinear
 from snella.tuner.shapes import is_attention
-from snella.tuner.targets import check_layer_index, default_targets
+from snella.tuner.targets import COMPILED, check_layer_index, default_targets
 
 
 class SnellaModel(BaseTuner):
@@ -47,6 +49,11 @@ class SnellaModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         assert isinstance(config, SnellaConfig)
+        if config.modules_to_save and hasattr(model, "_orig_mod"):
+            raise UserError(
+                "modules_to_save of a model that is compiled already could not be loaded again: "
+                "adapt the model first, then compile the result."
+            )
         if _will_be_written_to(config.target_modules):
             self.peft_config[adapter_name] = copy.deepcopy(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -99,10 +106,32 @@ class SnellaModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
+        # PEFT visits a module that has several names under the first of them only.
+        names = [
+            (module, name)
+            for module in self.model.modules()
+            for name, part in module._modules.items()
+            if part is child
+        ]
         if is_attention(new_module):  # unloaded: PEFT would look for its weight
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+        for module, name in names:
+            module._modules[name] = new_module
+
+    def _check_merge_allowed(self) -> None:
+        """Give layers that share their weight (tied embeddings) their own: only they are adapted.
+
+        PEFT warns that the others would change.
+        """
+        modules = list(self.model.modules())
+        holders = Counter(id(p) for module in modules for p in module._parameters.values())
+        for layer in modules:
+            if isinstance(layer, SnellaLinear):
+                weight = layer.get_base_layer()._parameters.get(layer.parameter)
+                if weight is not None and holders[id(weight)] > 1:
+                    layer.part()
 
     def on_epoch_start(self, epoch: int, epochs: int, steps_per_epoch: int | None = None) -> None:
         """Lower the budget for this epoch (0 … ``epochs`` − 1) and share it out among layers."""
@@ -121,21 +150,39 @@ class SnellaModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """What PEFT saves of this adapter; warns if it is denser than it was asked to be."""
+        """What PEFT saves of this adapter; warns of what the file will not tell."""
         allocator.check_density(model, adapter_name)
+        saving.check_scale(model, adapter_name)
         state: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         return state
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Names in files do not tell whether the model was compiled."""
+        name: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return name.replace(COMPILED, "")
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """For this model; an adapter saved without gates (init_weights=False) has them at 1."""
+        """For this model: modules with several names under all of them.
+
+        An adapter saved without gates (init_weights=False) has them at 1.
+        """
         state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        names: dict[int, list[str]] = {}
+        for name, layer in model.named_modules(remove_duplicate=False):
+            if isinstance(layer, SnellaLayer):
+                names.setdefault(id(layer), []).append(name)
+        for first, *others in names.values():
+            own = {k: v for k, v in state.items() if others and k.startswith(f"{first}.")}
+            for other in others:
+                state |= {other + key.removeprefix(first): value for key, value in own.items()}
         gates = {
             f"{name}.snella_gate.{adapter_name}": layer.snella_gate[adapter_name]
             for name, layer in model.named_modules()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from snella.errors import UserError
 from snella.tuner import offloading
 from snella.tuner.calling import call_with
 from snella.tuner.config import SnellaConfig
@@ -37,6 +38,14 @@ class SnellaModule(SnellaLinear):
                 product = self._call(weights, self._dropout(x, name), *args, **kwargs)
                 y = y + self._drop_path(product, name).to(y.dtype)
         return y
+
+    def _effective(self, names: list[str]) -> Tensor:
+        if self._base_matrix().is_meta and not any(self.snella_A[n].is_meta for n in names):
+            raise UserError(
+                f"{self.key!r}: accelerate has offloaded its weight, which with SNELLA it can do "
+                "for linear layers only. Keep it on its device, or merge the adapter first."
+            )
+        return super()._effective(names)
 
     def _call(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         return call_with(self.base_layer, weights, args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,22 @@ from torch import nn
 
 from snella.errors import UserError
 from snella.tuner.config import SnellaConfig
+from snella.tuner.layer import SnellaLayer
 
 PREFIX = "base_model.model."
+
+
+def check_scale(model: nn.Module, adapter_name: str) -> None:
+    """Warn if the adapter's update is scaled, which files of PEFT do not hold."""
+    layers = (module for module in model.modules() if isinstance(module, SnellaLayer))
+    scales = {layer.scaling[adapter_name] for layer in layers if adapter_name in layer.scaling}
+    if scales - {1.0}:
+        warnings.warn(
+            f"The SNELLA adapter {adapter_name!r} is scaled by "
+            f"{', '.join(map(str, sorted(scales)))}, which is not saved: call set_scale again "
+            "after loading, or merge it.",
+            stacklevel=4,
+        )
 
 
 def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:

@@ -19,6 +19,8 @@ from snella.tuner.shapes import is_attention
 
 _BLOCK = re.compile(r"(.*?\.)?\d+(?=\.)")
 _TYPES = (nn.Linear, Conv1D, SnellaLayer)
+# In the paths of a model that was compiled before it was adapted.
+COMPILED = "_orig_mod."
 
 
 def default_targets(model: nn.Module, config: SnellaConfig) -> set[str]:
@@ -58,8 +60,10 @@ def matches_layers(config: SnellaConfig, key: str) -> bool:
 def check_layer_index(config: SnellaConfig, key: str) -> bool | re.Match[str] | None:
     """PEFT's rule, which without layers_pattern does not see an index at the root (timm's blocks).
 
-    PEFT looks for ``parent.blocks.3.``; here ``blocks.3.`` counts too.
+    PEFT looks for ``parent.blocks.3.``; here ``blocks.3.`` counts too. What ``torch.compile`` puts
+    into paths does not count.
     """
+    key = key.replace(COMPILED, "")
     found: bool | re.Match[str] | None = check_target_module_exists(config, key)
     indices, listed = config.layers_to_transform, not isinstance(config.target_modules, str)
     if found or indices is None or config.layers_pattern or not listed:
@@ -72,7 +76,8 @@ def check_layer_index(config: SnellaConfig, key: str) -> bool | re.Match[str] | 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules but those inside an adapter layer, such as the layer that it wraps."""
     inside: list[str] = []
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
+        name = path.replace(COMPILED, "")
         if not name.startswith(tuple(inside)):
             yield name, module
         if isinstance(module, BaseTunerLayer):

@@ -5,7 +5,6 @@ content (what is shown) -> view (plain values for template and script, with scat
 """
 
 from snella.report.page.content import Content, PageRun, PageSuite, PageTable
-from snella.report.page.pictures import Gallery, GalleryLine
 from snella.report.page.render import render
 
-__all__ = ["Content", "Gallery", "GalleryLine", "PageRun", "PageSuite", "PageTable", "render"]
+__all__ = ["Content", "PageRun", "PageSuite", "PageTable", "render"]

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from snella.report.page.pictures import Gallery
 from snella.report.table import Table
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from snella.tasks.base import Gallery
 
 RunKey = tuple[str, str, str, int]
 """Suite, method, data set, seed."""

@@ -295,35 +295,48 @@ document.addEventListener("click", (event) => {
   }
 });
 
-// The audit: its rows are made as they are asked for.
+// Long lists: their rows are made as they are asked for, a hundred at a time.
 const PAGE = 100;
+function list(section, row) {
+  const place = find("#" + section.id + "-rows tbody"), more = find(".more", section);
+  let items = [], count = 0;
+  function add() {
+    place.append(...items.slice(count, count + PAGE).map(row));
+    count = Math.min(count + PAGE, items.length);
+    more.hidden = count >= items.length;
+  }
+  more.addEventListener("click", add);
+  return (chosen) => { items = chosen; count = 0; place.replaceChildren(); add(); };
+}
+const td = (...children) => make("td", {}, ...children);
+
+if (DATA.attention.length) {
+  list(find("#attention"), (n) => {
+    const run = DATA.runs[n];
+    return make("tr", {}, td(make("span", { className: `state ${run.state}` }, run.state)),
+      td(make("button", { type: "button", className: "link", "data-run": n }, run.label)),
+      ...[run.data, run.suite, run.seed, run.why].map((text) => td(String(text))));
+  })(DATA.attention);
+}
+
 if (DATA.audit) {
-  const place = find("#audit-rows tbody"), more = find("#audit-more");
   const text = find("#audit-text"), verdict = find("#audit-verdict");
   const NAMES = ["reproduced", "explained", "refuted", "open"];
   const strings = DATA.audit.map((row) => row.slice(1).map(pooled));
   const lower = strings.map((cells) => cells.join(" ").toLowerCase());
-  let fitting = [], count = 0;
-  const add = () => {
-    for (const i of fitting.slice(count, count + PAGE)) {
-      const cells = strings[i], name = NAMES[DATA.audit[i][0]];
-      place.append(make("tr", {}, ...cells.slice(0, -1).map((cell, c) => make("td", { className: c === 6 ? name : c === 7 ? "text" : "" }, cell)),
-        make("td", {}, make("code", {}, cells.at(-1)))));
-    }
-    count = Math.min(count + PAGE, fitting.length);
-    more.hidden = count >= fitting.length;
-    find("#audit-count").textContent = `${fitting.length} of ${strings.length} numbers`;
-  };
+  const show = list(find("#audit"), (i) => {
+    const cells = strings[i], name = NAMES[DATA.audit[i][0]];
+    return make("tr", {}, ...cells.slice(0, -1).map((cell, c) => make("td", { className: c === 6 ? name : c === 7 ? "text" : "" }, cell)),
+      td(make("code", {}, cells.at(-1))));
+  });
   const filter = () => {
     const words = text.value.toLowerCase().split(/\s+/).filter(Boolean);
-    fitting = strings.map((_, i) => i).filter((i) =>
+    const fitting = strings.map((_, i) => i).filter((i) =>
       (!verdict.value || DATA.audit[i][0] === Number(verdict.value)) && words.every((word) => lower[i].includes(word)));
-    place.replaceChildren();
-    count = 0;
-    add();
+    find("#audit-count").textContent = `${fitting.length} of ${strings.length} numbers`;
+    show(fitting);
   };
   text.addEventListener("input", filter);
   verdict.addEventListener("change", filter);
-  more.addEventListener("click", add);
   filter();
 }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
 
-Pixels = NDArray[np.uint8]
+    from snella.tasks.base import Gallery
+
 SIDES = (192, 128, 96, 64)
 """Pixels of the longer side: the largest with which all images fit the budget is taken."""
 BUDGET = 2_000_000
@@ -19,35 +19,26 @@ BUDGET = 2_000_000
 QUALITY = 82
 
 
-@dataclass(frozen=True)
-class GalleryLine:
-    """One example: what it shows, and an image per head (uint8, (H, W, 3)) with its caption."""
-
-    label: str
-    images: Sequence[Pixels | None]
-    captions: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Examples of a suite, chosen by a rule that ``text`` states, one column per head."""
-
-    title: str
-    text: str
-    heads: Sequence[str]
-    lines: Sequence[GalleryLine]
-
-
 def views(galleries: Sequence[Gallery]) -> list[dict[str, Any]]:
-    """Galleries as the template takes them, every image a data URI; none if they do not fit."""
+    """Galleries as the template takes them, every image a data URI.
+
+    Where they do not fit even as small as can be, the last ones say so instead.
+    """
+    found: list[dict[str, Any]] = []
     for side in SIDES:
         found = [_view(gallery, side) for gallery in galleries]
-        size = sum(
-            len(cell["uri"]) for view in found for line in view["lines"] for cell in line["cells"]
-        )
-        if size <= BUDGET:
+        if sum(map(_size, found)) <= BUDGET:
             return found
-    return []
+    room = BUDGET
+    for view in found:
+        room -= _size(view)
+        if room < 0:
+            view |= {"lines": [], "text": f"Left out: images of more than {BUDGET / 1e6:g} MB."}
+    return found
+
+
+def _size(view: dict[str, Any]) -> int:
+    return sum(len(cell["uri"]) for line in view["lines"] for cell in line["cells"])
 
 
 def _view(gallery: Gallery, side: int) -> dict[str, Any]:
@@ -67,7 +58,7 @@ def _view(gallery: Gallery, side: int) -> dict[str, Any]:
     return {"title": gallery.title, "text": gallery.text, "heads": gallery.heads, "lines": lines}
 
 
-def _uri(image: Pixels, side: int) -> str:
+def _uri(image: np.ndarray, side: int) -> str:
     """A WebP of at most ``side`` pixels; smaller images keep their own."""
     from PIL import Image
 

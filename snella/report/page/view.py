@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from snella.report.audit import HEADS, LEGEND, number_cells, total_rows
@@ -33,10 +33,11 @@ FEWEST = 4
 """Rows that a picture of trade-offs needs."""
 CURVES = ("loss", "val")
 DIGEST = 16
-LOGGED = 1500
-"""A page of more runs holds the logs of those alone that did not end well."""
+LOGGED = 500
+"""A page of more runs holds the logs of those alone that broke or still run."""
 ORDER = ("failed", "damaged", "diverged", "running", "stale", "missing", "done")
 GAPS = {"failed": {"failed", "diverged", "damaged"}, "stale": {"stale"}}
+BROKEN = GAPS["failed"] | {"running"}
 Places = dict[tuple[str, str, str], list[tuple[int, str]]]
 """Numbers and states of runs by suite, method and data set."""
 TIMES = ("started", "ended", "command")
@@ -64,11 +65,15 @@ def view(content: Content) -> dict[str, Any]:
     pool = Pool()
     numbers = {key: i for i, key in enumerate(content.runs)}
     few = len(content.runs) <= LOGGED
-    runs = [_run(run, pool, log=few or run.state != "done") for run in content.runs.values()]
+    runs = [_run(run, pool, log=few or run.state in BROKEN) for run in content.runs.values()]
+    places: Places = {}
+    for run in content.runs.values():
+        place = run.suite, run.method, run.dataset
+        places.setdefault(place, []).append((numbers[run.key], run.state))
     suites: list[dict[str, Any]] = []
     tables: list[dict[str, Any]] = []
     for suite in content.suites:
-        own = [_table(len(tables) + i, part, content.runs) for i, part in enumerate(suite.tables)]
+        own = [_table(len(tables) + i, part, places) for i, part in enumerate(suite.tables)]
         tables += [table.pop("data") for table in own]
         suites.append({"title": suite.title, "banner": suite.banner, "tables": own})
     audit = None if content.audit is None else _audit(content.audit, pool)
@@ -76,12 +81,14 @@ def view(content: Content) -> dict[str, Any]:
         "runs": runs,
         "tables": tables,
         "audit": None if audit is None else audit.pop("rows"),
+        "attention": _attention(content.runs.values(), numbers),
         "pool": list(pool.texts),
     }
+    states, idle = _states(content.runs.values())
     return {
         "suites": suites,
-        "states": _states(content.runs.values()),
-        "attention": _attention(content.runs.values(), numbers),
+        "states": states,
+        "idle": idle,
         "galleries": views([g for suite in content.suites for g in suite.galleries]),
         "skipped": content.skipped,
         "audit": audit,
@@ -161,13 +168,10 @@ def _short(number: Any) -> Any:
     return float(f"{number:.5g}") if isinstance(number, float) else number
 
 
-def _table(index: int, part: PageTable, runs: Mapping[RunKey, PageRun]) -> dict[str, Any]:
+def _table(index: int, part: PageTable, places: Places) -> dict[str, Any]:
     table = part.table
     grid, versus = table_grid(table), compare_published(table)
     pairs = {} if versus is None else versus.pairs
-    places: Places = {}
-    for number, run in enumerate(runs.values()):
-        places.setdefault((run.suite, run.method, run.dataset), []).append((number, run.state))
     cells = [
         [_cell(table, name, c, places, pairs.get((name, c.key))) for c in table.columns]
         for name in table.shown
@@ -306,23 +310,28 @@ def _points(
     return (quantity.title, unit.symbol, points) if len(points) >= FEWEST else None
 
 
-def _states(runs: Any) -> list[tuple[str, int]]:
-    counts = Counter(run.state for run in runs)
-    return [(state, counts[state]) for state in reversed(ORDER) if counts[state]]
+def _states(runs: Iterable[PageRun]) -> tuple[list[tuple[str, int]], int]:
+    """How many runs are in each state, and how many rows nobody has begun.
+
+    A suite may name more rows than anybody asked for; a run is missing where its row was begun.
+    """
+    begun = {(run.suite, run.method) for run in runs if run.state != "missing"}
+    counts = Counter(run.state for run in runs if (run.suite, run.method) in begun)
+    idle = {(run.suite, run.method) for run in runs} - begun
+    return [(state, counts[state]) for state in reversed(ORDER) if counts[state]], len(idle)
 
 
-def _attention(runs: Any, numbers: Mapping[RunKey, int]) -> list[dict[str, Any]]:
-    """Runs that are not done, by what is wrong with them; those never run are only counted."""
+def _attention(runs: Iterable[PageRun], numbers: Mapping[RunKey, int]) -> list[int]:
+    """The numbers of the runs that are not done, by what is wrong with them.
+
+    Those that have not run yet are only counted.
+    """
     wrong = [run for run in runs if run.state not in ("done", "missing")]
     wrong.sort(key=lambda run: ORDER.index(run.state))
-    return [
-        {"state": r.state, "label": r.label, "data": r.dataset_label, "suite": r.suite,
-         "seed": r.seed, "why": r.why, "run": numbers[r.key]}
-        for r in wrong
-    ]  # fmt: skip
+    return [numbers[run.key] for run in wrong]
 
 
-def _newest(runs: Any) -> str:
+def _newest(runs: Iterable[PageRun]) -> str:
     """When the newest run ended; a page says nothing of when it was written, to be repeatable."""
     ended = [str((r.details["environment"] or {}).get("ended") or "") for r in runs if r.details]
     return max(ended, default="")[:10]

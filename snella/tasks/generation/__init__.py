@@ -39,4 +39,5 @@ TASK = TaskInfo(
         "tradeoff_text": "snella.tasks.generation.figure:tradeoff_text",
         "tradeoff_drift": "snella.tasks.generation.figure:tradeoff_drift",
     },
+    gallery="snella.tasks.generation.figure:gallery",
 )

@@ -12,21 +12,24 @@ from __future__ import annotations
 import csv
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from snella.errors import UserError
 from snella.files import atomic
-from snella.tasks.base import Shown
+from snella.tasks.base import Gallery, GalleryLine, Shown
 from snella.tasks.generation.prompts import fill_prompt
 from snella.tasks.generation.sample import image_name, read_png
 from snella.tasks.generation.settings import BASE, IMAGES
 
 RULE = "Line i shows prompt i of its subject, sample 0; the photograph is its first."
 MARKERS = "osD^vP*Xp"
+SUBJECTS = 6
+"""The most lines of the page's gallery."""
 INCH, LEFT = 1.05, 1.25
 """Inches of one image of a grid, and of the prompts beside it."""
 
@@ -58,7 +61,32 @@ def samples(shown: Sequence[Shown], note: str, file: Path) -> None:
     _csv(file, ["subject", "number", "prompt", *columns], rows)
 
 
-def sample_lines(shown: Sequence[Shown]) -> tuple[list[str], list[Line], list[list[Any]]]:
+def gallery(shown: Sequence[Shown]) -> list[Gallery]:
+    """The page's examples: the grid of samples of the first subjects; a lost image is named."""
+    subjects = list(dict.fromkeys(run.dataset for run in shown))[:SUBJECTS]
+    runs = [run for run in shown if run.dataset in subjects]
+    columns, lines, _ = sample_lines(runs, _read_if_there)
+    shown_lines = [
+        GalleryLine(
+            line.prompt,
+            [line.photograph, *line.images],
+            ["", *("no image" if image is None else "" for image in line.images)],
+        )
+        for line in lines
+    ]
+    return [Gallery("", RULE, ["Photograph", *columns], shown_lines)]
+
+
+def _read_if_there(file: Path) -> np.ndarray | None:
+    try:
+        return read_png(file)
+    except UserError:
+        return None
+
+
+def sample_lines(
+    shown: Sequence[Shown], read: Callable[[Path], np.ndarray | None] = read_png
+) -> tuple[list[str], list[Line], list[list[Any]]]:
     """The grid's columns, its lines, and what each line shows: subject, prompt, files."""
     methods = list(dict.fromkeys(run.method for run in shown))
     columns = ["Unadapted", *methods] if shown[0].settings.unadapted else methods
@@ -75,7 +103,7 @@ def sample_lines(shown: Sequence[Shown]) -> tuple[list[str], list[Line], list[li
         if first.settings.unadapted:
             files.insert(0, first.predictions / BASE / name)
         text = fill_prompt(templates[prompt], "<V>", str(first.data.manifest["class_word"]))
-        images = [None if path is None else read_png(path) for path in files]
+        images = [None if path is None else read(path) for path in files]
         lines.append(Line(text, first.data.images("train")[0], images))
         rows.append([subject, prompt, text, *("" if p is None else p.as_posix() for p in files)])
     return columns, lines, rows

@@ -28,4 +28,5 @@ TASK = TaskInfo(
     toy="snella.tasks.segmentation.toy:toy",
     families=("sam",),
     figures={"masks": "snella.tasks.segmentation.figure:masks"},
+    gallery="snella.tasks.segmentation.figure:gallery",
 )

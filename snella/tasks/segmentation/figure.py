@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from snella.data.prepared import Prepared
 from snella.errors import UserError
-from snella.tasks.base import Shown
+from snella.tasks.base import Gallery, GalleryLine, Shown
 from snella.tasks.segmentation.masks import resize_image, resize_mask
 from snella.tasks.segmentation.metrics import Counts
 from snella.tasks.segmentation.score import Outcome, SegmentationScorer
@@ -29,6 +29,7 @@ Pixels = NDArray[np.uint8]
 SIDE, GAP, TITLE, MARGIN = 192, 6, 26, 96
 GREEN, RED, BLUE = (60, 200, 90), (230, 60, 60), (70, 120, 240)
 GAINS = 2
+RULE = "Cases by rule: the median image, the worst, and those on which the last method gains most."
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,9 @@ def draw(data: Prepared, settings: Any, predictions: Mapping[str, Path], out: Pa
     if not predictions:
         raise UserError(f"{out.stem} has no finished run to show; train its methods first.")
     scorer = SegmentationScorer(data, settings)
-    dice = {
-        label: [Counts.of(*outcome).dice for outcome in scorer.outcomes(folder)]
-        for label, folder in predictions.items()
-    }
+    dice = {label: _dice(scorer, folder) for label, folder in predictions.items()}
     cases = choose(dice)
-    wanted = {case.index for case in cases}
-    shown = {
-        label: {i: o for i, o in enumerate(scorer.outcomes(folder)) if i in wanted}
-        for label, folder in predictions.items()
-    }
+    shown = {label: _outcomes(scorer, folder, cases) for label, folder in predictions.items()}
     images = data.images("test")
     rows = [
         [_panel(images[case.index]), *_masks(images[case.index], case, shown)] for case in cases
@@ -114,6 +108,59 @@ def draw(data: Prepared, settings: Any, predictions: Mapping[str, Path], out: Pa
     return cases
 
 
+def gallery(shown: Sequence[Shown]) -> list[Gallery]:
+    """The page's examples: the figure's cases, one gallery per data set.
+
+    A run whose predictions are missing or damaged is left out, and named.
+    """
+    found = []
+    for name in dict.fromkeys(run.dataset for run in shown):
+        own = [run for run in shown if run.dataset == name]
+        scorer, images = (
+            SegmentationScorer(own[0].data, own[0].settings),
+            own[0].data.images("test"),
+        )
+        dice, lost = {}, []
+        for run in own:
+            try:
+                dice[run.method] = _dice(scorer, run.predictions)
+            except (UserError, OSError, ValueError):
+                lost.append(run.method)
+        text = f"Green: found; red: found wrongly; blue: missed. {RULE}"
+        text += f" Predictions are missing or damaged: {', '.join(lost)}." if lost else ""
+        cases = choose(dice) if dice else []
+        kept = {
+            run.method: _outcomes(scorer, run.predictions, cases)
+            for run in own
+            if run.method in dice
+        }
+        lines = []
+        for case in cases:
+            outcomes = [outcomes[case.index] for outcomes in kept.values()]
+            masks = [coloured(images[case.index], outcome) for outcome in outcomes]
+            captions = [f"Dice {values[case.index]:.3f}" for values in dice.values()]
+            panels = [images[case.index], _white(outcomes[0][1]), *masks]
+            lines.append(GalleryLine(case.rule, panels, ["", "", *captions]))
+        found.append(Gallery(name, text, ["Image", "Truth", *dice], lines))
+    return found
+
+
+def _dice(scorer: SegmentationScorer, predictions: Path) -> list[float]:
+    return [Counts.of(*outcome).dice for outcome in scorer.outcomes(predictions)]
+
+
+def _outcomes(
+    scorer: SegmentationScorer, predictions: Path, cases: Sequence[Case]
+) -> dict[int, Outcome]:
+    """Predicted and true masks of the cases, by image."""
+    wanted = {case.index for case in cases}
+    return {i: o for i, o in enumerate(scorer.outcomes(predictions)) if i in wanted}
+
+
+def _white(mask: NDArray[np.bool_]) -> Pixels:
+    return np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
+
+
 def _panel(image: Pixels) -> Pixels:
     return resize_image(image, SIDE)
 
@@ -123,9 +170,8 @@ def _masks(image: Pixels, case: Case, shown: Mapping[str, Mapping[int, Outcome]]
     small = _panel(image)
     outcomes = [shown[label][case.index] for label in shown]
     truth = resize_mask(outcomes[0][1], SIDE)
-    white = np.repeat(truth[..., None] * np.uint8(255), 3, axis=2)
     panels = [coloured(small, (resize_mask(predicted, SIDE), truth)) for predicted, _ in outcomes]
-    return [white, *panels]
+    return [_white(truth), *panels]
 
 
 def _page(

@@ -48,4 +48,5 @@ TASK = TaskInfo(
     scorer="regression.score:Distance",
     toy="regression.task:toy",
     families=(),
+    gallery="regression.gallery:gallery",
 )
