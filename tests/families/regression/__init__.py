@@ -46,6 +46,5 @@ TASK = TaskInfo(
     sources=lambda spec: [],
     implementation="regression.task:Regression",
     scorer="regression.score:Distance",
-    toy="regression.task:toy",
-    families=(),
+    made=frozenset({"rendered"}),
 )
