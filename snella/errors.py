@@ -126,13 +126,20 @@ def ascii_name(name: object) -> str:
     return text if len(text) <= 100 else f"{text[:90]}…'"
 
 
-def one_line(error: BaseException, file: Path | None = None) -> str:
-    """An exception as one line, with the line of ``file`` that it passed through last."""
+def one_line(error: BaseException, *places: Path) -> str:
+    """An exception as one line, with the line that it passed through last in ``places``.
+
+    These are files or folders, the likeliest first.
+    """
     text = textwrap.shorten(f"{type(error).__name__}: {error}", LINE, placeholder=" …")
-    frames = traceback.extract_tb(error.__traceback__)
-    whole = file.resolve() if file is not None else None
-    lines = [f.lineno for f in frames if Path(f.filename).resolve() == whole]
-    return f"{text} ({file.name}, line {lines[-1]})" if file is not None and lines else text
+    frames = [
+        (Path(f.filename).resolve(), f.lineno) for f in traceback.extract_tb(error.__traceback__)
+    ]
+    for place in places:
+        passed = [frame for frame in frames if frame[0].is_relative_to(place.resolve())]
+        if passed:
+            return f"{text} ({passed[-1][0].name}, line {passed[-1][1]})"
+    return text
 
 
 def _last_frame(error: BaseException) -> str:

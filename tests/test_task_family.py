@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,9 @@ import pytest
 import yaml
 
 from snella.cli import main
-from snella.errors import UserError
-from snella.tasks import find_task, task_names
+from snella.errors import UserError, one_line
+from snella.runs.evaluate import _require
+from snella.tasks import Metric, Score, find_task, task_names
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ROOT / "tests" / "families"
@@ -88,6 +92,43 @@ def test_a_family_outside_the_package_reaches_a_table(mine, tmp_path, monkeypatc
     assert main(["report", *mine]) == 0
     page = (tmp_path / "results/report.html").read_text()
     assert "examples, suite spots: FileNotFoundError" in page and "data:image" not in page
+
+
+def test_the_workflow_takes_a_family_and_a_table_of_ones_own(mine):
+    """Data that are rendered need no folder; braces of a caption are no wildcards."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", *mine, "--", "{}.tex"]
+    command[-1] = f"{yaml.safe_load(Path(mine[1]).read_text())['results']}/spots.tex"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0 and "No folder" not in told, told
+
+
+def test_scores_that_a_record_cannot_hold_are_refused():
+    metrics = (Metric("dice", "Dice"), Metric("mae", "MAE"))
+    _require(metrics, {"dice": Score(1.0), "mae": Score(0.0), "more": Score(7.0)}, "mine")
+    with pytest.raises(UserError, match=r"mine gives no 'mae' \(it gives dice\)"):
+        _require(metrics, {"dice": Score(1.0)}, "mine")
+    for value in (1.2, float("nan")):
+        with pytest.raises(UserError, match=f"dice = {value}, outside of 0.0 to 1.0"):
+            _require(metrics, {"dice": Score(value)}, "mine")
+
+
+def test_a_class_that_a_description_misspells_is_one_line():
+    info = find_task("regression", str(FAMILIES))
+    for name in ("regression.task:Regresion", "regression.tsk:Regression"):
+        with pytest.raises(UserError, match=f"no '{name}', which a TASK names"):
+            replace(info, implementation=name).task_class()
+
+
+def test_a_failure_names_the_line_of_the_task(tmp_path):
+    file = tmp_path / "mine" / "task.py"
+    file.parent.mkdir()
+    file.write_text("def forward():\n    return {}['imag']\n")
+    namespace = {}
+    exec(compile(file.read_text(), str(file), "exec"), namespace)
+    with pytest.raises(KeyError) as raised:
+        namespace["forward"]()
+    assert one_line(raised.value, tmp_path / "other.py", file.parent).endswith("(task.py, line 2)")
 
 
 def test_settings_of_another_family_are_refused(mine, capsys, monkeypatch):

@@ -39,7 +39,7 @@ class Finding:
     detail: str = ""
 
 
-def finding(check: str, family: str, file: Path | None, call: Callable[[], str]) -> Finding:
+def finding(check: str, family: str, file: Path, call: Callable[[], str]) -> Finding:
     """Turn what ``call`` returns or raises into a finding; ``file`` is the method's."""
     try:
         return Finding(check, family, "passed", call())

@@ -202,7 +202,7 @@ def _data(config: Config) -> Iterator[Finding]:
         try:
             if (folder / "manifest.json").exists():
                 found = f"prepared, {len(Prepared.open(folder)):,} examples"
-            elif entry.kind == "quick":
+            elif plan.is_made(config, name):
                 found = "made on demand"
             elif entry.path is None:
                 raise UserError(f"its folder is not known; set datasets.{name}.path (docs/data.md)")

@@ -217,6 +217,7 @@ def print_datasets(config: Config, as_json: bool = False) -> None:
             "task": entry.task,
             "kind": entry.kind,
             "path": entry.path,
+            "made": plan.is_made(config, name),
             "prepared": (plan.prepared_folder(config, name) / "manifest.json").exists(),
             "in_suite": name in enabled,
         }
@@ -227,7 +228,7 @@ def print_datasets(config: Config, as_json: bool = False) -> None:
         return
     rows = []
     for e in entries:
-        where = e["path"] or ("packaged or rendered" if e["kind"] == "quick" else "not set")
+        where = e["path"] or ("packaged or rendered" if e["made"] else "not set")
         prepared = "yes" if e["prepared"] else "no"
         rows.append([e["name"], e["label"], e["task"], e["kind"], where, prepared])
     _print(_table("Name", "Label", "Task", "Kind", "Folder", "Prepared"), rows)

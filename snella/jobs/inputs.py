@@ -9,7 +9,7 @@ from snella.errors import UserError
 from snella.models.backbone_files import check_entry
 from snella.runs.run import Run
 from snella.suite.config import Config
-from snella.suite.plan import prepared_folder
+from snella.suite.plan import is_made, prepared_folder
 
 
 def missing(config: Config, datasets: Iterable[str], runs: Iterable[Run]) -> list[str]:
@@ -35,7 +35,7 @@ def missing_of(config: Config, runs: Iterable[Run]) -> list[str]:
 def _lost(config: Config, name: str) -> str:
     """The data set and the folder that it lacks; empty where it is prepared or can be."""
     spec = config.datasets[name]
-    if spec.kind == "quick" or (prepared_folder(config, name) / "manifest.json").exists():
+    if is_made(config, name) or (prepared_folder(config, name) / "manifest.json").exists():
         return ""
     if spec.path is None:
         return f"{name} (`datasets.{name}.path` is not set)"

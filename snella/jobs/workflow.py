@@ -74,7 +74,7 @@ class WorkflowPlan:
     ) -> None:
         self.config, self.dryrun, self.settle = config, dryrun, settle
         self.requests = Requests(config, remote)
-        self.overlay = json.dumps(overlay, sort_keys=True, default=str)
+        self._overlay = json.dumps(overlay, sort_keys=True, default=str)
         self.runs = {run.record.as_posix(): run for run in plan.plan(config)}
         self.warm = "--warm" if config.warm_workers else ""
         devices.announce(config.gpu_share)
@@ -209,6 +209,10 @@ class WorkflowPlan:
     def threads(self, wildcards: Any) -> int:
         """CPU threads of a run, from its protocol."""
         return self.run(wildcards).protocol.threads
+
+    def overlay(self, wildcards: Any) -> str:
+        """The whole configuration; returned by a function, its braces are no wildcards."""
+        return self._overlay
 
     def dataset_overlay(self, wildcards: Any) -> str:
         """A configuration with one data set's entry: all that preparing it needs."""

@@ -7,7 +7,8 @@ that the run allows, so that one record shows how much looking at the test set a
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def evaluate(run: Run, data: Prepared, looks: Mapping[int, Mapping[str, Path]]) 
     """Score predictions: ``looks[epoch][split]`` is a folder of them, split "test" and maybe "val".
 
     The earliest of equally good epochs is taken.
-    Raises :class:`~snella.errors.UserError` for predictions that are missing or do not fit.
+    Raises :class:`~snella.errors.UserError` for predictions that are missing or do not fit, and for
+    a scorer that does not keep to the metrics of its task.
     """
     info = run.task
     scorer = info.scorer_class()(data, run.task_settings)
@@ -67,7 +69,9 @@ def evaluate(run: Run, data: Prepared, looks: Mapping[int, Mapping[str, Path]]) 
     def score(folder: Path, split: str) -> Scores:
         if not folder.is_dir():
             raise UserError(f"There are no predictions in {folder}; train the run again.")
-        return scorer.score(folder, split)
+        found = scorer.score(folder, split)
+        _require(info.metrics if split == "test" else (info.primary,), found, info.name)
+        return found
 
     test = {epoch: score(folders["test"], "test") for epoch, folders in looks.items()}
     chosen = {"last": max(test), "best-test": best(test, info.primary)}
@@ -78,6 +82,23 @@ def evaluate(run: Run, data: Prepared, looks: Mapping[int, Mapping[str, Path]]) 
     for rule, epoch in chosen.items():
         _take(found, rule, epoch, test[epoch])
     return found
+
+
+def _require(metrics: Iterable[Metric], scores: Scores, task: str) -> None:
+    """Refuse scores that a record could not hold: a metric is missing, or out of its range."""
+    for metric in metrics:
+        if metric.name not in scores:
+            found = ", ".join(scores) or "nothing"
+            raise UserError(
+                f"The scorer of task {task} gives no {metric.name!r} (it gives {found}), which the "
+                "metrics of its TASK name; correct one of the two."
+            )
+        value = scores[metric.name].value
+        if not (math.isfinite(value) and metric.lower <= value <= metric.upper):
+            raise UserError(
+                f"The scorer of task {task} gives {metric.name} = {value}, outside of "
+                f"{metric.lower} to {metric.upper}; correct it, or the bounds of the Metric."
+            )
 
 
 def best(scores: Mapping[int, Scores], metric: Metric) -> int:

@@ -204,10 +204,10 @@ def transient(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException, run: Run) -> str:
-    """One line; an exception in a hook names the line of the method's file."""
+    """One line, with the line of the method's file or of the task's folder that raised."""
     if isinstance(error, Diverged | Terminated):
         return " ".join(str(error).split())
-    text = one_line(error, Path(run.method.file))
+    text = one_line(error, Path(run.method.file), Path(run.tasks, run.dataset.task))
     unexplained = _status(error) == "oom" and error.__cause__ is None
     return f"{text}; {MEMORY}" if unexplained else text
 

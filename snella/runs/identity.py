@@ -228,11 +228,9 @@ def _read(file: Path, changed: int) -> tuple[str, tuple[str, ...], tuple[str, ..
     """A file's normalised text, the names it imports, and the digests of companion sources."""
     source = file.read_bytes()
     try:
-        tree = ast.parse(source)
+        tree = ast.parse(source, str(file))
     except (SyntaxError, ValueError) as error:
-        raise UserError(
-            f"Method file {file} does not import: {one_line(error, file)}; correct the file."
-        ) from error
+        raise UserError(f"{file} does not import: {one_line(error)}; correct the file.") from error
     statements = list(_statements(tree))
     text = _normalised(source.decode("utf-8"), _dropped(tree, statements, file))
     companions: tuple[str, ...] = ()

@@ -264,16 +264,21 @@ class Trainer:
         with self._ema_weights(), self._precision():
             self.model.eval()
             if self.protocol.train_split != "trainval" and self.task.data.has("val"):
-                folder = prediction_folder(self.folder, epoch, "val")
+                folder = self._prediction_folder(epoch, "val")
                 self.task.predict(self.model, "val", folder)
                 found = self.validate(folder)
                 if found is not None:
                     row["val"] = found
             begin = time.perf_counter()
-            folder = prediction_folder(self.folder, epoch, "test")
+            folder = self._prediction_folder(epoch, "test")
             row["predicted"] = self.task.predict(self.model, "test", folder)
             row["predict_seconds"] = time.perf_counter() - begin
         return row
+
+    def _prediction_folder(self, epoch: int, split: str) -> Path:
+        folder = prediction_folder(self.folder, epoch, split)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def _set_lr(self, optimizer: torch.optim.Optimizer, epoch: int, progress: float) -> None:
         factor = self.protocol.lr_factor(epoch, progress, self.epochs)

@@ -114,6 +114,12 @@ def prepared_folder(config: Config, dataset: str) -> Path:
     return Path(config.data) / "prepared" / dataset
 
 
+def is_made(config: Config, name: str) -> bool:
+    """Whether a data set is rendered or packaged, and so needs no folder of raw files."""
+    spec = config.datasets[name]
+    return spec.kind in find_task(spec.task, config.tasks).made
+
+
 def method_files(config: Config) -> dict[str, Path]:
     """All method files by stem: the working directory's ``baselines/``, then the checkout's.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from snella.errors import unknown
+from snella.errors import UserError, unknown
 from snella.validation import Strict
 
 if TYPE_CHECKING:
@@ -105,9 +105,11 @@ class TaskInfo:
     """What planning needs to know of a task family, without importing torch.
 
     ``prepare`` writes a data set's prepared folder from its raw form; ``sources`` names the files
-    that make it stale; ``implementation`` and ``scorer`` are "module:class", and ``toy``
-    is "module:function", from the name of a family of backbones to a :class:`Toy`: strings, so that
-    an edit of one makes only its own stage stale. ``families`` are those that the task trains.
+    that make it stale; data sets of a kind in ``made`` are rendered and need no ``path``.
+    ``implementation`` and ``scorer`` are "module:class": strings, so that an edit of one makes only
+    its own stage stale. ``toy`` is "module:function", from the name of a family of backbones to the
+    :class:`Toy` on which ``snella check`` trains methods for it; only a task that brings
+    ``families`` of its own needs one.
     ``figures`` are the kinds of figures that the configuration may ask for, the usual one first:
     "module:function" from (runs as :class:`Shown`, a note on their origin, file.pdf) to that file
     with a .png and a .csv beside it. ``gallery``, "module:function" from runs as :class:`Shown` to
@@ -123,8 +125,9 @@ class TaskInfo:
     sources: Callable[[DatasetSpec], list[Path]]
     implementation: str
     scorer: str
-    toy: str
-    families: tuple[str, ...]
+    toy: str = ""
+    families: tuple[str, ...] = ()
+    made: frozenset[str] = frozenset({"quick"})
     expensive_scoring: bool = False
     figures: Mapping[str, str] = field(default_factory=dict)
     gallery: str = ""
@@ -170,8 +173,14 @@ class TaskInfo:
 
 
 def _resolve(name: str) -> Any:
+    """What "module:attribute" names; raises ``UserError`` where a task's own folder lacks it."""
     module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (AttributeError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != module:
+            raise
+        raise UserError(f"There is no {name!r}, which a TASK names: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -263,8 +272,8 @@ class Task(ABC):
     def predict(self, model: nn.Module, split: str, folder: Path) -> int:
         """Predict every example of ``split`` into files of ``folder``; return their number.
 
-        Runs in evaluation mode under the trainer's precision. What ``folder`` holds already of
-        an interrupted call is not predicted again.
+        ``folder`` exists. Runs in evaluation mode under the trainer's precision. What ``folder``
+        holds already of an interrupted call is not predicted again.
         """
 
 

@@ -46,7 +46,6 @@ TASK = TaskInfo(
     sources=lambda spec: [],
     implementation="regression.task:Regression",
     scorer="regression.score:Distance",
-    toy="regression.task:toy",
-    families=(),
     gallery="regression.gallery:gallery",
+    made=frozenset({"rendered"}),
 )
