@@ -16,6 +16,7 @@ from report_support import FGVC, METHODS, PAPER, QUICK, REAL, VTAB, record, reco
 from snella.errors import UserError
 from snella.report import build_table, parse_spec, tidy, write_table
 from snella.report.published import (
+    backbone_of,
     match_rows,
     our_method,
     read_paper,
@@ -23,7 +24,9 @@ from snella.report.published import (
     sources,
     tables,
 )
-from snella.report.versus import compare_published, judge
+from snella.report.verdicts import audit
+from snella.report.versus import compare_published, judge, mismatches
+from snella.suite.config import load
 
 CONFIG = Path(__file__).parent.parent / "config"
 TASKS = [task for group in VTAB.values() for task in group]
@@ -249,11 +252,74 @@ def test_companion_papers_rows_are_found_without_being_named():
         ("snella", 1, {"gps": 16, "spt-lora": 14, "lora-16": 13, "adapter-8": 5}),
     ):
         assert match_rows(read_table(source, number), list(wanted), {}) == wanted
-    # which LoRA or Adapter is meant is not printed
-    assert match_rows(read_table("s2ft", 2), ["lora-8", "lora-16"], {}) == {}
+    # which LoRA is meant is not printed, but known
+    assert match_rows(read_table("s2ft", 2), ["lora-8", "lora-16"], {}) == {"lora-8": 5}
+    assert match_rows(read_table("s2ft", 2), ["lora-16"], {}) == {}
+    assert match_rows(read_table("s2ft", 2), ["lora-16"], {"lora-16": 5}) == {"lora-16": 5}
     # an ablation of a method is not the method
     assert match_rows(read_table("snella", 11), ["snella-32"], {}) == {}
-    assert our_method(read_table("snella", 17)[0]) is None
+    assert our_method(read_table("snella", 11)[0]) is None
+
+
+def test_the_audit_knows_every_row_that_a_table_of_ours_prints():
+    for name, data in descriptions().items():
+        if "published" not in data:
+            continue
+        described = parse_spec(name, data)
+        methods = [m for group in described.rows for m in group.methods]
+        lines = read_table(described.published.source, described.published.table)
+        found = match_rows(lines, methods, described.published.rows)
+        by_row = {number: method for method, number in found.items()}
+        for line in lines:
+            if int(line["row"]) in by_row:
+                assert our_method(line) == by_row[int(line["row"])], (name, line["label"])
+
+
+def test_commands_of_the_audit_lead_somewhere():
+    config = load(CONFIG / "config.yaml")
+    for row in audit(tidy([])).to_dict("records"):
+        words = row["command"].split()
+        if not words:
+            continue
+        suite = config.suites[row["command"].partition("suite=")[2].split()[0]]
+        if words[0] == "snella":
+            method, dataset = (words[words.index(f"--{k}") + 1] for k in ("method", "dataset"))
+            assert method in config.methods and dataset in suite.datasets, row["command"]
+        else:
+            target = Path(words[-1]).stem.removesuffix("_vs_published")
+            assert target in config.tables, row["command"]
+
+
+def test_the_checkpoint_is_a_cause():
+    """SSF and GPS start from AugReg's ViT-B/16, the rows around them from the original one."""
+
+    def found(method, **line):
+        printed = {"source": "snella", "table": "1", "suite": "vtab1k", "method": method,
+                   "variant": "", "backbone": "vit_b16", "pretraining": "in21k_sup"}  # fmt: skip
+        facts = read_paper("snella").facts(printed | line)
+        own = {"normalisation": {"inception"}, "selection": {"best-test"}}
+        said = {
+            b: mismatches(facts, own | {"backbone": {b}}) for b in ("vit-b16", "vit-b16-augreg")
+        }
+        return [b for b, texts in said.items() if any("AugReg" in text for text in texts)]
+
+    assert found("ssf") == ["vit-b16"]
+    assert found("snella", variant="rank=8") == found("full") == ["vit-b16-augreg"]
+    assert found("ssf", backbone="swin_b", pretraining="in22k_sup") == []
+    assert backbone_of("vit-b16-augreg") == backbone_of("vit-b16") == ("vit_b16", "in21k_sup")
+
+
+def test_fine_grained_numbers_say_what_they_were_trained_on():
+    for method, variant, wanted in (
+        ("snella", "rank=32", ("train", "timm")), ("snell", "rank=8", ("train", "timm")),
+        ("vpt_deep", "", ("train", "flip")),
+    ):  # fmt: skip
+        line = {"method": method, "variant": variant, "suite": "fgvc", "source": "snella",
+                "table": "1", "backbone": "vit_b16", "pretraining": "in21k_sup"}  # fmt: skip
+        protocol = read_paper("snella").facts(line).protocol
+        assert (protocol["train_split"].values, protocol["augmentation"].values) == tuple(
+            [value] for value in wanted
+        )
 
 
 @pytest.mark.parametrize("name", sorted(descriptions()))

@@ -23,6 +23,7 @@ from snella.data.transforms import (
     load_split,
     normalise,
     open_split,
+    take,
     train_transform,
 )
 from snella.errors import UserError
@@ -335,3 +336,17 @@ def test_transforms_pickle_after_use():
     expected = transform(image)
     torch.manual_seed(0)
     assert torch.equal(again(image), expected)
+
+
+@pytest.mark.parametrize("name", list(NORMALISATIONS))
+def test_large_images_are_normalised_alike_one_by_one(name):
+    settings = PixelSettings(normalisation=name)
+    images = torch.randint(0, 256, (5, 3, 112, 112), dtype=torch.uint8)
+    index = torch.tensor([3, 0, 3])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for given in (images, images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+            assert torch.equal(take(given, index, settings), normalise(given[index], settings))
+    finally:
+        torch.set_num_threads(threads)

@@ -61,6 +61,7 @@ class RowFacts(Strict):
     methods: list[str] = []
     variants: list[str] | None = None
     suites: list[str] | None = None
+    backbones: list[str] | None = None
     origin: str = ""
     seeds: int | None = None
     replace: bool = False
@@ -72,6 +73,7 @@ class RowFacts(Strict):
             line["method"] in self.methods
             and (self.variants is None or line["variant"] in self.variants)
             and (self.suites is None or line["suite"] in self.suites)
+            and (self.backbones is None or _trained(line) in self.backbones)
         )
 
 
@@ -228,6 +230,9 @@ def our_metric(printed: str) -> str:
 def our_method(line: Printed, methods: Iterable[str] | None = None) -> str | None:
     """The row of ours that a printed number belongs to; None where none or several fit."""
     known = _yaml("names")["methods"]
+    named = _named(line).get(int(line["row"]))
+    if named is not None and (methods is None or named in methods):
+        return named
     wanted = line["method"], _pairs(line["variant"])
     scored = {
         m: s
@@ -243,6 +248,16 @@ def _yaml(name: str) -> dict[str, Any]:
     text = (files("snella.report") / "published" / f"{name}.yaml").read_text(encoding="utf-8")
     content: dict[str, Any] = yaml.safe_load(text)
     return content
+
+
+def _named(line: Printed) -> dict[int, str]:
+    """Rows of ours by the number of a printed row whose name does not say which of ours it is."""
+    rows: dict[str, dict[int, str]] = _yaml("names")["rows"]
+    return rows.get(f"{line['source']} {line['table']}", {})
+
+
+def _trained(line: Printed) -> str:
+    return f"{line['backbone']} {line['pretraining']}"
 
 
 def _pairs(text: str) -> dict[str, str]:
@@ -266,19 +281,20 @@ def match_rows(
 ) -> dict[str, int]:
     """Which printed row (by number) belongs to which method of ours.
 
-    As ``given`` (a row's number or its label), else by what the method is, else by the letters
-    of its label. A row that several methods fit equally well belongs to none of them. Raises
-    UserError if a given row is not printed, or its label is printed twice.
+    As ``given`` (a row's number or its label) or as the package knows it, else by what the method
+    is, else by the letters of its label. A row that several methods fit equally well belongs to
+    none of them. Raises UserError if a given row is not printed, or its label is printed twice.
     """
     rows = {int(line["row"]): line for line in lines}
-    found = {m: _given(rows, m, wanted) for m, wanted in given.items() if m in methods}
+    named = {m: row for line in lines[:1] for row, m in _named(line).items() if row in rows}
+    found = {m: _given(rows, m, n) for m, n in {**named, **given}.items() if m in methods}
     known = _yaml("names")["methods"]
     rest = [m for m in methods if m not in found]
     scores = {
         (m, number): score
         for m in rest
         for number, line in rows.items()
-        if number not in found.values()
+        if number not in (*found.values(), *named.values())
         if (score := _score(known.get(m, ""), line["method"], _pairs(line["variant"]))) is not None
     }
     for method in rest:

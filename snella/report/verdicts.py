@@ -258,7 +258,7 @@ def _command(line: Printed, method: str | None) -> str:
     suite = our_suite(line)
     if method is None or suite is None:
         return ""
-    if line["dataset"]:
+    if line["dataset"] and line["suite"] != "dreambooth":  # whose subjects are data sets of ours
         return f"snella run --method {method} --dataset {our_dataset(line)} --config suite={suite}"
     table = our_table(line["source"], int(line["table"]))
     target = f" -- results/{table}_vs_published.tex" if table else ""

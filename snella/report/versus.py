@@ -223,7 +223,7 @@ def _ours(table: Table, method: str) -> dict[str, set[str]]:
 
 def protocol_of(runs: pd.DataFrame, selection: str) -> dict[str, set[str]]:
     """Protocol fields as text, with all values that the runs have."""
-    found: dict[str, set[str]] = {"selection": {selection}}
+    found = {"selection": {selection}, "backbone": set(map(str, runs["backbone"].unique()))}
     for column in runs.columns:
         name = column.removeprefix("protocol.")
         if name == column or name == "selection":
