@@ -8,6 +8,7 @@ import io
 import tarfile
 import threading
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import formats
@@ -16,6 +17,7 @@ import pytest
 from snella.data.check import check, lines
 from snella.data.download import Download, File, download, fetch, load_downloads, unpack
 from snella.errors import UserError
+from snella.suite.config import load
 
 LABELS = {"train800": [0, 1, 2, 0, 1, 2], "val200": [0, 1, 2], "test": [0, 1, 2, 0]}
 from conftest import ROOT  # noqa: E402
@@ -138,6 +140,29 @@ def test_the_shipped_list_is_valid():
         assert entry_.licence, name
         for item in entry_.files:
             assert item.file_name and all(u.startswith(("http://", "https://")) for u in item.urls)
+
+
+def test_downloads_land_where_the_configuration_looks():
+    """An archive's own top folder, and the files that a data set's or a backbone's path names."""
+    known, config = (
+        load_downloads(ROOT / "config" / "downloads.yaml"),
+        load(ROOT / "config/config.yaml"),
+    )
+    tops = {"cifar100": "cifar-100-python", "food101": "food-101", "cub": "CUB_200_2011",
+            "kvasir-seg": "Kvasir-SEG"}  # fmt: skip
+    names = {"cifar100": "cifar100-full", "svhn": "svhn-full", "food101": "food101-full"}
+    for name in (*tops, "svhn", "oxford_flowers", "stanford_dogs"):
+        place = Path("data", known[name].folder, tops.get(name, ""))
+        assert place == Path(config.datasets[names.get(name, name)].path), name
+    for name, backbone in config.backbones.items():
+        if (backbone.file or "").startswith("data/checkpoints/"):
+            entry_ = known[name]
+            placed = [Path("data", entry_.folder, f.file_name) for f in entry_.files]
+            assert entry_.manual or Path(backbone.file) in placed, name
+    metrics = {f.file_name for f in known["metrics"].files}
+    for setting in ("clip_file", "dino_file", "dinov2_file", "lpips_file"):
+        file = Path(config.protocols["dreambooth"][setting])
+        assert file.name in metrics and file.parent == Path("data", known["metrics"].folder)
 
 
 def make_tar(path, name, kind=tarfile.REGTYPE):
