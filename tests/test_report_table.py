@@ -6,13 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from report_support import METHODS, PAPER, QUICK, REAL, make, records, scored, spec
 
 from snella.errors import UserError
+from snella.jobs import tables
 from snella.report import SuiteInfo, parse_spec
 from snella.report.columns import Metrics, expand_columns, expand_rows
+from snella.report.results import check_comparable
+from snella.suite import plan
+from snella.suite.config import load
 
 COLUMNS = {"table1": 12, "table13": 21, "table2": 10, "s2ft_table1": 22, "sparse_tuning_table2": 6}
 TABLES = Path(__file__).parent.parent / "config" / "tables"
@@ -212,3 +217,32 @@ def test_columns_of_which_the_same_is_said_share_a_sentence():
     mean = {"mean_of": ["natural"], "mean": "tasks"}
     table = make(records(), columns=[{"label": "A", **mean}, {"label": "B", **mean}])
     assert "A, B: over the 2 data sets." in table.remarks
+
+
+@pytest.mark.parametrize("suite", list(load().suites))
+def test_every_shipped_table_takes_the_runs_that_its_suite_plans(suite):
+    """No table refuses, when all runs are done, what the configuration itself asked for."""
+    config = plan.with_suite(load(), suite)
+    task = plan.suite_task(config)
+    checked = []
+    for name, table in config.tables.items():
+        if table.get("task", "classification") != task:
+            continue
+        try:
+            runs = tables.table_runs(config, name)
+        except UserError:  # a table of groups that the suite does not have
+            continue
+        if not runs:  # a table of other rows
+            continue
+        checked.append(name)
+        fields = [
+            {"suite": run.suite, "method": run.method.name, "dataset": run.dataset.name}
+            | {"backbone": run.backbone.name}
+            | {f"protocol.{k}": str(v) for k, v in run.protocol.model_dump().items()}
+            | {f"protocol.{k}": str(v) for k, v in run.settings.items()}
+            for run in runs
+            if run.seed == runs[0].seed
+        ]
+        for _, part in pd.DataFrame(fields).groupby("suite"):
+            check_comparable(part, parse_spec(name, table).mixed, chosen=False)
+    assert checked

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -27,10 +26,13 @@ VTAB: Mapping[str, frozenset[str]] = {
         )
     ),
 }
-FGVC = frozenset(("cub", "nabirds", "oxford_flowers", "stanford_dogs", "stanford_cars"))
-DREAMBOOTH: Mapping[str, int] = {"objects": 21, "live": 9}
-"""The subjects of DreamBooth's two groups; papers print the mean over all 30."""
-FULL_IMAGE = frozenset(("cifar100_full", "svhn_full", "food101_full"))
+SUBJECTS = 30
+"""DreamBooth's, over all of which papers print the mean."""
+SUITES: Mapping[str, frozenset[str]] = {
+    "vtab1k": frozenset().union(*VTAB.values()),
+    "fgvc": frozenset(("cub", "nabirds", "oxford_flowers", "stanford_dogs", "stanford_cars")),
+    "full_image": frozenset(("cifar100_full", "svhn_full", "food101_full")),
+}
 SCALES = {"percent": 0.01, "fraction": 1.0, "cosine": 1.0, "distance": 1.0, "score": 1.0}
 """What a printed score is in the unit of a record."""
 COSTS = {
@@ -330,51 +332,68 @@ def _letters(text: str) -> str:
     return "".join(c for c in text.lower() if c.isascii() and c.isalnum())
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a number stands in a published table; all empty but ``metric`` for a cost."""
-
-    metric: str
-    suite: str = ""
-    dataset: str = ""
-    group: str = ""
-    aggregation: str = ""
-
-    def holds(self, line: Printed) -> bool:
-        """Whether a printed number stands here."""
-        mine = (self.dataset, self.group, self.aggregation, self.metric)
-        theirs = (line["dataset"], line["group"], line["aggregation"], our_metric(line["metric"]))
-        return mine == theirs and self.suite in ("", line["suite"])
+Where = tuple[str, frozenset[frozenset[str]]]
+"""A metric, and the groups of data sets whose means are averaged; no group for a cost."""
 
 
-def place(column: Column) -> Place | None:
-    """Where a paper prints this column, or None where its tasks are not a published selection.
-
-    A mean has a place only if it covers exactly the tasks that the papers average.
-    """
-    metric = column.quantity.name
-    groups = {g: frozenset(map(slug, ds)) for g, ds in column.members.items()}
+def where_ours(column: Column) -> Where | None:
+    """What a column is of, as :func:`where_printed` says it; None where no paper prints such."""
+    name = column.quantity.name
     if column.kind == "value":
-        return Place(COSTS[metric]) if metric in COSTS else None
+        return (COSTS[name], frozenset()) if name in COSTS else None
     if column.subset:
         return None
-    if column.kind == "dataset":
-        group, (dataset,) = next((g, tuple(ds)) for g, ds in groups.items())
-        suite = "vtab1k" if group in VTAB else group
-        return Place(metric, suite, dataset=_printed_name(suite, dataset))
-    if dict(groups) == dict(VTAB):
-        return Place(metric, "vtab1k", group="mean", aggregation=column.kind)
-    if column.kind == "mean_of_tasks":
-        if {g: len(tasks) for g, tasks in groups.items()} == DREAMBOOTH:
-            return Place(metric, "dreambooth", dataset="dreambooth30")
-        if groups == {"full_image": FULL_IMAGE}:
-            return Place(metric, "full_image", group="mean", aggregation=column.kind)
-        if groups == {"fgvc": FGVC}:
-            return Place(metric, "fgvc", group="mean", aggregation=column.kind)
-        for group, tasks in VTAB.items():
-            if groups == {group: tasks}:
-                return Place(metric, "vtab1k", group=group, aggregation=column.kind)
-    return None
+    groups = [frozenset(map(slug, datasets)) for datasets in column.members.values()]
+    if column.kind != "mean_of_groups":
+        groups = [frozenset().union(*groups)]
+    return name, frozenset(groups)
+
+
+def where_printed(line: Printed, known: Iterable[str]) -> Where:
+    """What a printed number is of; ``known`` are the data sets of ours at hand."""
+    return our_metric(line["metric"]), frozenset(map(frozenset, members(line, known)))
+
+
+def other_mean(where: Where) -> Where:
+    """The mean over the same data sets averaged in the other way: over groups, or over tasks."""
+    metric, groups = where
+    union = frozenset[str]().union(*groups)
+    of_groups = frozenset(VTAB.values())
+    if groups != of_groups and union == frozenset().union(*of_groups):
+        return metric, of_groups
+    return metric, frozenset([union]) if groups else groups
+
+
+def members(line: Printed, known: Iterable[str], tasks: Sequence[str] = ()) -> list[list[str]]:
+    """The data sets of ours behind a printed number, as groups whose means are averaged.
+
+    ``tasks`` are those with numbers of their own in the printed row, by default all of the suite.
+    DreamBooth's one printed number is the mean over all subjects, which are data sets of ours.
+    """
+    if line["dataset"] == "dreambooth30":
+        subjects = [name for name in known if name.startswith("dreambooth_")]
+        return [subjects] if len(subjects) == SUBJECTS else []
+    if line["dataset"]:
+        return [[slug(our_dataset(line))]]
+    if line["group"] in VTAB:
+        return [sorted(VTAB[line["group"]])]
+    named = [slug(our_dataset({**line, "dataset": task})) for task in tasks]
+    named = named or sorted(SUITES.get(line["suite"], ()))
+    if line["group"] != "mean" or not named:
+        return []
+    if line["aggregation"] == "mean_of_groups":
+        return [[name for name in named if name in group] for group in VTAB.values()]
+    return [named]
+
+
+def decimals(line: Printed) -> int:
+    """How many decimals a number is printed with."""
+    return len(line["value"].partition(".")[2])
+
+
+def rounding(line: Printed) -> float:
+    """Half of the last printed decimal."""
+    return 0.5 * 10.0 ** -decimals(line)
 
 
 def slug(dataset: str) -> str:
@@ -383,23 +402,6 @@ def slug(dataset: str) -> str:
     for prefix in ("vtab1k_", "vtab_", "fgvc_"):
         name = name.removeprefix(prefix)
     return name.removesuffix("_released")
-
-
-def _printed_name(suite: str, name: str) -> str:
-    """The slug of a data set of ours as tables of a suite spell it."""
-    renamed = _yaml("names")["datasets"].get(suite, {})
-    return next((printed for printed, own in renamed.items() if slug(own) == name), name)
-
-
-def find(lines: Sequence[Printed], row: int, where: Place) -> Printed | None:
-    """The number printed in a row at a place; raises UserError if several are."""
-    hits = [line for line in lines if int(line["row"]) == row and where.holds(line)]
-    if len(hits) > 1 and len({(h["backbone"], h["pretraining"]) for h in hits}) > 1:
-        raise UserError(
-            f"Table {hits[0]['table']} of {hits[0]['source']} prints {hits[0]['label']} more than "
-            "once; name `backbone` and `pretraining` under `published`."
-        )
-    return hits[0] if hits else None
 
 
 def _plain(value: object) -> str:

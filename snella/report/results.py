@@ -79,7 +79,7 @@ class Results:
         self.selection = selection or (own[0] if own else "last")
         self.seeds = sorted({int(s) for s in self.runs["seed"]}) or [0]
         self._index: dict[tuple[str, str, str], dict[int, Any]] = defaultdict(dict)
-        keep = ["suite", "method", "dataset", "seed", "status", "reason", "stale"]
+        keep = ["suite", "method", "dataset", "seed", "status", "reason", "stale", "run"]
         for run in self.runs[keep].itertuples():
             self._index[run.suite, run.method, run.dataset][int(run.seed)] = run
         self._values: dict[tuple[str, str], dict[tuple[str, str, str], dict[int, float]]] = {}
@@ -119,15 +119,6 @@ class Results:
         return self._values[key]
 
     @cached_property
-    def selections(self) -> dict[tuple[str, str, str], set[str]]:
-        """Which selections the records of a (suite, method, data set) hold."""
-        found: dict[tuple[str, str, str], set[str]] = defaultdict(set)
-        columns = ["suite", "method", "dataset", "selection"]
-        for *key, selection in self.frame[columns].itertuples(index=False):
-            found[key[0], key[1], key[2]].add(selection)
-        return found
-
-    @cached_property
     def chance(self) -> dict[tuple[str, str, str], tuple[float, int]]:
         """(chance level, test images) by (suite, data set, metric), where the records know."""
         known = self.frame[self.frame["chance"].notna() & (self.frame["subset"] == "")]
@@ -156,15 +147,16 @@ class Results:
             elif seed in numbers:
                 values[seed] = numbers[seed]
             else:
-                failed[seed] = self._why(run, key, column.quantity)
+                failed[seed] = self._why(run, column.quantity)
         reasons = failed or ({} if values else pending)
         stale = {run.stale for seed, run in runs.items() if seed in values and run.stale}
         return Outcome(values, _per_seed(reasons, len(self.seeds)), "; ".join(sorted(stale)))
 
-    def _why(self, run: Any, key: tuple[str, str, str], quantity: Quantity) -> str:
+    def _why(self, run: Any, quantity: Quantity) -> str:
         if run.status != "ok":
             return f"{WORDS.get(run.status, run.status)}{': ' if run.reason else ''}{run.reason}"
-        if not quantity.source and self.selection not in self.selections[key]:
+        f = self.frame[self.frame["run"] == run.run]
+        if not quantity.source and not (f["selection"] == self.selection).any():
             return f"no {self.selection!r} selection in this run (protocol trains on its images?)"
         return f"no finite {quantity.name} in the record"
 

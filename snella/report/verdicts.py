@@ -8,6 +8,7 @@ where all of them have run.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 from snella.report.published import (
     COST_UNITS,
     COSTS,
-    DREAMBOOTH,
-    FGVC,
     SCALES,
-    VTAB,
     Paper,
     Printed,
     backbone_of,
+    decimals,
+    members,
     our_dataset,
     our_method,
     our_metric,
@@ -30,6 +30,7 @@ from snella.report.published import (
     our_table,
     read_paper,
     read_table,
+    rounding,
     slug,
     sources,
     tables,
@@ -145,7 +146,7 @@ def _entry(
         **{k: line[k] for k in ("source", "table", "row", "label", "suite", "backbone")},
         **{k: line[k] for k in ("pretraining", "dataset", "group", "aggregation", "metric")},
         "printed": float(line["value"]),
-        "decimals": len(line["value"].partition(".")[2]),
+        "decimals": decimals(line),
         "unit": line["unit"],
         "method": method or "",
         **dict.fromkeys(("ours", "std", "difference")),
@@ -170,7 +171,7 @@ def _score(
     for suite in sorted(ours.suites.get((line["backbone"], line["pretraining"]), ())):
         key = (line["backbone"], line["pretraining"], suite, method, our_metric(line["metric"]))
         found = ours.values.get(key, {})
-        values = [scale * v for v in _mean(found, _members(line, tasks, found))]
+        values = [scale * v for v in _mean(found, members(line, found, tasks))]
         if values:
             causes = mismatches(paper.facts(line), ours.protocol(suite, method))
             choices.append((len(causes), suite, values, causes))
@@ -179,51 +180,21 @@ def _score(
     _, suite, values, causes = min(choices)  # the protocol closest to the published one
     mean = math.fsum(values) / len(values)
     difference = mean - float(line["value"])
-    decimals = len(line["value"].partition(".")[2])
-    verdict, why = judge(difference, 0.5 * 10.0**-decimals, values, [*paper.doubts(line), *causes])
-    spread = math.fsum((v - mean) ** 2 for v in values)
-    std = math.sqrt(spread / (len(values) - 1)) if len(values) > 1 else None
+    verdict, why = judge(difference, rounding(line), values, [*paper.doubts(line), *causes])
+    std = statistics.stdev(values) if len(values) > 1 else None
     return {"ours": mean, "std": std, "seeds": len(values), "difference": difference,
             "our_suite": suite, "verdict": verdict, "why": why}  # fmt: skip
 
 
-def _members(line: Printed, tasks: Sequence[str], found: Iterable[str]) -> list[list[str]]:
-    """The data sets behind a number, as groups whose means are averaged.
-
-    DreamBooth's one printed number is the mean over all subjects, which are data sets of ours.
-    """
-    if line["dataset"] == "dreambooth30":
-        subjects = [name for name in found if name.startswith("dreambooth_")]
-        return [subjects if len(subjects) == sum(DREAMBOOTH.values()) else []]
-    if line["dataset"]:
-        return [[_ours(line, line["dataset"])]]
-    if line["group"] in VTAB:
-        return [sorted(VTAB[line["group"]])]
-    named = [_ours(line, task) for task in tasks]
-    if line["suite"] == "vtab1k" and not named:
-        named = sorted(task for group in VTAB.values() for task in group)
-    if line["suite"] == "fgvc" and not named:
-        named = sorted(FGVC)
-    if line["aggregation"] == "mean_of_groups":
-        return [[t for t in named if t in group] for group in VTAB.values()]
-    return [named]
-
-
-def _ours(line: Printed, dataset: str) -> str:
-    return slug(our_dataset({**line, "dataset": dataset}))
-
-
-def _mean(
-    found: Mapping[str, Mapping[int, float]], members: Sequence[Sequence[str]]
-) -> list[float]:
+def _mean(found: Mapping[str, Mapping[int, float]], groups: Sequence[Sequence[str]]) -> list[float]:
     """The mean over the groups' means per seed that all data sets have; empty without one."""
-    names = [name for group in members for name in group]
+    names = [name for group in groups for name in group]
     if not names or not all(name in found for name in names):
         return []
     seeds = sorted(set.intersection(*(set(found[name]) for name in names)))
     return [
-        math.fsum(math.fsum(found[n][s] for n in group) / len(group) for group in members)
-        / len(members)
+        math.fsum(math.fsum(found[n][s] for n in group) / len(group) for group in groups)
+        / len(groups)
         for s in seeds
     ]
 
@@ -244,8 +215,7 @@ def _cost(line: Printed, method: str, ours: Ours) -> dict[str, Any]:
         return {"verdict": "open", "why": "not yet run"}
     mean = min(found, key=lambda number: abs(number - printed))
     result = {"ours": mean, "seeds": 1, "difference": mean - printed}
-    decimals = len(line["value"].partition(".")[2])
-    reach = max(0.5 * 10.0**-decimals, COUNTED * abs(printed))
+    reach = max(rounding(line), COUNTED * abs(printed))
     if abs(mean - printed) <= reach * (1 + 1e-9):
         return result | {"verdict": "reproduced", "why": "the same count"}
     if line["metric"] in OF_HARDWARE:

@@ -9,23 +9,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from snella.errors import UserError
 from snella.report.columns import Column, Unit
 from snella.report.published import (
     COST_UNITS,
     SCALES,
     Paper,
-    Place,
     Printed,
     RowFacts,
+    Where,
     backbone_of,
-    find,
     match_rows,
-    place,
+    other_mean,
     read_paper,
     read_table,
+    rounding,
+    slug,
+    where_ours,
+    where_printed,
 )
 from snella.report.results import some
-from snella.report.spec import PublishedTable
+from snella.report.spec import PublishedTable, SuiteInfo
 from snella.report.table import Cell, Table
 from snella.report.text import Grid, Line, Section, comments, headings
 
@@ -33,9 +37,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Verdict = Literal["reproduced", "explained", "refuted", "open"]
-OTHER = {"mean_of_tasks": "mean_of_groups", "mean_of_groups": "mean_of_tasks"}
+Places = dict[Where, dict[int, list[Printed]]]
+"""Printed numbers by what they are of and by row."""
 UNSET = frozenset({"ema_decay"})  # without a value where it is off
-WORDS = {"mean_of_tasks": "over tasks", "mean_of_groups": "over groups"}
+MEANS = {
+    "mean_of_tasks": "over groups, ours over tasks",
+    "mean_of_groups": "over tasks, ours over groups",
+}
 LEVEL = 0.95
 
 
@@ -66,12 +74,8 @@ class Pair:
     @property
     def verdict(self) -> tuple[Verdict, str]:
         """What the difference says about the printed number, and why."""
-        return judge(self.difference, self._decimal(), list(self.ours.values.values()), self.causes)
-
-    def _decimal(self) -> float:
-        """Half of the last printed decimal."""
-        text = self.printed["value"] if self.printed else "0.0"
-        return 0.5 * 10.0 ** -len(text.partition(".")[2])
+        reach = rounding(self.printed) if self.printed else 0.0
+        return judge(self.difference, reach, list(self.ours.values.values()), self.causes)
 
 
 def judge(
@@ -172,15 +176,16 @@ def compare_published(table: Table) -> Versus | None:
     pairs: dict[tuple[str, str], Pair] = {}
     columns = []
     apart: dict[str, list[str]] = defaultdict(list)
+    near = {suite.name: _places(lines, suite) for suite in table.suites}
     for column in table.columns:
-        where, near = place(column), _of_backbone(lines, column)
-        if where is None or not _occurs(near, where):
+        where, printed = where_ours(column), near[column.suite.name]
+        if where is None or not (where in printed or other_mean(where) in printed):
             continue
         columns.append(column)
         for method in table.shown:
             label = table.labels[method]
             pair = Pair(method, label, column, table.cells[method, column.key])
-            pair = _pair(near, rows.get(method), where, table.units[column.key], pair)
+            pair = _pair(printed, rows.get(method), where, table.units[column.key], pair)
             if pair.printed is not None and column.ranked:
                 facts = paper.facts(pair.printed)
                 differing = mismatches(facts, ours[method])
@@ -248,33 +253,41 @@ def mismatches(facts: RowFacts, ours: Mapping[str, set[str]]) -> list[str]:
     return result
 
 
-def _of_backbone(lines: Sequence[Printed], column: Column) -> list[Printed]:
-    """The lines of the backbone of the column's suite; all where its name is not a known one."""
-    known = backbone_of(column.suite.backbone)
-    if known is None:
-        return list(lines)
-    unnamed = [line for line in lines if line["backbone"].startswith("unspecified")]
-    return [x for x in lines if (x["backbone"], x["pretraining"]) == known] or unnamed
+def _places(lines: Sequence[Printed], suite: SuiteInfo) -> Places:
+    """The lines of a suite's backbone by what they are of; all where its name is not known."""
+    known = backbone_of(suite.backbone)
+    if known is not None:
+        unnamed = [line for line in lines if line["backbone"].startswith("unspecified")]
+        lines = [x for x in lines if (x["backbone"], x["pretraining"]) == known] or unnamed
+    ours = [slug(dataset) for datasets in suite.groups.values() for dataset in datasets]
+    found: Places = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        found[where_printed(line, ours)][int(line["row"])].append(line)
+    return found
 
 
-def _occurs(lines: Sequence[Printed], where: Place) -> bool:
-    """Whether a table prints this data set, group or cost, averaged in either way."""
-    ways = (where, replace(where, aggregation=OTHER.get(where.aggregation, where.aggregation)))
-    return any(way.holds(line) for line in lines for way in ways)
-
-
-def _pair(lines: Sequence[Printed], row: int | None, where: Place, unit: Unit, pair: Pair) -> Pair:
-    printed = None if row is None else find(lines, row, where)
-    if row is None or printed is None:
-        other = replace(where, aggregation=OTHER.get(where.aggregation, ""))
-        if row is not None and where.aggregation and find(lines, row, other) is not None:
-            kinds = f"{WORDS[other.aggregation]}, ours {WORDS[where.aggregation]}"
-            return replace(pair, note=f"the published mean is {kinds}")
+def _pair(places: Places, row: int | None, where: Where, unit: Unit, pair: Pair) -> Pair:
+    printed = None if row is None else _one(places, row, where)
+    if printed is None:
+        other = None if row is None else _one(places, row, other_mean(where))
+        if other is not None and pair.column.kind in MEANS:
+            return replace(pair, note=f"the published mean is {MEANS[pair.column.kind]}")
         return replace(pair, note="not in the published table")
     value = in_unit(printed, unit, cost=pair.column.kind == "value")
     if value is None:
         return replace(pair, note=f"printed in another unit ({printed['unit']})")
     return replace(pair, printed=printed, value=value)
+
+
+def _one(places: Places, row: int, where: Where) -> Printed | None:
+    """The number printed in a row; raises UserError if several are."""
+    hits = places[where][row] if where in places else []
+    if len({(h["backbone"], h["pretraining"]) for h in hits}) > 1:
+        raise UserError(
+            f"Table {hits[0]['table']} of {hits[0]['source']} prints {hits[0]['label']} more than "
+            "once; name `backbone` and `pretraining` under `published`."
+        )
+    return hits[0] if hits else None
 
 
 def in_unit(printed: Printed, unit: Unit, *, cost: bool) -> float | None:
