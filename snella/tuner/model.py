@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from typing import Any
@@ -183,6 +184,14 @@ class SnellaModel(BaseTuner):
             own = {k: v for k, v in state.items() if others and k.startswith(f"{first}.")}
             for other in others:
                 state |= {other + key.removeprefix(first): value for key, value in own.items()}
+        known = model.state_dict()
+        strange = [key for key in state if f".{cls.prefix}" in key and key not in known]
+        if strange:
+            warnings.warn(
+                f"The SNELLA file has {len(strange)} tensors of layers that this model does not "
+                f"adapt, {strange[0]!r} for one: is it of another backbone? They are left out.",
+                stacklevel=4,
+            )
         gates = {
             f"{name}.snella_gate.{adapter_name}": layer.snella_gate[adapter_name]
             for name, layer in model.named_modules()
