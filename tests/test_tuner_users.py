@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from test_tuner import IMAGES, adapted, backbone, layers, logits
 from test_tuner_models import LLAMA
 from torch import Tensor, nn
@@ -184,3 +184,29 @@ def test_offloaded_embeddings_are_refused() -> None:
     cpu_offload(model, torch.device("cpu"))
     with pytest.raises(UserError, match="offloaded its weight, which with SNELLA"):
         model(IDS)
+
+
+def test_layers_of_other_adapters_and_without_a_shape_are_refused() -> None:
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["fc1"]), backbone())
+    with pytest.raises(UserError, match="it carries an adapter of another method"):
+        inject_adapter_in_model(config(target_modules=["fc1"]), model, "second")
+    lazy = nn.ModuleDict({"q": nn.LazyLinear(8)})
+    with pytest.raises(UserError, match="its shape is not known before"):
+        get_peft_model(lazy, config(target_modules=["q"]))
+
+
+def test_files_of_another_backbone_are_noticed(tmp_path: Path) -> None:
+    adapted(modules_to_save=None).save_pretrained(str(tmp_path))
+    model = backbone()
+    del model.blocks[1]
+    with pytest.warns(UserWarning, match="layers that this model does not adapt"):
+        PeftModel.from_pretrained(model, str(tmp_path))
+
+
+def test_frozen_layers_are_noticed() -> None:
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "blocks.0" in name:
+            parameter.requires_grad_(False)
+    with pytest.warns(UserWarning, match="4 of 8 SNELLA layers are frozen"):
+        model.on_epoch_start(0, 2)

@@ -83,6 +83,7 @@ class Allocator:
             self.before = [factor.detach().clone() for factor in _factors(layers, name)]
         self._report()
         if self.config.allocation:
+            _warn_of_frozen(layers, name)
             self._update(layers, name, steps_seen=seen)
 
     def _continued(self, layers: list[SnellaLayer], name: str) -> float | None:
@@ -224,6 +225,18 @@ class Allocator:
 def _factors(layers: list[SnellaLayer], name: str) -> list[Tensor]:
     """A and B of every layer, in a fixed order."""
     return [p for layer in layers for p in (layer.snella_A[name], layer.snella_B[name])]
+
+
+def _warn_of_frozen(layers: list[SnellaLayer], name: str) -> None:
+    """Whoever freezes part of an adapter hardly wants its entries given to the others."""
+    frozen = [layer.key for layer in layers if not layer.snella_A[name].requires_grad]
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} of {len(layers)} SNELLA layers are frozen ({frozen[0]}, ...): without "
+            "gradients their importance is 0, and their budget goes to the others. Leave them out "
+            "with exclude_modules, or set allocation=False.",
+            stacklevel=4,
+        )
 
 
 def _weight_magnitude(layer: SnellaLayer, name: str) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 # Without underscores, as functions, methods and operators are called.
 _ARITHMETIC = {"mul", "rmul", "add", "radd", "sub", "rsub", "div", "truediv", "lerp", "addcdiv"}
 
+# Functions whose result is a budget again.
 _COPIES = {"detach", "clone", "to", "cpu", "cuda", "contiguous"}
 
 

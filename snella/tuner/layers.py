@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from snella.errors import UserError
 from snella.tuner.config import SnellaConfig
@@ -51,6 +53,8 @@ def _refusal(
     target: nn.Module, chosen: type[SnellaLinear] | None, backend: QuantizationBackend | None
 ) -> str | None:
     """Why this module cannot be adapted; None if it can."""
+    if isinstance(target, BaseTunerLayer):
+        return "it carries an adapter of another method"
     if chosen is None:
         return (
             "it is none of nn.Linear, nn.Conv1d to 3d, nn.Embedding, transformers' Conv1D and "
@@ -66,6 +70,8 @@ def _refusal(
             "or another parametrization); remove that first"
         )
     weight = getattr(target, chosen.parameter)
+    if is_lazy(weight):
+        return "its shape is not known before the model's first forward; run that first"
     if backend is None and not weight.is_floating_point():
         return f"its weight is {weight.dtype}, by a quantisation that PEFT does not know"
     return None

@@ -226,7 +226,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
             self._write(merged)
             self.merged_adapters.append(name)
 
-    def part(self) -> None:
+    def untie(self) -> None:
         """Merge into a copy of the frozen weight, until unmerged: other modules hold it too."""
         weight: nn.Parameter = getattr(self.base_layer, self.parameter)
         if not self._shared and not self._hidden():

@@ -131,7 +131,7 @@ class SnellaModel(BaseTuner):
             if isinstance(layer, SnellaLinear):
                 weight = layer.get_base_layer()._parameters.get(layer.parameter)
                 if weight is not None and holders[id(weight)] > 1:
-                    layer.part()
+                    layer.untie()
 
     def on_epoch_start(self, epoch: int, epochs: int, steps_per_epoch: int | None = None) -> None:
         """Lower the budget for this epoch (0 … ``epochs`` − 1) and share it out among layers."""
@@ -175,14 +175,8 @@ class SnellaModel(BaseTuner):
         state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        names: dict[int, list[str]] = {}
-        for name, layer in model.named_modules(remove_duplicate=False):
-            if isinstance(layer, SnellaLayer):
-                names.setdefault(id(layer), []).append(name)
-        for first, *others in names.values():
-            own = {k: v for k, v in state.items() if others and k.startswith(f"{first}.")}
-            for other in others:
-                state |= {other + key.removeprefix(first): value for key, value in own.items()}
+        _repeat_under_other_names(model, state)
+        saving.check_origin(model, state, f".{cls.prefix}")
         gates = {
             f"{name}.snella_gate.{adapter_name}": layer.snella_gate[adapter_name]
             for name, layer in model.named_modules()
@@ -211,6 +205,18 @@ class SnellaModel(BaseTuner):
             "pair of factors. Activate several adapters (model.base_model.set_adapter([...])) and "
             "weigh them with layer.set_scale(name, weight), or use convert_to_lora first."
         )
+
+
+def _repeat_under_other_names(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Add the keys of adapted modules that have several names; files hold the first of them."""
+    names: dict[int, list[str]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, SnellaLayer):
+            names.setdefault(id(layer), []).append(name)
+    for first, *others in names.values():
+        for other in others:
+            own = {key: value for key, value in state.items() if key.startswith(f"{first}.")}
+            state |= {other + key.removeprefix(first): value for key, value in own.items()}
 
 
 def _will_be_written_to(targets: Any) -> bool:

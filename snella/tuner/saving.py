@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from snella.errors import UserError
 from snella.tuner.config import SnellaConfig
@@ -27,6 +27,18 @@ def check_scale(model: nn.Module, adapter_name: str) -> None:
             f"{', '.join(map(str, sorted(scales)))}, which is not saved: call set_scale again "
             "after loading, or merge it.",
             stacklevel=4,
+        )
+
+
+def check_origin(model: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    """Warn if a file, its keys already those of ``model``, has tensors of other layers."""
+    known = model.state_dict()
+    strange = [key for key in state if prefix in key and key not in known]
+    if strange:
+        warnings.warn(
+            f"The SNELLA file has {len(strange)} tensors of layers that this model does not adapt, "
+            f"{strange[0]!r} for one: is it of another backbone? They are left out.",
+            stacklevel=5,
         )
 
 
