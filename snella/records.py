@@ -61,20 +61,21 @@ def read_record(folder: Path) -> Record | None:
     """
     for name in (RECORD, FINISHED, FAILURE):
         if os.path.exists(f"{folder}/{name}"):
-            return read_file(folder / name)
+            return read_file(f"{folder}/{name}")
     return None
 
 
 def read_failure(folder: Path) -> Record | None:
     """How the last try of a run broke, if it did after its last finished result."""
-    path = folder / FAILURE
-    return read_file(path) if path.exists() else None
+    path = f"{folder}/{FAILURE}"
+    return read_file(path) if os.path.exists(path) else None
 
 
-def read_file(path: Path) -> Record:
+def read_file(path: Path | str) -> Record:
     """One record, in the present schema; errors as in :func:`read_record`."""
     try:
-        text = path.read_bytes()
+        with open(path, "rb") as file:
+            text = file.read()
         record = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(

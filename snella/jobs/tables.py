@@ -93,7 +93,7 @@ def build(config: Config, name: str, stale: bool = False) -> Table:
     """The table ``name`` with all its numbers, from all records that it shows."""
     config = plan.for_table(config, name)
     spec, methods = _rows(config, name)
-    records = [_read(run, stale) for run in table_runs(config, name)]
+    records = (_read(run, stale) for run in table_runs(config, name))  # not all at once
     frame = tidy(records, subsets=spec.subsets)
     others = _others(config, spec)
     return build_table(name, spec, suite_info(config), methods, frame, others=others)

@@ -83,7 +83,8 @@ def _stage(method: str, entry: str, task: str, tasks: str, own: tuple[str, ...])
         roots[task] = (Path(tasks) / task).resolve()
     starts = [_Module("method", Path(method))] if method else []
     starts += [_Module(f"snella/{name}", PACKAGE / name) for name in own]
-    starts += list(_find(entry.partition(":")[0], roots))
+    name = entry.partition(":")[0]
+    starts += _find(name, roots[name.partition(".")[0]])
     return _closure(starts, roots)
 
 
@@ -199,28 +200,31 @@ def _closure(starts: Iterable[_Module], roots: dict[str, Path]) -> Sources:
         for name in imports:
             top = name.partition(".")[0]
             if top in roots:
-                waiting += _find(name, roots)
+                waiting += _find(name, roots[top])
             elif top not in sys.stdlib_module_names and top not in NO_RESULT:
                 libraries.add(top)
     return Sources(code, {name: v for name in sorted(libraries) if (v := _version(name))})
 
 
-def _find(name: str, roots: dict[str, Path]) -> Iterator[_Module]:
+@cache
+def _find(name: str, folder: Path) -> tuple[_Module, ...]:
     """The module ``name`` and the packages it lies in; a trailing attribute is no module.
 
     Top packages state public names, and those of tasks describe them: both compute nothing.
+    ``folder`` is that of the top package.
     """
     top, *parts = name.split(".")
-    folder = roots[top]
+    found = []
     for depth, part in enumerate(parts, 1):
         path = ".".join((top, *parts[:depth]))
         if (folder / part / "__init__.py").is_file():
             folder = folder / part
             if not path.startswith("snella.tasks"):  # which only describe, and import `prepare`
-                yield _Module(path, folder / "__init__.py")
+                found.append(_Module(path, folder / "__init__.py"))
         elif (folder / f"{part}.py").is_file():
-            yield _Module(path, folder / f"{part}.py")
-            return
+            found.append(_Module(path, folder / f"{part}.py"))
+            break
+    return tuple(found)
 
 
 @cache

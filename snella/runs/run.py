@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ from snella.runs.protocol import Protocol
 from snella.tasks import TaskInfo, TaskSettings, find_task
 from snella.tasks.base import Backbone
 from snella.validation import Strict, validate
+
+_path = cache(Path)  # plans ask for tens of thousands, again and again
 
 
 class Dataset(Strict):
@@ -66,7 +69,7 @@ class Run(Strict):
     @property
     def folder(self) -> Path:
         """Where the run's files lie."""
-        return Path(self.results) / "runs" / self.key
+        return _path(f"{self.results}/runs/{self.key}")
 
     @property
     def record(self) -> Path:

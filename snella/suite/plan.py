@@ -77,20 +77,13 @@ def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
         raise UserError(f"Seed {seed} is not in 0 to {LARGEST_SEED}.")
     row = look_up("method", method, config.methods)
     data = look_up("data set", dataset, config.datasets)
-    entry = config.backbones[suite.backbone]
-    file = method_path(config, row.file)
+    file = config.once(("method file", row.file), lambda: method_path(config, row.file))
     typed, notes = settings_of(config, suite, method, dataset, file)
     protocol, settings, hyperparameters = typed
     trial = config.trial
     return Run(
         suite=config.suite if trial is None else f"{config.suite}{search.NAME}{trial.number}",
-        backbone=Backbone(
-            name=suite.backbone,
-            arch=entry.arch,
-            kwargs=entry.kwargs,
-            file=entry.file and locate(entry.file),
-            load=entry.load,
-        ),
+        backbone=config.once(("backbone", suite.backbone), lambda: _backbone(config, suite)),
         dataset=Dataset(
             name=dataset,
             task=data.task,
@@ -106,6 +99,17 @@ def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
         results=config.results,
         tasks=config.tasks,
         notes=notes,
+    )
+
+
+def _backbone(config: Config, suite: SuiteEntry) -> Backbone:
+    entry = config.backbones[suite.backbone]
+    return Backbone(
+        name=suite.backbone,
+        arch=entry.arch,
+        kwargs=entry.kwargs,
+        file=entry.file and locate(entry.file),
+        load=entry.load,
     )
 
 

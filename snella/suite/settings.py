@@ -28,6 +28,7 @@ EIGHT_BIT = {"adam8bit": "adam", "adamw8bit": "adamw"}
 COLLECTIONS = dict.fromkeys(("vtab1k", "fgvc", "full_image"))
 """Publications of data sets for which a preset may say something else."""
 
+NOTHING, UNSEARCHED = MethodOverride(), Searched()
 Typed = tuple[Protocol, dict[str, Any], dict[str, Any]]
 """The protocol, the task's settings and the hyper-parameters of a run."""
 
@@ -74,7 +75,7 @@ def _configured(
 ) -> tuple[list[Layer], list[Layer]]:
     """The layers of the protocol and of the hyper-parameters that any row has."""
     row = config.methods[method]
-    special = suite.method_overrides.get(method, MethodOverride())
+    special = suite.method_overrides.get(method, NOTHING)
     at_row, at_suite = ("methods", method), ("suites", config.suite)
     at_special = (*at_suite, "method_overrides", method)
     at_preset = ("protocols", suite.protocol)
@@ -158,24 +159,23 @@ def _found(
 ) -> tuple[tuple[str, ...], MethodOverride, tuple[str, ...]]:
     """Where settings of the authors or of a search stand, these, and what a reader should know."""
     kind, _, name = str(protocol.get("hyperparameters", "fixed")).partition("/")
-    nothing = MethodOverride()
     if kind == "released":
         released = config.released.get(method, {}).get(dataset)
         notes = (f"no released settings for {method} on {dataset}: the fixed ones were used",)
-        return ("released", method, dataset), released or nothing, () if released else notes
+        return ("released", method, dataset), released or NOTHING, () if released else notes
     if kind != "search":
-        return (), nothing, ()
+        return (), NOTHING, ()
     if name:
         look_up("search", name, config.searched)
     name = name or config.suite
-    edge = config.searched.get(name, Searched()).edge.get(method, {})
+    edge = config.searched.get(name, UNSEARCHED).edge.get(method, {})
     key, found = _searched(config, name, method, dataset)
     note = ""
     if found is None:
         note = f"no settings in search/{name}: the fixed ones were used"
     elif edge.get(key):
         note = "the best value of a searched setting is the lowest or highest that was tried"
-    found = found or nothing
+    found = found or NOTHING
     used = f"search/{name}" if name in config.searched else "fixed"
     source = {**found.protocol, "hyperparameters": used}
     at = ("searched", name, "rows", method, key)
@@ -186,15 +186,15 @@ def searched_settings(config: Config, method: str, dataset: str, source: str) ->
     """What an earlier search, ``search/NAME``, found; nothing for any other source of settings."""
     kind, _, name = source.partition("/")
     if kind != "search":
-        return MethodOverride()
-    return _searched(config, name, method, dataset)[1] or MethodOverride()
+        return NOTHING
+    return _searched(config, name, method, dataset)[1] or NOTHING
 
 
 def _searched(
     config: Config, name: str, method: str, dataset: str
 ) -> tuple[str, MethodOverride | None]:
     """Settings that a search found for a data set, or for all, and the name they stand under."""
-    rows = config.searched.get(name, Searched()).rows.get(method, {})
+    rows = config.searched.get(name, UNSEARCHED).rows.get(method, {})
     key = dataset if dataset in rows else search.EVERY
     return key, rows.get(key)
 

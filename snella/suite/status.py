@@ -94,7 +94,7 @@ def _digest_in(manifest: str, changed: int) -> str:
 def is_running(folder: Path) -> bool:
     """Whether a process holds the run's lock."""
     try:
-        with open(folder / ".lock") as lock:
+        with open(f"{folder}/.lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # NFS: an exclusive one needs writing
     except BlockingIOError:
         return True
