@@ -118,7 +118,7 @@ def test_what_can_be_wrong_with_a_folder(tmp_path: Path) -> None:
     (root / "dog6" / "00.jpg").write_bytes(b"\xff\xd8\xffnot really")
     with pytest.raises(UserError, match=r"00.jpg is not a readable image"):
         prepare("dog6", spec(root), tmp_path / "out")
-    with pytest.raises(UserError, match="Unknown option of data set 'dog6' 'subjects'"):
+    with pytest.raises(UserError, match="Unknown option of data set 'dog6': 'subjects'"):
         prepare("dog6", spec(root, subjects="x"), tmp_path / "out")
     (root / NAME).unlink()
     with pytest.raises(UserError, match=r"prompts_and_classes.txt is missing"):
