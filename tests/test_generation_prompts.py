@@ -125,5 +125,5 @@ def test_what_can_be_wrong_with_a_folder(tmp_path: Path) -> None:
         prepare("dog6", spec(root), tmp_path / "out")
     with pytest.raises(UserError, match=r"has no folder; set `datasets.x.path`"):
         prepare("x", DatasetSpec(kind="dreambooth"), tmp_path / "out")
-    with pytest.raises(UserError, match="Unknown kind of data set 'x' 'folder'"):
+    with pytest.raises(UserError, match="Unknown kind of data set 'x': 'folder'"):
         prepare("x", DatasetSpec(kind="folder"), tmp_path / "out")

@@ -106,8 +106,10 @@ def _unpacked(path: Path) -> Mapping[str, Any]:
     for file in weights_files(path):
         try:
             content = _load(file)
-        except UserError:
-            raise
+        except UserError as error:
+            if str(file) in str(error):
+                raise
+            raise UserError(f"Backbone file {file}: {error}") from error
         except Exception as error:
             raise UserError(
                 f"Backbone file {file} is damaged or not a weights file ({_short(error)}); "

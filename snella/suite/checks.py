@@ -19,7 +19,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-from snella.errors import UserError, unknown
+from snella.errors import UserError, one_line, unknown
 from snella.models.backbone_files import input_size
 from snella.suite import packages
 from snella.suite.config import Config, SuiteEntry
@@ -210,8 +210,9 @@ def declared(file: str, changed: int) -> type[BaseModel] | None:
     try:
         tree = ast.parse(Path(file).read_bytes())
     except SyntaxError as error:
-        place = f", line {error.lineno}" if error.lineno else ""
-        raise UserError(f"Method file {file}{place}: {error.msg}; correct the file.") from error
+        raise UserError(
+            f"Method file {file} does not import: {one_line(error)}; correct the file."
+        ) from error
     except (OSError, ValueError, RecursionError):
         return None  # the job says what is wrong
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
