@@ -17,6 +17,8 @@ from pathlib import Path
 
 LINE = 300
 """Characters of an exception that a line of ours repeats; PyTorch's can fill pages."""
+CHOICES = 25
+"""Names that a message lists of those that there are; of more, the closest."""
 LOG = Path("logs/snella.log")
 LOG_BYTES = 2**20
 MISTAKE, BROKEN = 2, 1
@@ -104,12 +106,16 @@ def plain(text: str) -> str:
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
-    """Build the error for a name that does not exist, with the closest match and all choices."""
+    """Build the error for a name that does not exist, with the closest match and the choices."""
     choices = sorted(known)
     close = closest(str(name), choices)
     hint = f" Did you mean {close!r}?" if close else ""
-    shown = ascii_name(name)
-    return UserError(f"Unknown {kind} {shown}.{hint} Known: {', '.join(choices) or 'none'}.")
+    of = "Known"
+    if len(choices) > CHOICES:
+        of = f"Closest of {len(choices)}"
+        choices = difflib.get_close_matches(str(name)[:200], choices, n=CHOICES, cutoff=0)
+    shown = ", ".join(choices) or "none"
+    return UserError(f"Unknown {kind} {ascii_name(name)}.{hint} {of}: {shown}.")
 
 
 def closest(name: str, choices: Iterable[str]) -> str | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from snella.errors import UserError
+from snella.errors import REMEDIES, UserError
 
 CHUNK = 1 << 24
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -35,7 +35,10 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+        remedy = REMEDIES.get(error.errno or 0, "choose another place")
+        raise UserError(
+            f"Cannot write {str(path)[:300]}: {error.strerror or error}; {remedy}."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -86,7 +89,8 @@ def atomic_folder(folder: Path, *, bytes_needed: int = 0, purpose: str = "") -> 
                 f"{bytes_needed:,} bytes. Free some or choose another folder; nothing was written."
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"Cannot write {folder}: {error.strerror}.") from error
+            remedy = REMEDIES[error.errno]
+            raise UserError(f"Cannot write {folder}: {error.strerror}; {remedy}.") from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -117,6 +121,11 @@ def try_lock(file: IO[Any]) -> bool | None:
             return None
         raise
     return True
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as users write it, ``~`` expanded; of an unknown user it stays as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def write_json(path: Path, content: Any) -> None:

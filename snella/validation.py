@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from snella.errors import UserError, unknown
 
@@ -16,12 +17,35 @@ Path_ = tuple[int | str, ...]
 LONGEST_NAME = 64
 SHOWN = 80
 """Characters of a wrong value that a message repeats."""
+PLAIN = {
+    "dict_type": "must be a mapping, `name: value`",
+    "model_type": "must be a mapping, `name: value`",
+    "list_type": "must be a list, `[one, two]`",
+    "string_type": "must be text; put it in quotes",
+    "bool_parsing": "must be true or false",
+}
+"""pydantic's words that assume Python, in YAML's."""
 
 
 class Strict(BaseModel):
-    """A model in which an unknown key is an error."""
+    """A model in which an unknown key is an error, and so is a truth value for a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts true as 1, and YAML reads yes and on as true."""
+        if isinstance(value, bool) and info.field_name in _numbers(cls):
+            raise ValueError("must be a number")
+        return value
+
+
+@cache
+def _numbers(cls: type[BaseModel]) -> frozenset[str]:
+    """The fields of ``cls`` that take a number and no truth value."""
+    kinds = {name: {f.annotation, *_flat(f.annotation)} for name, f in cls.model_fields.items()}
+    return frozenset(n for n, k in kinds.items() if k & {int, float} and not k & {bool, Any})
 
 
 class Where(Protocol):
@@ -69,9 +93,12 @@ def check_name(name: str, dots: bool = True, hyphens: bool = True) -> str:
 
 def check_distinct(values: list[Any]) -> list[Any]:
     """Raise ``ValueError`` for a value that stands twice."""
-    twice = next((v for i, v in enumerate(values) if v in values[:i]), None)
-    if twice is not None:
-        raise ValueError(f"{twice!r} stands twice; name it once")
+    seen = set()
+    for value in values:
+        key = value if isinstance(value, bool | int | float | str) else repr(value)
+        if key in seen:
+            raise ValueError(f"{value!r} stands twice; name it once")
+        seen.add(key)
     return values
 
 
@@ -79,7 +106,7 @@ def hyperparameter_error(file: Path, error: ValidationError) -> UserError:
     """The line for a wrong hyper-parameter: file, field, reason."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"]) or "settings"
-    message = first["msg"].removeprefix("Value error, ")
+    message = message_of(first)
     return UserError(
         f"{file}: hyper-parameter {field}: {message} (got {shown(first['input'])}); correct it "
         "under `hyperparameters:` of the method's row."
@@ -99,7 +126,8 @@ def _problem(
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = problems[0]
     loc: Path_ = first["loc"]
-    origin = origins.where(loc) if origins is not None else ""
+    message = message_of(first)
+    origin = _origin(cls, loc, message, origins) if origins is not None else ""
     prefix = f"{origin}: " if origin else ""
     place = ".".join(str(part) for part in loc if part != "[key]")
     if first["type"] == "extra_forbidden":
@@ -107,11 +135,26 @@ def _problem(
         return UserError(prefix + str(unknown(f"key in {where}:", place, _siblings(owner, place))))
     if first["type"] == "missing":
         return UserError(f"{prefix or where + ': '}{place} is missing; add it.")
-    message = first["msg"].removeprefix("Value error, ")
     if loc and loc[-1] == "[key]" and first["type"] == "string_type":
         message = "a name must be text; put it in quotes"
-    got = "" if isinstance(first["input"], dict) else f" (got {shown(first['input'])})"
+    value = first["input"]
+    got = " (it is empty)" if value is None else f" (got {shown(value)})"
+    if isinstance(value, dict) and first["type"] not in PLAIN:
+        got = ""
     return UserError(f"{prefix or where + ': '}{place + ': ' if place else ''}{message}{got}.")
+
+
+def message_of(error: Any) -> str:
+    """What is wrong, in the words of a configuration."""
+    return PLAIN.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
+
+
+def _origin(cls: type[BaseModel], loc: Path_, message: str, origins: Where) -> str:
+    """Where the wrong value was set; of fields that contradict each other, where each was."""
+    if loc:
+        return origins.where(loc)
+    named = (word for word in re.findall(r"\w+", message) if word in cls.model_fields)
+    return " and ".join(dict.fromkeys(filter(None, (origins.where([word]) for word in named))))
 
 
 def _model_at(cls: type[BaseModel], loc: Path_) -> type[BaseModel]:

@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from snella.cli import main
-from snella.errors import UserError
+from snella.errors import UserError, unknown
 from snella.methods.base import load_method
 from snella.suite import config as configuration
 from snella.suite import plan
+from snella.validation import check_distinct
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = {
@@ -64,6 +65,13 @@ FILES = {
         ), ["anchors repeat"],
     ),
     "deep": ("suite: " + "[" * 20000, ["my.yaml"]),
+    "octal": ("suite: quick\nsuites: {quick: {seeds: [010]}}\n", ["line 2", "010", "base 8"]),
+    "minutes": ("suite: quick\nprotocols: {quick: {epochs: 1:30}}\n", ["line 2", "1:30", "60"]),
+    "empty": ("# nothing yet\n", ["my.yaml chooses no suite", "suite: quick"]),
+    "null": ("suite: quick\nmethods:\n", ["line 2", "mapping", "it is empty"]),
+    "table key": (
+        "suite: quick\ntables: {table1: {colums: []}}\n", ["my.yaml, line 2", "'columns'"],
+    ),
     "bad date": ("suite: 2020-99-99\n", ["Unknown suite '2020-99-99'"]),
     "top key": ("suit: quick\n", ["my.yaml, line 1", "'suit'", "Did you mean 'suite'"]),
     "number as name": ("suite: quick\nmethods: {1: {file: full}}\n", ["my.yaml, line 2", "quotes"]),
@@ -137,6 +145,30 @@ ENTRIES = {
         mine(methods=["lora-8"], method_overrides={"lora-8": {"hyperparameters": {"rank": 0}}}),
         ["hyper-parameter rank", "greater than 0"],
     ),
+    "lr true": (mine(overrides={"lr": True}), ["suites.mine.overrides.lr", "must be a number"]),
+    "rank true": (
+        mine(methods=["lora-8"], method_overrides={"lora-8": {"hyperparameters": {"rank": True}}}),
+        ["hyper-parameter rank", "must be a number"],
+    ),
+    "infinite alpha": (
+        mine(
+            methods=["lora-8"],
+            method_overrides={"lora-8": {"hyperparameters": {"alpha": float("inf")}}},
+        ),
+        ["hyper-parameter alpha", "finite"],
+    ),
+    "absurd": (mine(overrides={"steps": 10**22}), ["overrides.steps", "less than"]),
+    "contradiction": (
+        mine(overrides={"epochs": 2, "warmup_epochs": 3}), ["overrides.warmup_epochs", "below"],
+    ),
+    "optimizer": (mine(overrides={"optimizer": "adamm"}), ["'adamm'", "Did you mean 'adam'"]),
+    "searched settings": (mine(overrides={"hyperparameters": "search/x"}), ["search 'x'"]),
+    "endless search": (
+        mine(search={"grid": {k: list(range(1, 99)) for k in ("lr", "weight_decay", "epochs")}}),
+        ["941,192 trials", "at most 10,000"],
+    ),
+    "class count": ({"datasets": {"x": {"path": "/x", "num_classes": -3}}}, ["num_classes"]),
+    "no path": ({"datasets": {"x": {"path": " "}}}, ["datasets.x.path", "not empty"]),
     "image size": (mine(overrides={"image_size": 64}), ["32 pixels", "image_size is 64"]),
     "results": ({"results": ""}, ["results", "not empty"]),
 }  # fmt: skip
@@ -151,6 +183,78 @@ def test_a_faulty_entry_is_found_when_runs_are_planned(tmp_path, case):
     message = str(error.value)
     assert "my.yaml, line" in message, message
     assert [word for word in words if word not in message] == [], message
+
+
+PICS = {"suites": {"mine": {**SUITE, "groups": {"natural": ["pics"]}}}}
+OWN = {"suites": {"mine": {**SUITE, "backbone": "own"}}}
+WRONG: dict[str, tuple[dict, list[str]]] = {
+    "kind": ({"datasets": {"pics": {"kind": "foldr"}}}, ["'foldr'", "'folder'"]),
+    "task": ({"datasets": {"pics": {"task": "clasification"}}}, ["Unknown task"]),
+    "option": ({"datasets": {"pics": {"options": {"val_shar": 0.1}}}}, ["'val_share'"]),
+    "option value": ({"datasets": {"pics": {"options": {"val_share": 2}}}}, ["less than 1"]),
+    "official": ({"datasets": {"pics": {"options": {"official": "fgvc/cubs"}}}}, ["'fgvc/cub'"]),
+    "true": ({"datasets": {"pics": {"options": {"first_label": True}}}}, ["must be a number"]),
+    "architecture": (
+        {"backbones": {"own": {"arch": "vit_base_patch16_22", "file": "random"}}},
+        ["'vit_base_patch16_224'"],
+    ),
+    "hub": ({"backbones": {"own": {"arch": "hf-hub:timm/x", "file": "random"}}}, ["hf-hub:timm"]),
+    **{
+        f"img_size {size!r}": (
+            {"backbones": {"own": {"arch": "vit_tiny_patch16_224", "kwargs": {"img_size": size}}}},
+            ["no number of pixels"],
+        )
+        for size in ("32", "big", [], None, 32.0, {"a": 1}, True)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_a_job_would_stumble_over_is_known_when_runs_are_planned(tmp_path, case):
+    content, words = WRONG[case]
+    path = write(tmp_path, content | (PICS if "datasets" in content else OWN))
+    with pytest.raises(UserError) as error:
+        plan.plan(configuration.load(Path(path)))
+    assert [word for word in ["my.yaml, line", *words] if word not in str(error.value)] == []
+
+
+FILES_OF_NONE = {
+    "https://x.org/a.pth": "is an address",
+    "package:../etc/passwd": "no file of a package",
+    "package:no.such/x": "no file of a package",
+    "~nobody_there/w.pth": "is missing",
+}
+
+
+@pytest.mark.parametrize("file", FILES_OF_NONE)
+def test_weights_that_cannot_be_there(capsys, file):
+    pairs = [f"backbones.vit-quick.file={file}", "suite=smoke"]
+    assert main(["plan", "--config", *pairs]) == 0
+    assert FILES_OF_NONE[file] in capsys.readouterr().out
+
+
+def test_any_installed_architecture_and_optimizer_may_be_named():
+    """What planning reads from the text of timm and torch is what they have."""
+    import timm
+
+    from snella.runs.optimizers import EIGHT_BIT, optimizer_names
+    from snella.suite import packages
+
+    assert set(optimizer_names()) - set(EIGHT_BIT) <= packages.optimizers()
+    assert [name for name in timm.list_models() if not packages.is_architecture(name)] == []
+    assert "vit_base_patch16_224" in packages.architectures()
+    assert not packages.is_architecture("vit_base_patch16_22")
+
+
+def test_of_many_names_the_closest_are_listed():
+    message = str(unknown("row", "row77", [f"row{i}" for i in range(500)]))
+    assert "Did you mean 'row77'" in message and "Closest of 500: row77, " in message
+    assert len(message) < 500
+
+
+def test_a_list_of_many_seeds_is_checked_at_once():
+    with pytest.raises(ValueError, match="7 stands twice"):
+        check_distinct([*range(100_000), 7])
 
 
 def test_a_shipped_group_can_be_left_out(tmp_path):
@@ -177,6 +281,16 @@ CALLS = {
     "empty settings": (["execute", "--settings", "{}"], ["--settings", "missing"]),
     "overlay": (["plan", "--overlay", "[1]"], ["--overlay", "object"]),
     "no tex": (["pdf", "nofile.tex"], ["nofile.tex", "snella table"]),
+    "csv": (["pdf", "results/table1.csv"], ["no .tex file"]),
+    "page": (["report", "--out", "a.pdf"], ["--out a.pdf", ".html"]),
+    "other task": (
+        ["run", "--method", "full", "--dataset", "polyps", "--config", "suite=smoke"],
+        ["'polyps' is of segmentation", "'smoke' of classification"],
+    ),
+    "table's suite": (
+        ["plan", "table5", "--config", "task_suites.segmentation=nope"],
+        ["--config", "'nope'"],
+    ),
     "dotted section": (["plan", "--config", "protocol.quick.lr=1"], ["'protocol'", "'protocols'"]),
 }
 
@@ -254,6 +368,19 @@ def test_a_misspelt_hook_is_an_error_when_the_file_is_loaded(tmp_path, case):
     with pytest.raises(UserError, match=r"mine\.py, line 7") as error:
         load_method(file)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["def adapt(self, model)\n    pass\n", "x = 'gr\u00f6\u00dfe'\n", "x = 1\0\n"],
+    ids=["syntax", "latin-1", "nul"],
+)
+def test_a_method_file_that_is_no_python_is_known_when_runs_are_planned(tmp_path, source):
+    (tmp_path / "mine.py").write_bytes(source.encode("latin-1"))
+    rows = {"mine": {"file": f"{tmp_path}/mine.py"}}
+    path = write(tmp_path, {"methods": rows, **mine(methods=["mine"])})
+    with pytest.raises(UserError, match=r"Method file .*mine\.py.*correct the file"):
+        plan.plan(configuration.load(Path(path)))
 
 
 def test_helpers_of_a_method_may_have_any_other_name(tmp_path):

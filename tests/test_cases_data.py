@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import formats
 import numpy as np
 import pytest
 import timm
@@ -25,6 +26,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from snella.cli import main
+from snella.data.readers import read_images
+from snella.errors import UserError
+from snella.models.checkpoint import read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = {"train800": 8, "val200": 4, "test": 6}
@@ -189,6 +193,7 @@ def png16() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 DEEP = Image.fromarray(np.full((16, 16), 40000, np.uint16))
 REFUSED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "no test list": (without("test.txt"), ["test.txt is missing", "train800.txt"]),
@@ -214,7 +219,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "pipe": (pipe("val200.txt"), ["val200.txt is no regular file"]),
     "list a folder": (as_folder("val200.txt"), ["val200.txt is a folder"]),
     "image a folder": (as_folder(ONE), ["test.txt:1", "is missing"]),
-    "image a pipe": (pipe(ONE), ["test.txt:1", "is missing"]),
+    "image a pipe": (pipe(ONE), ["test.txt:1", "is missing", "no regular file"]),
     "classes.txt": (
         lambda f: (f / "classes.txt").write_text("a\nb\n") and None,
         ["label 2 is out of range, 0 to 1", "classes.txt names that many"],
@@ -224,6 +229,17 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "json": (put(b'{"error": "denied"}'), ["a text in JSON"]),
     "zeros": (put(bytes(1000)), ["no image in a format that is read (JPEG, PNG", "again"]),
     "cut short": (lambda f: put((f / ONE).read_bytes()[:-30])(f), ["test.txt:1", "again"]),
+    "a JPEG whose rest is zeros": (
+        lambda f: put((data := encoded(NOISE, "JPEG"))[:-900] + bytes(900))(f) or data,
+        ["test.txt:1", "its end marker is missing"],
+    ),
+    "link": (
+        lambda f: (f / ONE).unlink() or (f / ONE).symlink_to("nowhere"),
+        ["test.txt:1", "is missing", "a link that leads nowhere"],
+    ),
+    "no class names": (
+        lambda f: (f / "classes.txt").write_text("\n"), ["classes.txt is empty", "or remove"],
+    ),
     "eps": (put(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ["format that is read"]),
     "16-bit colour": (put(png16()), ["more than 8 bits (16)", "convert it"]),
     "16-bit grey": (put(encoded(DEEP, "PNG")), ["more than 8 bits (16)"]),
@@ -397,6 +413,9 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "empty": (written(b""), ["is empty; download it again"]),
     "web page": (written(b"<!DOCTYPE html>"), ["a web page instead of the weights"]),
     "git lfs": (written(b"version https://git-lfs.github.com/spec/v1\n"), ["git lfs pull"]),
+    "another format": (
+        written(b"\x89HDF\r\n\x1a\n" + bytes(900)), ["neither a torch nor a safetensors file"],
+    ),
     "cut short": (written(b"PK\x03\x04" + bytes(300)), ["is damaged or not a weights file"]),
     "header": (written(b"\xff" * 8 + b"{}", "w.safetensors"), ["is damaged"]),
     "list": (saved([1, 2]), ["holds a list instead of named tensors"]),
@@ -406,6 +425,21 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "evil": (saved({"state_dict": Evil()}), ["io.open"]),
     "evil, old": (written(pickle.dumps({"state_dict": Evil()}, 2)), ["is damaged or not a"]),
     "NaN": (tensors(lambda s: s[NORM].fill_(torch.nan)), [NORM, "holds NaN"]),
+    "infinity": (tensors(lambda s: s[NORM].fill_(torch.inf)), [NORM, "infinity"]),
+    "integers": (tensors(lambda s: s.update({QKV: s[QKV].int()})), [QKV, "int32"]),
+    "complex": (tensors(lambda s: s.update({QKV: s[QKV] * 1j})), [QKV, "complex64"]),
+    "truth values": (tensors(lambda s: s.update({QKV: s[QKV] > 0})), ["is quantised"]),
+    "eight bits": (
+        tensors(lambda s: s.update({QKV: s[QKV].to(torch.float8_e4m3fn)})), ["is quantised"],
+    ),
+    "sparse": (saved({NORM: torch.eye(3).to_sparse()}), [NORM, "a sparse tensor"]),
+    "meta": (saved({NORM: torch.ones(3, device="meta")}), [NORM, "no values"]),
+    "git lfs in a folder": (
+        lambda f: f.joinpath("m").mkdir() or written(
+            b"version https://git-lfs.github.com/spec/v1\n", "m/model.safetensors"
+        )(f).parent,
+        ["model.safetensors is damaged", "git lfs pull"],
+    ),
     "quantised": (
         tensors(lambda s: s.update({QKV: s[QKV].to(torch.int8)})), ["is quantised", "original"],
     ),
@@ -422,6 +456,45 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "no folder": (lambda f: f.joinpath("e").mkdir() or f / "e", ["is empty"]),
     "long": (lambda f: f / ("x" * 5000), ["correct `file:`"]),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_are_known_by_their_content_and_not_by_their_name(tmp_path, suffix):
+    state = model()
+    torch.save(state, tmp_path / f"torch{suffix}")
+    save_file(state, tmp_path / f"safe{suffix}")
+    for name in ("torch", "safe"):
+        found = read_tensors(tmp_path / f"{name}{suffix}", state.keys())
+        assert found.keys() == state.keys()
+        assert torch.equal(found[QKV], state[QKV])
+
+
+def test_a_tensor_beside_the_container_of_the_weights_is_not_taken_for_them(tmp_path):
+    torch.save({"model": model(), "rng": torch.get_rng_state()}, tmp_path / "w.pth")
+    assert read_tensors(tmp_path / "w.pth", model().keys()).keys() == model().keys()
+
+
+OPTIONS = {
+    "test": ("val", "is for the layout classes"),
+    "subset": ([2, 2], "is for the layout tfds"),
+    "val_share": (0.5, "this one has some"),
+    "first_label": (2, "taken off every label"),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_that_would_do_nothing_is_refused(capsys, folder, option):
+    value, words = OPTIONS[option]
+    status, said = prepare(capsys, folder, "mine", f"datasets.mine.options={{{option}: {value}}}")
+    assert status == 2 and words in said, said
+
+
+def test_a_release_names_no_image_outside_its_folder(tmp_path):
+    root = formats.cub(tmp_path / "x")
+    file = root / "images.txt"
+    file.write_text(file.read_text().replace("1 ", "1 ../../", 1))
+    with pytest.raises(UserError, match="leaves the folder"):
+        read_images(root, "cub")
 
 
 @pytest.mark.parametrize("case", WEIGHTS)

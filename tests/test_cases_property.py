@@ -24,8 +24,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from snella.cli import main
-from snella.errors import UserError
-from snella.models.backbone_files import sniff
 from snella.records import sign
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -408,18 +406,49 @@ def test_memory_is_bounded(tmp_path, name, content, status):
     assert "Traceback" not in done.stderr
 
 
-def test_weights_that_unpack_without_end(tmp_path):
-    """torch alone has more addresses than 1 GB, so the resident memory is what counts here."""
-    (tmp_path / "w.pth").write_bytes(zipped_zeros())
-    with pytest.raises(UserError, match="that unpack to 268,435,456"):
-        sniff(tmp_path / "w.pth")
+def claiming(values: int) -> bytes:
+    """A safetensors file of 16 bytes whose header claims a tensor of ``values`` numbers."""
+    tensor = {"dtype": "F32", "shape": [values], "data_offsets": [0, 16]}
+    header = json.dumps({"cls_token": tensor}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(16)
 
 
-def limited(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of at most 1 GB of addresses and 10 s of processor time."""
+def zeros_npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{"embedding/kernel": np.zeros(2**26, np.float32)})
+    return buffer.getvalue()
+
+
+ENDLESS = {
+    "zip": ("w.pth", zipped_zeros), "npz": ("w.npz", zeros_npz),
+    "shape": ("w.safetensors", lambda: claiming(2**40)),
+    "header": ("w.safetensors", lambda: (2**40).to_bytes(8, "little") + b"{}"),
+    "pickle": ("w.pth", lambda: b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little") + bytes(64)),
+    "onnx": ("w.onnx", lambda: b"\x3a\xff\xff\xff\xff\x7f" + bytes(64)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_weights_that_claim_more_than_there_is(tmp_path, make_run, case):
+    """Read in a process that may not take more than 1 GB besides the files it maps."""
+    name, content = ENDLESS[case]
+    (tmp_path / name).write_bytes(content())
+    run = make_run(epochs=1, warmup_epochs=0)
+    backbone = run.backbone.model_copy(update={"file": (tmp_path / name).as_posix()})
+    settings_ = run.model_copy(update={"backbone": backbone}).to_json()
+    done = limited("execute", "--settings", settings_, what=resource.RLIMIT_DATA)
+    assert done.returncode == 2 and name in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def limited(*arguments: str, what: int = resource.RLIMIT_AS) -> subprocess.CompletedProcess[str]:
+    """The command in a process of at most 1 GB and 10 s of processor time.
+
+    Addresses are counted or, as torch's libraries alone have more, what is no file that is mapped.
+    """
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+        resource.setrlimit(what, (2**30, 2**30))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
 
     return subprocess.run(

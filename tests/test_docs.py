@@ -214,6 +214,34 @@ def test_make_targets_exist(command):
     assert done.returncode == 0, done.stderr
 
 
+def make(folder: Path, *arguments: str) -> str:
+    """What make says, without making an environment first."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["make", "-o", ".venv/.ready", *arguments], cwd=folder, capture_output=True, text=True,
+        check=False, env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", ["table1", "table5", "table6", "pretrain"])
+def test_what_make_types_is_understood(clone, target):
+    printed = make(clone, "--dry-run", target).replace("\\\n", " ")
+    commands_ = re.findall(r"(?<![\w-])snakemake (-[^;|\n]*)", printed)
+    assert commands_
+    for command in commands_:
+        done = snakemake(clone, "--dry-run", *shlex.split(command))
+        assert done.returncode == 0, done.stderr
+
+
+def test_make_writes_the_page_and_cleans_up(clone):
+    write_runs(clone)
+    assert "results/report.html" in make(clone, "report")
+    make(clone, "clean")
+    assert not (clone / "results/report.html").exists() and (clone / "results/README.md").exists()
+
+
 def test_no_command_is_left_untested():
     known = (
         "snella ",

@@ -118,12 +118,12 @@ def test_what_can_be_wrong_with_a_folder(tmp_path: Path) -> None:
     (root / "dog6" / "00.jpg").write_bytes(b"\xff\xd8\xffnot really")
     with pytest.raises(UserError, match=r"00.jpg is not a readable image"):
         prepare("dog6", spec(root), tmp_path / "out")
-    with pytest.raises(UserError, match="Unknown option of data set 'dog6' 'subjects'"):
+    with pytest.raises(UserError, match="Unknown option of data set 'dog6': 'subjects'"):
         prepare("dog6", spec(root, subjects="x"), tmp_path / "out")
     (root / NAME).unlink()
     with pytest.raises(UserError, match=r"prompts_and_classes.txt is missing"):
         prepare("dog6", spec(root), tmp_path / "out")
     with pytest.raises(UserError, match=r"has no folder; set `datasets.x.path`"):
         prepare("x", DatasetSpec(kind="dreambooth"), tmp_path / "out")
-    with pytest.raises(UserError, match="Unknown kind of data set 'x' 'folder'"):
+    with pytest.raises(UserError, match="Unknown kind of data set 'x': 'folder'"):
         prepare("x", DatasetSpec(kind="folder"), tmp_path / "out")

@@ -278,7 +278,7 @@ def test_a_share_can_be_set_aside_and_a_split_be_made(tmp_path):
     splits, info = read_images(root, "cub", options={"val_share": 0.4})
     assert counts(splits) == {"train": 3, "val": 2, "test": 3}
     assert "2 training images were set aside" in info["warnings"][0]
-    from snella.data.readers.listing import Options
+    from snella.data.options import Options
     from snella.data.readers.original import read
 
     assert make_split(read(root, Options()), 0.4) == {"train": 3, "val": 2, "test": 3}

@@ -22,10 +22,11 @@ from rich.table import Table
 
 from snella import __version__
 from snella.cli.lists import console, print_json
+from snella.data.options import options_of
 from snella.data.prepared import Prepared
 from snella.data.readers import list_images
-from snella.data.readers.listing import options_of
 from snella.errors import UserError, explain, record_traceback
+from snella.files import user_path
 from snella.models.backbone_files import check_entry
 from snella.suite import plan
 from snella.suite.config import CHECKOUT, Config, locate
@@ -217,7 +218,7 @@ def _raw(config: Config, name: str) -> str:
     """What lies in a data set's own folder; lists are read, images are left to `data check`."""
     entry = config.datasets[name]
     if entry.task != "classification" or entry.kind != "folder":
-        if not Path(entry.path or "").expanduser().is_dir():
+        if not user_path(entry.path or "").is_dir():
             raise UserError(f"its folder does not exist; correct datasets.{name}.path")
         return "not prepared yet"
     options = options_of(name, dict(entry.options or {}))

@@ -34,6 +34,8 @@ def report(options: argparse.Namespace) -> None:
 
     config = load(options)
     out = options.out or Path(config.results) / "report.html"
+    if out.suffix not in (".html", ".htm"):
+        raise UserError(f"--out {out}: the page is HTML; give its file a name that ends in .html.")
     sys.stdout.write(f"{write_page(config, out, stale=options.stale)}\n")
 
 
@@ -59,6 +61,8 @@ def pdf(options: argparse.Namespace) -> None:
     """Compile a table to PDF and PNG."""
     from snella.report.pdf import compile_pdf
 
+    if options.tex.suffix != ".tex":
+        raise UserError(f"{options.tex} is no .tex file; name a table written by `snella table`.")
     if not options.tex.is_file():
         raise UserError(f"There is no file {options.tex}; write it with `snella table`.")
     if shutil.which("pdflatex") is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from snella.data.official import OFFICIAL
+from snella.data.options import Options, options_of
 from snella.data.readers import list_images
 from snella.data.readers.classes import SUFFIXES
 from snella.data.readers.findings import (
@@ -23,7 +24,7 @@ from snella.data.readers.findings import (
     fingerprint,
     warnings_of,
 )
-from snella.data.readers.listing import Listing, Options, few, options_of
+from snella.data.readers.listing import Listing, few
 from snella.data.readers.pixels import Seen, look_at_all
 from snella.errors import UserError
 

@@ -15,9 +15,9 @@ class PixelSettings(Strict):
     """
 
     pixels: Literal["as-is", "community-jpeg"] = "as-is"
-    image_size: int = Field(224, gt=0)
+    image_size: int = Field(224, gt=0, le=8192)
     resize: Literal["square", "shorter-side", "none"] = "square"
-    resize_size: int | None = Field(None, gt=0)
+    resize_size: int | None = Field(None, gt=0, le=8192)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     normalisation: Literal["imagenet", "inception", "clip", "none", "backbone"] = "imagenet"
     augmentation: Literal["none", "flip", "random-resized-crop", "timm"] = "none"

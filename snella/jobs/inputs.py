@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from snella.errors import UserError
+from snella.files import user_path
 from snella.models.backbone_files import check_entry
 from snella.runs.run import Run
 from snella.suite.config import Config
@@ -39,4 +39,4 @@ def _lost(config: Config, name: str) -> str:
         return ""
     if spec.path is None:
         return f"{name} (`datasets.{name}.path` is not set)"
-    return "" if Path(spec.path).expanduser().exists() else f"{name} ({spec.path})"
+    return "" if user_path(spec.path).exists() else f"{name} ({spec.path})"

@@ -11,6 +11,7 @@ from typing import Any
 from snella.errors import unknown
 from snella.files import digest_json, write_json
 from snella.runs.identity import prepare_key
+from snella.suite.checks import check_dataset
 from snella.suite.config import Config
 from snella.suite.plan import prepared_folder
 from snella.tasks import find_task
@@ -46,6 +47,7 @@ def warnings_of(folder: Path) -> list[str]:
 
 def origin_of(config: Config, name: str) -> dict[str, Any]:
     """What a prepared folder is made from: its entry, its files and the code."""
+    check_dataset(config, name)
     spec = config.datasets[name]
     info = find_task(spec.task, config.tasks)
     return {

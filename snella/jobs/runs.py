@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from snella.errors import UserError, ascii_name, closest
+from snella.files import user_path
 from snella.records import FAILURE, FINISHED, RECORD, read_record
 from snella.results import record_folders
 from snella.suite.status import is_running
@@ -21,7 +22,7 @@ def find_run(results: Path, name: str) -> Path:
     A name may leave parts out as long as it fits one run: ``digits/lora-8/seed0``. Raises
     :class:`~snella.errors.UserError` with the closest name if none fits, or with those that do.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.name in (*MARKS, "config.json"):
         folder = folder.parent
     if _holds_run(folder):

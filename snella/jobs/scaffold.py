@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from snella.errors import UserError
-from snella.files import atomic
+from snella.files import atomic, user_path
 from snella.methods import template
 from snella.suite.config import Config
 from snella.suite.plan import method_files
@@ -20,7 +20,7 @@ def write_baseline(config: Config, name: str) -> list[str]:
     exists already.
     """
     outside = name.endswith(".py")
-    path = Path(name).expanduser() if outside else Path(config.baselines) / f"{name}.py"
+    path = user_path(name) if outside else Path(config.baselines) / f"{name}.py"
     _check_name(path.stem if outside else name)
     taken = path if path.exists() else None if outside else method_files(config).get(name)
     if taken is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from snella import results
+from snella.errors import UserError
 from snella.files import atomic
 from snella.records import read_failure
 from snella.report import (
@@ -130,10 +131,18 @@ def _read(run: Run, stale: bool) -> dict[str, Any] | Missing:
     return record | {"folder": run.folder, "stale": note}
 
 
+def table_spec(config: Config, name: str) -> TableSpec:
+    """A table's description, typed; a fault is named with its place in the configuration."""
+    try:
+        return parse_spec(name, config.tables[name])
+    except UserError as error:
+        raise UserError(f"{config.where(('tables', name))}: {error}") from error
+
+
 def _rows(config: Config, name: str) -> tuple[TableSpec, dict[str, str]]:
     """A table's description and its enabled rows with their labels."""
     enabled = [m for _, methods in plan.table_methods(config, name) for m in methods]
-    spec = parse_spec(name, config.tables[name])
+    spec = table_spec(config, name)
     if spec.others is None:  # rows that no table names stay out of this one
         named = {m for group in spec.rows for m in group.methods}
         enabled = [m for m in enabled if m in named]

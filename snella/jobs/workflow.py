@@ -279,10 +279,10 @@ class WorkflowPlan:
 
         A faulty description ends the planning: a job would have cost the older table.
         """
-        from snella.report.spec import parse_spec
+        from snella.jobs.tables import table_spec
 
         config = _user(lambda: plan.for_table(self.config, wildcards.table))
-        _user(lambda: parse_spec(wildcards.table, config.tables[wildcards.table]))
+        _user(lambda: table_spec(config, wildcards.table))
         content: dict[str, Any] = {
             "spec": config.tables[wildcards.table],
             "suite": plan.current_suite(config).model_dump(mode="json"),

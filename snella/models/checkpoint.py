@@ -76,13 +76,28 @@ def read_tensors(path: Path, own: Collection[str], key: str | None = None) -> di
         raise UserError(f"Backbone file {path} holds no tensors ({kinds}); choose a weights file.")
     encoder = _one_encoder(state, own)
     for name, tensor in encoder.items():
-        if tensor.is_floating_point() and tensor.isnan().any():
-            raise UserError(f"Backbone file {path}: {name} holds NaN; download the file again.")
-        if tensor.dtype in (torch.int8, torch.uint8) and tensor.dim() > 1:
-            raise UserError(
-                f"Backbone file {path} is quantised ({name}); name the original weights."
-            )
+        _check_tensor(path, name, tensor)
     return encoder
+
+
+def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse what would become other numbers in a model, or none."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        kind = "no values (a meta tensor)" if tensor.is_meta else "a sparse tensor"
+        raise UserError(f"Backbone file {path}: {name} holds {kind}; save the file anew, dense.")
+    if tensor.dtype.itemsize == 1 and tensor.dim() > 1:
+        raise UserError(f"Backbone file {path} is quantised ({name}); name the original weights.")
+    if not name.endswith((".weight", ".bias")):
+        return
+    if not tensor.is_floating_point():
+        raise UserError(
+            f"Backbone file {path}: {name} holds {str(tensor.dtype).removeprefix('torch.')} and no "
+            "real numbers; name the original weights."
+        )
+    if not (tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all():
+        raise UserError(
+            f"Backbone file {path}: {name} holds NaN or infinity; download the file again."
+        )
 
 
 def _unpacked(path: Path) -> Mapping[str, Any]:
@@ -91,8 +106,10 @@ def _unpacked(path: Path) -> Mapping[str, Any]:
     for file in weights_files(path):
         try:
             content = _load(file)
-        except UserError:
-            raise
+        except UserError as error:
+            if str(file) in str(error):
+                raise
+            raise UserError(f"Backbone file {file}: {error}") from error
         except Exception as error:
             raise UserError(
                 f"Backbone file {file} is damaged or not a weights file ({_short(error)}); "
@@ -112,7 +129,7 @@ def _load(file: Path) -> Any:
         from snella.models.onnx_weights import read_onnx
 
         return read_onnx(file)
-    if file.suffix == ".safetensors":
+    if _is_safetensors(file):  # whatever its name
         from safetensors.torch import load_file
 
         return load_file(file)
@@ -121,7 +138,8 @@ def _load(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with open(file, "rb") as stream:  # by its path, its name would count
+                return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:
         if found := _refused(file):
             raise UserError(
@@ -131,6 +149,15 @@ def _load(file: Path) -> Any:
                 f"torch.save(c.get('state_dict', c.get('model', c)), 'weights.pth')\""
             ) from error
         raise
+
+
+def _is_safetensors(file: Path) -> bool:
+    """A header of JSON, after its length; a file of that name that is no zip file is damaged."""
+    with open(file, "rb") as stream:
+        start = stream.read(9)
+    length = int.from_bytes(start[:8], "little")
+    named = file.suffix == ".safetensors" and start[:2] != b"PK"
+    return named or (start[8:9] == b"{" and length < file.stat().st_size)
 
 
 def is_torchscript(file: Path) -> bool:
@@ -155,13 +182,13 @@ def _container(path: Path, content: Mapping[str, Any], key: str | None) -> Mappi
     if key is not None:
         inner = content.get(key)
         if not isinstance(inner, Mapping):
-            known = ", ".join(k for k, v in content.items() if isinstance(v, Mapping)) or "none"
+            named = [str(k) for k, v in content.items() if isinstance(v, Mapping)]
+            known = ", ".join(named) or "none"
             raise UserError(f"Backbone file {path} has no container {key!r}; it has: {known}.")
         content = inner
     # Not even where a tensor stands beside it: MoCo keeps its best accuracy as one.
     while inner := next((c for k in CONTAINERS if isinstance(c := content.get(k), Mapping)), None):
         content = inner
-    return content
 
 
 def _one_encoder(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
@@ -193,4 +220,6 @@ def _deep(name: str, encoder: str) -> bool:
 def _short(error: Exception) -> str:
     printable = "".join(c for c in str(error) if c.isprintable() or c.isspace())
     text = " ".join(printable.split())
+    if text.startswith(("Weights only load failed", "Cannot use ``weights_only=True``")):
+        text = "neither a torch nor a safetensors file"
     return text if len(text) <= 120 else text[:119].rsplit(" ", 1)[0] + " …"

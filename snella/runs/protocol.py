@@ -46,9 +46,9 @@ class Protocol(Strict):
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(1e-4, ge=0, allow_inf_nan=False)
     epochs: int = Field(100, gt=0, le=1_000_000)
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0, le=100_000_000)
     batch_size: int = Field(64, gt=0, le=1_000_000)
-    accumulation: int = Field(1, gt=0)
+    accumulation: int = Field(1, gt=0, le=1_000_000)
     schedule: Literal["cosine", "released", "timm", "linear", "constant"] = "cosine"
     stepping: Literal["step", "epoch"] = "step"
     warmup_epochs: int = Field(10, ge=0)

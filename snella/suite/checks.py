@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,10 +19,12 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-from snella.errors import UserError, unknown
+from snella.errors import UserError, one_line, unknown
 from snella.models.backbone_files import input_size
+from snella.suite import packages
 from snella.suite.config import Config, SuiteEntry
-from snella.validation import hyperparameter_error
+from snella.tasks import TaskInfo, find_task
+from snella.validation import Strict, hyperparameter_error
 
 log = logging.getLogger("snella")
 KNOWN: dict[str, Any] = {
@@ -33,6 +36,8 @@ KNOWN: dict[str, Any] = {
     },
 }  # fmt: skip
 """What an annotation may be made of to be understood here."""
+EIGHT_BIT = {"adam8bit": "adam", "adamw8bit": "adamw"}
+"""Optimizers of bitsandbytes, and the same with states in full precision."""
 
 
 Layer = tuple[tuple[str, ...], Mapping[str, Any]]
@@ -80,6 +85,15 @@ def _is_shipped(where: str) -> bool:
     return "tables/" in where
 
 
+def check_dataset(config: Config, name: str) -> None:
+    """A data set's task, kind and options; raises :class:`~snella.errors.UserError`."""
+    spec = config.datasets[name]
+    try:
+        find_task(spec.task, config.tasks).check(name, spec)
+    except UserError as error:
+        raise _placed(config.where(("datasets", name, "options")), error) from error
+
+
 def check_hyperparameters(file: str, layers: Layers) -> None:
     """Names and values of hyper-parameters against the fields that the method's file declares.
 
@@ -100,6 +114,20 @@ def check_hyperparameters(file: str, layers: Layers) -> None:
         raise _placed(place, hyperparameter_error(Path(file), error)) from error
 
 
+def check_packages(config: Config, suite: SuiteEntry, info: TaskInfo, layers: Layers) -> None:
+    """Names that belong to libraries: torch's optimizers, and timm's architectures.
+
+    Raises :class:`~snella.errors.UserError` with the closest name.
+    """
+    optimizer, known = layers.merged().get("optimizer"), packages.optimizers()
+    if optimizer is not None and known and optimizer not in {*known, *EIGHT_BIT}:
+        raise _placed(layers.where(["optimizer"]), unknown("optimizer", optimizer, known))
+    arch = config.backbones[suite.backbone].arch
+    if "vit" in info.families and not packages.is_architecture(arch):
+        place = config.where(("backbones", suite.backbone, "arch"))
+        raise _placed(place, unknown("timm architecture", arch, packages.architectures()))
+
+
 def check_image_size(
     config: Config, suite: SuiteEntry, settings: Mapping[str, Any], layers: Layers
 ) -> None:
@@ -111,7 +139,10 @@ def check_image_size(
     given = settings.get("image_size")
     if backbone.kwargs.get("strict_img_size") is False or not isinstance(given, int):
         return
-    built = input_size({"arch": backbone.arch, "kwargs": backbone.kwargs})
+    try:
+        built = input_size({"arch": backbone.arch, "kwargs": backbone.kwargs})
+    except UserError as error:
+        raise _placed(config.where(("backbones", suite.backbone, "kwargs")), error) from error
     if built not in (None, given):
         raise _placed(
             layers.where(["image_size"]) or layers.where([]),
@@ -167,13 +198,23 @@ def _placed(where: str, error: UserError) -> UserError:
     return UserError(f"{where}: {error}") if where else error
 
 
+class _Declared(Strict):
+    """The fields of a method, some of which may begin with ``model_``."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+
 @cache
 def declared(file: str, changed: int) -> type[BaseModel] | None:
     """The typed fields of a method file's one class, or None where its text does not tell."""
     try:
         tree = ast.parse(Path(file).read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError):
-        return None  # the job says what is wrong, and other rows go on
+    except SyntaxError as error:
+        raise UserError(
+            f"Method file {file} does not import: {one_line(error)}; correct the file."
+        ) from error
+    except (OSError, ValueError, RecursionError):
+        return None  # the job says what is wrong
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     own = [node for node in classes.values() if node.name[0] != "_" and _family(node, classes)]
     if len(own) != 1:
@@ -185,9 +226,9 @@ def declared(file: str, changed: int) -> type[BaseModel] | None:
                 name = item.target.id
                 if "ClassVar" not in ast.unparse(item.annotation) and name[0] != "_":
                     fields[name] = _field(item)
-    config = ConfigDict(extra="forbid", protected_namespaces=())
     try:
-        return create_model(own[0].name, __config__=config, **fields)
+        with warnings.catch_warnings(action="ignore"):  # of fields called like pydantic's own
+            return create_model(own[0].name, __base__=_Declared, **fields)
     except (TypeError, ValueError, NameError, pydantic.errors.PydanticUserError):
         return None
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 
 from snella.errors import UserError
+from snella.files import user_path
 from snella.suite.overlays import clean, difference, expand, overlay
 from snella.suite.reading import COMMAND_LINE, Origins, lines_of, parse, read_yaml
 from snella.suite.search import FOLDER, Search, Trial
@@ -47,7 +48,7 @@ def _place(path: str) -> str:
     """A folder's path, ``~`` expanded."""
     if not path.strip() or set(path) & set("{}*?\n\t\"'"):
         raise ValueError("a folder's path is not empty and has no quotes, braces or wildcards")
-    return Path(path).expanduser().as_posix()
+    return user_path(path).as_posix()
 
 
 def _without_null(groups: Any) -> Any:
@@ -89,7 +90,7 @@ class BackboneEntry(Strict):
 
     arch: str
     kwargs: dict[str, Any] = {}
-    file: str | None = None
+    file: Annotated[str, AfterValidator(os.path.expanduser)] | None = None
     key: str | None = None
     ignore: list[str] = []
     fresh: list[str] = []
@@ -308,7 +309,7 @@ def load(path: Path = DEFAULT, overrides: dict[str, Any] | None = None) -> Confi
     own = expand(overlay(below, read_yaml(path, origins)), base, str(path))
     above = expand(overrides or {}, base, COMMAND_LINE)
     origins.add(lines_of(above, COMMAND_LINE))
-    return _merged(base, own, above, origins)
+    return _merged(base, own, above, origins, path)
 
 
 def from_snakemake(merged: dict[str, Any], files: Iterable[Path]) -> Config:
@@ -318,7 +319,7 @@ def from_snakemake(merged: dict[str, Any], files: Iterable[Path]) -> Config:
     stated = _stated(files, origins)
     own = expand(merged, base, COMMAND_LINE)
     origins.add(lines_of(expand(difference(stated, merged), base, COMMAND_LINE), COMMAND_LINE))
-    return _merged(base, own, {}, origins)
+    return _merged(base, own, {}, origins, DEFAULT)
 
 
 def _stated(files: Iterable[Path], origins: Origins) -> dict[str, Any]:
@@ -346,10 +347,12 @@ def _typed(value: Any) -> Any:
 
 
 def _merged(
-    base: dict[str, Any], own: dict[str, Any], above: dict[str, Any], origins: Origins
+    base: dict[str, Any], own: dict[str, Any], above: dict[str, Any], origins: Origins, path: Path
 ) -> Config:
     """Lay a user's configuration over the shipped sections and validate the whole."""
     merged = overlay(overlay(base, own), above)
+    if "suite" not in merged and set(merged) <= set(Config.model_fields):
+        raise UserError(f"{path} chooses no suite; add `suite: NAME`, such as `suite: quick`.")
     clean(merged, origins)
     if isinstance(merged["methods"], dict):
         merged["methods"] = {name: _row(name, row) for name, row in merged["methods"].items()}

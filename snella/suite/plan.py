@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from snella.errors import UserError, unknown
+from snella.files import user_path
 from snella.runs.run import Dataset, MethodChoice, Run
 from snella.suite import search
-from snella.suite.checks import check_suite, look_up, note_inherited
+from snella.suite.checks import check_dataset, check_suite, look_up, note_inherited
 from snella.suite.config import CHECKOUT, LARGEST_SEED, Config, SuiteEntry, locate
 from snella.suite.settings import settings_of
 from snella.tasks import find_task
@@ -50,6 +51,7 @@ def current_suite(config: Config) -> SuiteEntry:
         for dataset in members:
             place = config.where((*at, "groups", group, dataset))
             look_up("data set", dataset, config.datasets, place)
+            check_dataset(config, dataset)
     for method in suite_methods(config):
         key = "further_methods" if method in suite.further_methods else "methods"
         look_up("method", method, config.methods, config.where((*at, key)))
@@ -77,6 +79,11 @@ def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
         raise UserError(f"Seed {seed} is not in 0 to {LARGEST_SEED}.")
     row = look_up("method", method, config.methods)
     data = look_up("data set", dataset, config.datasets)
+    if data.task != suite_task(config):
+        raise UserError(
+            f"Data set {dataset!r} is of {data.task}, suite {config.suite!r} of "
+            f"{suite_task(config)}; choose a suite of its own family (--config suite=...)."
+        )
     file = config.once(("method file", row.file), lambda: method_path(config, row.file))
     typed, notes = settings_of(config, suite, method, dataset, file)
     protocol, settings, hyperparameters = typed
@@ -139,7 +146,7 @@ def method_path(config: Config, file: str) -> str:
     Raises :class:`~snella.errors.UserError` if there is no such file.
     """
     if file.endswith(".py"):
-        path = locate(Path(file).expanduser().as_posix())
+        path = locate(user_path(file).as_posix())
         if not Path(path).is_file():
             raise UserError(f"Method file {file} does not exist; correct `file:` of the method.")
         return path
@@ -242,7 +249,10 @@ def for_task(config: Config, task: str, what: str) -> Config:
             f"{what} shows {task}, suite {config.suite!r} does not; "
             f"name a suite for it under `task_suites: {{{task}: ...}}`."
         )
-    return with_suite(config, config.task_suites[task])
+    suite = config.task_suites[task]
+    if suite not in config.suites:
+        look_up("suite", suite, config.suites, config.where(("task_suites", task)))
+    return with_suite(config, suite)
 
 
 def figure_config(config: Config, figure: str) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ LARGEST = 8 * 2**20
 NODES = 200_000
 """Values of one file, repeated ones counted: a few anchors can stand for billions."""
 COMMAND_LINE = "--config"
+OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+"""Numbers that YAML 1.1 takes for octal (010 is 8) or sexagesimal (1:30 is 90)."""
 
 
 class Line(NamedTuple):
@@ -162,6 +165,11 @@ def _walk(
         raise UserError(f"{where}, line {node.start_mark.line + 1}: anchors repeat without end.")
     if path:
         lines.setdefault(path, Line(f"{where}, line {node.start_mark.line + 1}", True))
+    if node.tag.endswith((":int", ":float")) and OTHER_BASE.fullmatch(node.value):
+        raise UserError(
+            f"{where}, line {node.start_mark.line + 1}: YAML reads {node.value} as another number "
+            "(base 8 or 60); write it without a leading zero or colon, or in quotes for text."
+        )
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _walk(item, (*path, str(index)), where, lines, [*above, node], count)

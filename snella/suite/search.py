@@ -27,6 +27,8 @@ NAME = "-trial-"
 """Between a suite's name and a trial's number, in the names of folders."""
 FOLDER = "search"
 """Where trials lie below the results, apart from what tables show."""
+MOST_TRIALS = 10_000
+"""Of a row, per data set and seed: more is a slip, and would take minutes to list."""
 EVERY = "*"
 """Stands for all data sets, where settings are chosen per row."""
 
@@ -55,6 +57,11 @@ class Search(Strict):
     def _fair(self) -> Search:
         if self.trials < 2:
             raise ValueError("a search needs a grid of two trials or more")
+        if self.trials > MOST_TRIALS:
+            raise ValueError(
+                f"the grid has {self.trials:,} trials, every value with every other; name fewer "
+                f"values (at most {MOST_TRIALS:,} trials)"
+            )
         for row, grid in self.rows.items():
             if (found := _size(grid)) != self.trials:
                 raise ValueError(

@@ -10,21 +10,26 @@ for another protocol.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
 from snella.errors import UserError, unknown
 from snella.runs.protocol import Protocol
 from snella.suite import search
-from snella.suite.checks import Layer, Layers, check_hyperparameters, check_image_size, look_up
+from snella.suite.checks import (
+    EIGHT_BIT,
+    Layer,
+    Layers,
+    check_hyperparameters,
+    check_image_size,
+    check_packages,
+    look_up,
+)
 from snella.suite.config import Config, MethodOverride, Searched, SuiteEntry
 from snella.tasks import TaskInfo, find_task
 from snella.validation import validate
 
 log = logging.getLogger("snella")
-EIGHT_BIT = {"adam8bit": "adam", "adamw8bit": "adamw"}
-"""Optimizers of bitsandbytes, and the same with states in full precision."""
 COLLECTIONS = dict.fromkeys(("vtab1k", "fgvc", "full_image"))
 """Publications of data sets for which a preset may say something else."""
 
@@ -41,7 +46,7 @@ def settings_of(
     official = config.datasets[dataset].options.get("official")
     collection = str(official or "").partition("/")[0]
     protocol, hyperparameters = _configured(config, suite, method, collection)
-    at, found, notes = _found(config, method, dataset, Layers(config, protocol).merged())
+    at, found, notes = _found(config, method, dataset, Layers(config, protocol))
     protocol.append(((*at, "protocol"), found.protocol))
     hyperparameters.append(((*at, "hyperparameters"), found.hyperparameters))
     trial = config.trial
@@ -127,6 +132,7 @@ def _typed(
     common, settings = _validated(info, protocol, where)
     if settings.get("normalisation") == "backbone":
         settings["normalisation"] = _own_normalisation(config, suite, protocol)
+    check_packages(config, suite, info, protocol)
     check_image_size(config, suite, settings, protocol)
     check_hyperparameters(file, hyperparameters)
     return common, settings, hyperparameters.merged()
@@ -155,10 +161,10 @@ def _installed(config: Config, protocol: Protocol) -> tuple[Protocol, tuple[str,
 
 
 def _found(
-    config: Config, method: str, dataset: str, protocol: Mapping[str, Any]
+    config: Config, method: str, dataset: str, layers: Layers
 ) -> tuple[tuple[str, ...], MethodOverride, tuple[str, ...]]:
     """Where settings of the authors or of a search stand, these, and what a reader should know."""
-    kind, _, name = str(protocol.get("hyperparameters", "fixed")).partition("/")
+    kind, _, name = str(layers.merged().get("hyperparameters", "fixed")).partition("/")
     if kind == "released":
         released = config.released.get(method, {}).get(dataset)
         notes = (f"no released settings for {method} on {dataset}: the fixed ones were used",)
@@ -166,7 +172,7 @@ def _found(
     if kind != "search":
         return (), NOTHING, ()
     if name:
-        look_up("search", name, config.searched)
+        look_up("search", name, config.searched, layers.where(["hyperparameters"]))
     name = name or config.suite
     edge = config.searched.get(name, UNSEARCHED).edge.get(method, {})
     key, found = _searched(config, name, method, dataset)

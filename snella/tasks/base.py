@@ -12,9 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, Field
 
 from snella.errors import UserError, unknown
+from snella.files import user_path
 from snella.validation import Strict
 
 if TYPE_CHECKING:
@@ -70,12 +73,19 @@ class TaskSettings(Strict):
         return {}
 
 
+def _place(path: str) -> str:
+    """A path with ``~`` expanded; nothing would stand for the working directory."""
+    if not path.strip():
+        raise ValueError("a path is not empty; write it, or leave `path:` out")
+    return user_path(path).as_posix()
+
+
 class DatasetSpec(Strict):
     """A data set as configured; ``options`` belong to the task family, which checks them."""
 
     kind: str = "folder"
-    path: str | None = None
-    num_classes: int | None = None
+    path: Annotated[str, AfterValidator(_place)] | None = None
+    num_classes: int | None = Field(None, ge=1, le=100_000)
     label: str = ""
     task: str = "classification"
     options: dict[str, Any] = {}
@@ -104,12 +114,13 @@ class Backbone(Strict):
 class TaskInfo:
     """What planning needs to know of a task family, without importing torch.
 
-    ``prepare`` writes a data set's prepared folder from its raw form; ``sources`` names the files
-    that make it stale; data sets of a kind in ``made`` are rendered and need no ``path``.
-    ``implementation`` and ``scorer`` are "module:class": strings, so that an edit of one makes only
-    its own stage stale. ``toy`` is "module:function", from the name of a family of backbones to the
-    :class:`Toy` on which ``snella check`` trains methods for it; only a task that brings
-    ``families`` of its own needs one.
+    ``prepare`` writes a data set's prepared folder from its raw form, ``check`` raises
+    :class:`~snella.errors.UserError` for what is wrong with its entry, without looking at files;
+    ``sources`` names the files that make it stale; data sets of a kind in ``made`` are rendered and
+    need no ``path``. ``implementation`` and ``scorer`` are "module:class": strings, so that an edit
+    of one makes only its own stage stale. ``toy`` is "module:function", from the name of a family
+    of backbones to the :class:`Toy` on which ``snella check`` trains methods for it; only a task
+    that brings ``families`` of its own needs one.
     ``figures`` are the kinds of figures that the configuration may ask for, the usual one first:
     "module:function" from (runs as :class:`Shown`, a note on their origin, file.pdf) to that file
     with a .png and a .csv beside it. ``gallery``, "module:function" from runs as :class:`Shown` to
@@ -131,6 +142,7 @@ class TaskInfo:
     expensive_scoring: bool = False
     figures: Mapping[str, str] = field(default_factory=dict)
     gallery: str = ""
+    check: Callable[[str, DatasetSpec], None] = lambda name, spec: None
 
     @property
     def primary(self) -> Metric:

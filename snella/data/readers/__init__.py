@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from snella.data.images import EncodedFiles
+from snella.data.options import Options, check_layout, options_of
 from snella.data.readers import classes, original, tfds, vpt, vtab
 from snella.data.readers.findings import check_labels, check_listing, warnings_of
-from snella.data.readers.listing import ROLES, Images, Listing, Options, options_of
+from snella.data.readers.listing import ROLES, Images, Listing
 from snella.data.readers.pixels import SMALL, Seen, decoded, look_at_all
 from snella.errors import UserError, one_line, record_traceback
+from snella.files import user_path
 
 __all__ = ["Listing", "Options", "list_images", "read_images", "read_listing", "source_files"]
 
@@ -62,19 +64,20 @@ def read_images(
 
 def list_images(root: str | Path, name: str, options: Options) -> Listing:
     """The labelled lines of a data set's folder, before any image is opened."""
-    root = Path(root).expanduser()
+    root = user_path(root)
     if not root.is_dir():
         state = f"{root} is a file, not a folder" if root.exists() else f"there is no folder {root}"
         raise UserError(f"Data set {name!r}: {state}; correct `path:` (docs/data.md).")
     layout = options.layout if options.layout != "auto" else _layout(root, name)
     with _readable(f"Data set {name!r}: {root} cannot be read as a copy in {layout} layout"):
         listing: Listing = LAYOUTS[layout].read(root, options)
+    check_layout(name, options, listing.layout, "val" in listing.lines)
     if options.first_label:
         listing.lines = {role: [_lowered(line, options.first_label) for line in lines]
                          for role, lines in listing.lines.items()}  # fmt: skip
         if listing.union:
             listing.union = [_lowered(line, options.first_label) for line in listing.union]
-    if options.val_share is not None and "val" not in listing.lines and listing.images is None:
+    if options.val_share is not None and listing.images is None:
         train, val = vpt.set_aside(listing.lines["train"], options.val_share, options.split_seed)
         listing.lines = {"train": train, "val": val, "test": listing.lines["test"]}
         listing.notes.append(

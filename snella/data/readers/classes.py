@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from snella.data.readers.listing import Line, Listing, Options, few
+from snella.data.options import Options
+from snella.data.readers.listing import Line, Listing, few
 from snella.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}

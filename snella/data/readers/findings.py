@@ -5,16 +5,18 @@ Warnings are printed by `prepare` and stand in the notes of the tables that show
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Sized
 from pathlib import Path
 
 import numpy as np
 
-from snella.data.official import OFFICIAL, differences
-from snella.data.readers.listing import MAX_CLASSES, ROLES, Line, Listing, Options, few
+from snella.data.official import differences
+from snella.data.options import Options
+from snella.data.readers.listing import MAX_CLASSES, ROLES, Line, Listing, few
 from snella.data.readers.pixels import Seen
-from snella.errors import UserError, unknown
+from snella.errors import UserError
 
 COMMUNITY_JPEG = (75, "4:2:0")
 """Pillow's defaults, with which NOAH's script wrote every image of the community's copies."""
@@ -43,7 +45,13 @@ def check_labels(listing: Listing, given: int | None, options: Options, name: st
                     f": labels start at 0 and the files' start at {lowest}; set "
                     f"`options: {{first_label: {lowest}}}` of data set {name!r}"
                 )
-            raise UserError(f"{line.where}: label {line.label} is out of range, {allowed}{hint}.")
+            if options.first_label:
+                hint = (
+                    f": `options.first_label` of data set {name!r} is {options.first_label}, which "
+                    "is taken off every label; correct it or the list"
+                )
+            label = line.label + options.first_label
+            raise UserError(f"{line.where}: label {label} is out of range, {allowed}{hint}.")
     if classes > MAX_CLASSES:
         line = next(line for line in lines if line.label == highest)
         raise UserError(
@@ -54,7 +62,15 @@ def check_labels(listing: Listing, given: int | None, options: Options, name: st
 
 
 def check_listing(listing: Listing) -> None:
-    """No image twice in a list, none in two of the splits; no split without images."""
+    """No image twice in a list, none in two of the splits, none outside the folder."""
+    if listing.images is None:
+        for line in (line for lines in listing.lines.values() for line in lines):
+            clean = posixpath.normpath(line.path)
+            if posixpath.isabs(clean) or clean.split("/")[0] == "..":
+                raise UserError(
+                    f"{line.where}: path {line.path[:200]!r} leaves the folder "
+                    f"{listing.files_root}; make it relative to that folder."
+                )
     groups = [[line for role in ROLES for line in listing.lines.get(role, ())]]
     groups.append(listing.union or [])
     for group in groups:
@@ -106,8 +122,6 @@ def warnings_of(
     found += duplicate_warnings(listing, seen)
     found += pixel_warnings(listing, seen, options)
     if options.official:
-        if options.official not in OFFICIAL:
-            raise unknown("official data set", options.official, OFFICIAL)
         counts = {role: len(lines) for role, lines in listing.lines.items()}
         per_class = class_counts(listing, num_classes)
         found += differences(options.official, counts, num_classes, per_class)

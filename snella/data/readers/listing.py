@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from snella.errors import UserError, unknown
 
 ROLES = ("train", "val", "test")
 MAX_CLASSES = 100_000
@@ -52,42 +48,6 @@ class Listing:
     def files_root(self) -> Path:
         """The folder that paths of images are relative to."""
         return self.image_root or self.root
-
-
-class Options(BaseModel):
-    """A data set's ``options:`` in the configuration, for sets of labelled images."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    layout: Literal["auto", "vtab", "vpt", "classes", "original", "tfds"] = "auto"
-    official: str | None = Field(None, description="id whose published counts the copy must have")
-    variant: Literal["original", "lossless", "community-jpeg"] | None = Field(
-        None, description="which pixels are expected; another variant is reported"
-    )
-    first_label: int = Field(0, ge=0, description="the label of the first class in the files")
-    test: str | None = Field(None, description="folder of the test images where it is not `test`")
-    val_share: float | None = Field(
-        None, gt=0, lt=1, description="share of the training images to set aside as val"
-    )
-    split_seed: int = Field(0, ge=0)
-    subset: tuple[int, int] | None = Field(
-        None, description="VTAB-1k from complete data: numbers of train and val images"
-    )
-
-
-def options_of(name: str, options: dict[str, Any]) -> Options:
-    """Validate a data set's options; the first problem becomes one line."""
-    for key in options:
-        if key not in Options.model_fields:
-            raise unknown(f"option of data set {name!r}:", key, Options.model_fields)
-    try:
-        return Options.model_validate(options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"Data set {name!r}: options.{place}: {first['msg']} (got {first['input']!r})."
-        ) from error
 
 
 def few(items: Sequence[object], limit: int = 5) -> str:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snella.data.readers.listing import Line, Listing, Options
+from snella.data.options import Options
+from snella.data.readers.listing import Line, Listing
 from snella.data.readers.text import read_text, rows, whole_number
 from snella.errors import UserError
 

@@ -77,6 +77,8 @@ def _remedy(root: Path, path: str) -> str:
         if is_file(root.joinpath(*place.parts[start:])):
             beginning = "/".join(place.parts[:start])
             return f"without the beginning {beginning}/ it is there: remove that from the list"
+    if os.path.lexists(root / path):
+        return "it is a link that leads nowhere, or no regular file; copy the image itself there"
     try:
         names = sorted(p.name for p in (root / path).parent.iterdir())
     except (OSError, ValueError):
@@ -110,6 +112,8 @@ def look(data: bytes, where: str) -> Seen:
             bits, size = _bits(data, image), image.size
             settings = jpeg_settings(image) if encoding == "JPEG" else None
             image.verify()  # checksums, which decoding does not look at
+        if encoding == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+            raise OSError("image file is truncated (its end marker is missing)")
         if bits > 8:
             raise Unusable(f"pixels of more than 8 bits ({bits})")
         with _LARGE if size[0] * size[1] > LARGE else nullcontext():

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snella.data.images import decode
-from snella.data.readers.listing import Line, Listing, Options
+from snella.data.options import Options
+from snella.data.readers.listing import Line, Listing
 from snella.data.readers.records import Feature, Records, parse_example
 from snella.data.readers.text import read_json
 from snella.errors import UserError

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from snella.data.readers.listing import Line, Listing, Options, few
+from snella.data.options import Options
+from snella.data.readers.listing import Line, Listing, few
 from snella.data.readers.text import read_json, whole_number
 from snella.errors import UserError
 

@@ -14,7 +14,8 @@ import posixpath
 import re
 from pathlib import Path
 
-from snella.data.readers.listing import Line, Listing, Options
+from snella.data.options import Options
+from snella.data.readers.listing import Line, Listing
 from snella.data.readers.text import is_file, read_text, whole_number
 from snella.errors import UserError
 
@@ -96,7 +97,7 @@ def read_list(root: Path, split: str, notes: list[str]) -> list[Line]:
         path = match["path"]
         if "\\" in path and not is_file(root / path):
             path, windows = path.replace("\\", "/"), True
-        if path[0] == path[-1] == '"' and not is_file(root / path):
+        if path[0] == path[-1] and path[0] in "\"'" and not is_file(root / path):
             path = path[1:-1]
         path = posixpath.normpath(path)
         if posixpath.isabs(path) or path.split("/")[0] == ".." or DRIVE.match(path):
@@ -117,4 +118,7 @@ def class_names(root: Path) -> list[str] | None:
     file = root / "classes.txt"
     if not file.is_file():
         return None
-    return [name.strip() for name in read_text(file).split("\n") if name.strip()]
+    names = [name.strip() for name in read_text(file).split("\n") if name.strip()]
+    if not names:
+        raise UserError(f"{file} is empty; name the classes, one a line, or remove the file.")
+    return names

@@ -1,7 +1,7 @@
 """Image classification: cross-entropy on one label per image, scored by top-1 accuracy."""
 
 from snella.tasks.base import Metric, TaskInfo
-from snella.tasks.classification.prepare import prepare, sources
+from snella.tasks.classification.prepare import check, prepare, sources
 from snella.tasks.classification.settings import ClassificationSettings
 
 TASK = TaskInfo(
@@ -11,6 +11,7 @@ TASK = TaskInfo(
     settings=ClassificationSettings,
     prepare=prepare,
     sources=sources,
+    check=check,
     implementation="snella.tasks.classification.task:Classification",
     scorer="snella.tasks.classification.score:Top1",
     toy="snella.tasks.classification.toy:toy",

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from snella.data.options import options_of
 from snella.errors import UserError, unknown
 from snella.tasks.base import DatasetSpec
+
+KINDS = ("quick", "folder")
 
 
 def prepare(name: str, spec: DatasetSpec, folder: Path) -> dict[str, Any]:
@@ -17,15 +20,18 @@ def prepare(name: str, spec: DatasetSpec, folder: Path) -> dict[str, Any]:
 
     Raises :class:`~snella.errors.UserError` if it is not configured or damaged.
     """
-    if spec.kind == "quick":
-        if spec.options:
-            raise unknown(f"option of data set {name!r}", next(iter(spec.options)), ())
-        splits, info = _quick(name)
-    elif spec.kind == "folder":
-        splits, info = _folder(name, spec)
-    else:
-        raise unknown(f"kind of data set {name!r}", spec.kind, ("quick", "folder"))
+    check(name, spec)
+    splits, info = _quick(name) if spec.kind == "quick" else _folder(name, spec)
     return write_labelled(folder, splits, info)
+
+
+def check(name: str, spec: DatasetSpec) -> None:
+    """Raise :class:`~snella.errors.UserError` for an entry that no folder could make right."""
+    if spec.kind not in KINDS:
+        raise unknown(f"kind of data set {name!r}:", spec.kind, KINDS)
+    if spec.kind == "quick" and spec.options:
+        raise unknown(f"option of data set {name!r}:", next(iter(spec.options)), ())
+    options_of(name, spec.options)
 
 
 def sources(spec: DatasetSpec) -> list[Path]:

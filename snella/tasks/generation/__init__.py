@@ -1,7 +1,7 @@
 """Subject-driven text-to-image generation: DreamBooth on Stable Diffusion 3."""
 
 from snella.tasks.base import Metric, TaskInfo
-from snella.tasks.generation.prepare import prepare, sources
+from snella.tasks.generation.prepare import check, prepare, sources
 from snella.tasks.generation.settings import GenerationSettings
 
 _MANY = 1e6
@@ -29,6 +29,7 @@ TASK = TaskInfo(
     settings=GenerationSettings,
     prepare=prepare,
     sources=sources,
+    check=check,
     implementation="snella.tasks.generation.task:Generation",
     scorer="snella.tasks.generation.score:SubjectScorer",
     toy="snella.tasks.generation.toy:toy",

@@ -25,17 +25,30 @@ def prepare(name: str, spec: DatasetSpec, folder: Path) -> dict[str, Any]:
     """
     from snella.data.prepared import write_prepared
 
-    if spec.kind == "quick":
-        _no_options(name, spec)
-        images, info = _quick(name)
-    elif spec.kind == "dreambooth":
-        images, info = _photographs(name, spec)
-    else:
-        raise unknown(f"kind of data set {name!r}", spec.kind, KINDS)
+    check(name, spec)
+    images, info = _quick(name) if spec.kind == "quick" else _photographs(name, spec)
     columns = {"image": images}
     described = {"num_classes": 1, "repeats_training_images": True, **info}
     splits = {"train": columns, "test": columns}
     return write_prepared(folder, splits, sealed=("image",), info=described)
+
+
+def check(name: str, spec: DatasetSpec) -> None:
+    """Raise :class:`~snella.errors.UserError` for an entry that no folder could make right."""
+    if spec.kind not in KINDS:
+        raise unknown(f"kind of data set {name!r}:", spec.kind, KINDS)
+    known = OPTIONS if spec.kind == "dreambooth" else ()
+    for option in spec.options:
+        if option not in known:
+            raise unknown(f"option of data set {name!r}:", option, known)
+    own = spec.options.get("prompts")
+    if own is not None and (not isinstance(own, list) or not own):
+        raise UserError(f"`datasets.{name}.options.prompts` must be a list of templates.")
+    for template in own or ():
+        check_template(str(template), f"datasets.{name}.options.prompts")
+    for option in ("subject", "class_word"):
+        if not isinstance(spec.options.get(option, ""), str):
+            raise UserError(f"`datasets.{name}.options.{option}` must be text; put it in quotes.")
 
 
 def sources(spec: DatasetSpec) -> list[Path]:
@@ -60,9 +73,6 @@ def _photographs(name: str, spec: DatasetSpec) -> tuple[list[bytes], dict[str, A
             "DreamBooth's dataset folder (docs/generation.md)."
         )
     options = dict(spec.options)
-    for option in options:
-        if option not in OPTIONS:
-            raise unknown(f"option of data set {name!r}", option, OPTIONS)
     root = _root(Path(spec.path))
     subject = str(options.get("subject", name))
     class_word, templates = _prompts(name, root, subject, options)
@@ -99,10 +109,6 @@ def _prompts(name: str, root: Path, subject: str, options: dict[str, Any]) -> tu
     if own is None:
         assert found is not None
         return word, list(found.templates(subject) if subject in found.classes else found.objects)
-    if not isinstance(own, list) or not own:
-        raise UserError(f"`datasets.{name}.options.prompts` must be a list of templates.")
-    for template in own:
-        check_template(str(template), f"datasets.{name}.options.prompts")
     return word, [str(template) for template in own]
 
 
@@ -132,11 +138,6 @@ def _checked(path: Path) -> bytes:
             f"{path} is not a readable image ({' '.join(str(error).split())[:100]}); replace it."
         ) from error
     return data
-
-
-def _no_options(name: str, spec: DatasetSpec) -> None:
-    if spec.options:
-        raise unknown(f"option of data set {name!r}", next(iter(spec.options)), ())
 
 
 def _quick(name: str) -> tuple[Any, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Binary segmentation with SAM: one foreground class, no prompts, the mask decoder as head."""
 
 from snella.tasks.base import Metric, TaskInfo
-from snella.tasks.segmentation.prepare import prepare, sources
+from snella.tasks.segmentation.prepare import check, prepare, sources
 from snella.tasks.segmentation.settings import SegmentationSettings
 
 TASK = TaskInfo(
@@ -23,6 +23,7 @@ TASK = TaskInfo(
     settings=SegmentationSettings,
     prepare=prepare,
     sources=sources,
+    check=check,
     implementation="snella.tasks.segmentation.task:Segmentation",
     scorer="snella.tasks.segmentation.score:SegmentationScorer",
     toy="snella.tasks.segmentation.toy:toy",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from snella.errors import UserError, unknown
+from snella.validation import Strict, message_of, shown
 
 
-class Options(BaseModel):
+class Options(Strict):
     """How a folder of images and masks becomes train, val and test.
 
     ``split: disjoint`` keeps near-duplicates together and test images out of training. With
@@ -18,8 +19,6 @@ class Options(BaseModel):
     ``released_test`` (a folder of images and masks, or a list of names) is tested on, although it
     was trained on. ``test_sets`` adds further folders to the test split, each scored on its own.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     split: Literal["disjoint", "released"] = "disjoint"
     train_list: str | None = None
@@ -41,14 +40,15 @@ def parse_options(name: str, options: dict[str, Any]) -> Options:
     """
     for key in options:
         if key not in Options.model_fields:
-            raise unknown(f"option of data set {name!r}", key, Options.model_fields)
+            raise unknown(f"option of data set {name!r}:", key, Options.model_fields)
     try:
         parsed = Options(**options)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(
-            f"Data set {name!r}, options.{where}: {first['msg']} (got {first['input']!r})."
+            f"Data set {name!r}: options.{where}: {message_of(first)} "
+            f"(got {shown(first['input'])}); correct it."
         ) from error
     if (parsed.train_list is None) != (parsed.test_list is None):
         raise UserError(f"Data set {name!r}: give both train_list and test_list, or neither.")

@@ -30,24 +30,29 @@ def prepare(name: str, spec: Any, folder: Path) -> None:
     """
     from snella.data.prepared import write_prepared
 
+    check(name, spec)
     columns, info = _quick(name) if spec.kind == "quick" else _folder(name, spec)
     write_prepared(folder, columns, sealed=("mask",), info={"name": name, **info})
 
 
+def check(name: str, spec: Any) -> None:
+    """Raise :class:`~snella.errors.UserError` for an entry that no folder could make right."""
+    if spec.kind not in KINDS:
+        raise unknown(f"kind of data set {name!r}:", spec.kind, KINDS)
+    parse_options(name, spec.options)
+
+
 def sources(spec: Any) -> list[Path]:
     """The files and folders whose change makes the prepared data stale."""
-    if spec.kind == "quick":
+    if spec.kind == "quick" or spec.path is None:
         return []
-    root = Path(_path("this data set", spec))
-    options = Options(**spec.options)
+    root, options = Path(spec.path), Options(**spec.options)
     named = [options.train_list, options.test_list, options.released_test]
     further = [root / item for item in named if item]
     return [root / "images", root / "masks", *further, *map(Path, options.test_sets.values())]
 
 
 def _path(name: str, spec: Any) -> str:
-    if spec.kind not in KINDS:
-        raise unknown(f"kind of data set {name!r}", spec.kind, KINDS)
     if spec.path is None:
         raise UserError(f"Data set {name!r} of kind {spec.kind} needs `path:`, a folder.")
     return str(spec.path)
