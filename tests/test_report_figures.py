@@ -103,7 +103,9 @@ def test_every_published_number_has_a_verdict():
     # the same runs meet the same number in a companion paper
     assert one(found, source="s2ft", table=1, row=3, dataset="svhn")["verdict"] == "reproduced"
     assert one(found, source="snella", table=1, row=22, dataset="cub")["why"] == "not yet run"
-    ablation = one(found, source="snella", table=17, row=1, dataset="cub")
+    fixed = one(found, source="snella", table=17, row=1, dataset="cub")
+    assert (fixed["verdict"], fixed["method"]) == ("open", "snell-32-fixed-linear")
+    ablation = one(found, source="snella", table=11, row=1, dataset="sun397")
     assert (ablation["verdict"], ablation["command"]) == ("open", "")
 
 
