@@ -189,6 +189,7 @@ def _container(path: Path, content: Mapping[str, Any], key: str | None) -> Mappi
     # Not even where a tensor stands beside it: MoCo keeps its best accuracy as one.
     while inner := next((c for k in CONTAINERS if isinstance(c := content.get(k), Mapping)), None):
         content = inner
+    return content
 
 
 def _one_encoder(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
