@@ -67,7 +67,6 @@ FILES = {
     "deep": ("suite: " + "[" * 20000, ["my.yaml"]),
     "octal": ("suite: quick\nsuites: {quick: {seeds: [010]}}\n", ["line 2", "010", "base 8"]),
     "minutes": ("suite: quick\nprotocols: {quick: {epochs: 1:30}}\n", ["line 2", "1:30", "60"]),
-    "empty": ("# nothing yet\n", ["my.yaml chooses no suite", "suite: quick"]),
     "null": ("suite: quick\nmethods:\n", ["line 2", "mapping", "it is empty"]),
     "table key": (
         "suite: quick\ntables: {table1: {colums: []}}\n", ["my.yaml, line 2", "'columns'"],

@@ -298,3 +298,10 @@ def test_a_user_error_says_that_a_retry_does_not_help(make_run, tmp_path):
     with pytest.raises(UserError):
         execute(make_run("full", {"ranc": 3}), tmp_path / "x")
     assert json.loads(file(tmp_path / "x", "failure.json").read_text())["transient"] is False
+
+
+def test_memory_that_is_lacking_on_the_cpu_is_worth_another_try():
+    """PyTorch says so with a plain RuntimeError there."""
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**48)
+    assert running.transient(error.value)

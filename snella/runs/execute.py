@@ -188,7 +188,14 @@ def _status(error: BaseException) -> str:
         return "diverged"
     if isinstance(error, Terminated):
         return "timeout"
-    return "oom" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "failed"
+    return "oom" if _out_of_memory(error) else "failed"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory was lacking; on the CPU torch says so with a plain error."""
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+        return True
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def transient(error: BaseException) -> bool:
@@ -196,7 +203,7 @@ def transient(error: BaseException) -> bool:
 
     Out of memory, stopped by a signal, a disk or network that failed, a GPU in disorder.
     """
-    if isinstance(error, Terminated | OSError | MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, Terminated | OSError) or _out_of_memory(error):
         return True
     if isinstance(error, UserError):
         return isinstance(error.__cause__, OSError)

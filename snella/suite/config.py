@@ -309,7 +309,7 @@ def load(path: Path = DEFAULT, overrides: dict[str, Any] | None = None) -> Confi
     own = expand(overlay(below, read_yaml(path, origins)), base, str(path))
     above = expand(overrides or {}, base, COMMAND_LINE)
     origins.add(lines_of(above, COMMAND_LINE))
-    return _merged(base, own, above, origins, path)
+    return _merged(base, own, above, origins)
 
 
 def from_snakemake(merged: dict[str, Any], files: Iterable[Path]) -> Config:
@@ -319,7 +319,7 @@ def from_snakemake(merged: dict[str, Any], files: Iterable[Path]) -> Config:
     stated = _stated(files, origins)
     own = expand(merged, base, COMMAND_LINE)
     origins.add(lines_of(expand(difference(stated, merged), base, COMMAND_LINE), COMMAND_LINE))
-    return _merged(base, own, {}, origins, DEFAULT)
+    return _merged(base, own, {}, origins)
 
 
 def _stated(files: Iterable[Path], origins: Origins) -> dict[str, Any]:
@@ -347,12 +347,10 @@ def _typed(value: Any) -> Any:
 
 
 def _merged(
-    base: dict[str, Any], own: dict[str, Any], above: dict[str, Any], origins: Origins, path: Path
+    base: dict[str, Any], own: dict[str, Any], above: dict[str, Any], origins: Origins
 ) -> Config:
     """Lay a user's configuration over the shipped sections and validate the whole."""
     merged = overlay(overlay(base, own), above)
-    if "suite" not in merged and set(merged) <= set(Config.model_fields):
-        raise UserError(f"{path} chooses no suite; add `suite: NAME`, such as `suite: quick`.")
     clean(merged, origins)
     if isinstance(merged["methods"], dict):
         merged["methods"] = {name: _row(name, row) for name, row in merged["methods"].items()}
