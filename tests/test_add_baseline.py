@@ -16,7 +16,7 @@ from snella.cli import main
 from snella.errors import UserError
 from snella.methods import template
 from snella.methods.base import build_method
-from snella.models.tiny import BASE_SIZE
+from snella.models.tiny import BASE_SIZE, missing_extra
 from snella.suite import config as configuration
 from snella.suite import plan
 
@@ -192,6 +192,38 @@ def test_the_guide_shows_the_example_as_it_is() -> None:
     source = EXAMPLE.read_text()
     assert len(source.splitlines()) <= 60
     assert f"```python\n{source}```" in GUIDE.read_text()
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_the_guides_method_that_chooses_by_data_passes(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "fisher.py"
+    blocks = GUIDE.read_text().split("```python\n")[1:]
+    file.write_text(next(b.split("```")[0] for b in blocks if "class Fisher" in b))
+    found = examine(Subject(build_method(file, {}), kind), without=["parameters, full"])
+    assert [f for f in found if f.status != "passed"] == []
+
+
+@pytest.mark.parametrize("kind", ["sam", "sd3"])
+def test_the_example_may_claim_further_families(tmp_path: Path, kind: str) -> None:
+    if missing_extra(kind):
+        pytest.skip(f"needs the extra {missing_extra(kind)}")
+    file = tmp_path / "svf.py"
+    claim = '    supports: ClassVar[frozenset[str]] = frozenset({"vit", "sam", "sd3"})\n'
+    assert claim.strip() in GUIDE.read_text()
+    file.write_text(EXAMPLE.read_text().replace("    def adapt", f"{claim}\n    def adapt"))
+    found = examine(Subject(build_method(file, {}), kind))
+    assert [f for f in found if f.status != "passed"] == []
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    import snella
+    import snella.method
+    import snella.tasks
+
+    page = (ROOT / "docs" / "api.md").read_text()
+    listed = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith("::: ")}
+    for module in (snella, snella.method, snella.tasks):
+        assert set(module.__all__) - listed <= {"__version__"}, module.__name__
 
 
 def test_the_guide_names_every_hook_and_check() -> None:

@@ -415,4 +415,7 @@ def _shipped_folder(path: Path) -> Path:
     for folder in (path.parent, Path("config"), CHECKOUT / "config"):
         if (folder / "methods.yaml").exists():
             return folder
-    raise UserError(f"No methods.yaml beside {path} or in config/; run from the repository's root.")
+    raise UserError(
+        f"No methods.yaml beside {path} or in config/; run from the repository's root "
+        "(`pip install` alone brings the tuner, not the benchmark's configuration)."
+    )
