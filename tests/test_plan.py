@@ -69,7 +69,7 @@ def test_layers_of_settings():
     config = load(
         suites={
             "quick": {
-                "overrides": {"lr": 0.5, "epochs": 7},
+                "overrides": {"lr": 0.5, "epochs": 7, "hyperparameters": "fixed"},
                 "method_overrides": {"linear": {"protocol": {"epochs": 3}}},
             }
         },
@@ -83,13 +83,20 @@ def test_layers_of_settings():
 
 def test_released_hyper_parameters_come_per_data_set():
     config = load(
-        protocols={"quick": {"hyperparameters": "released"}},
+        suites={"quick": {"overrides": {"hyperparameters": "released"}}},
         released={"full": {"digits": {"protocol": {"lr": 0.125}}}},
     )
     assert plan.resolve(config, "full", "digits", 0).protocol.lr == 0.125
     without = plan.resolve(config, "full", "count", 0)
-    assert without.protocol.lr == plan.resolve(load(), "full", "count", 0).protocol.lr
+    assert without.protocol.lr == load().methods["full"].protocol["lr"]
     assert "full on count" in without.notes[0]
+
+
+def test_a_suites_word_on_a_row_holds_against_a_search():
+    word = {"full": {"protocol": {"lr": 0.125}}}
+    config = load(suites={"quick": {"method_overrides": word}})
+    assert plan.resolve(config, "full", "digits", 0).protocol.lr == 0.125
+    assert plan.resolve(load(), "full", "digits", 0).protocol.hyperparameters == "search/quick"
 
 
 def test_seeds_pair_methods():

@@ -1,6 +1,6 @@
 """The settings of one run: layers of the configuration, one over another, typed and checked.
 
-Protocol preset < row < suite < the suite's word on the row < released or searched settings < trial.
+Protocol preset < row < suite < released or searched settings < the suite's word on the row < trial.
 A preset says under ``collections:`` what it does on the data sets of one publication (the first
 part of ``official``: fgvc, full_image). One that reproduces others' scripts says under ``rows:``
 what these do for a row (``*``: any other), in the place of the row's own settings, which were found
@@ -47,8 +47,9 @@ def settings_of(
     collection = str(official or "").partition("/")[0]
     protocol, hyperparameters = _configured(config, suite, method, collection)
     at, found, notes = _found(config, method, dataset, Layers(config, protocol))
-    protocol.append(((*at, "protocol"), found.protocol))
-    hyperparameters.append(((*at, "hyperparameters"), found.hyperparameters))
+    # The suite's own word on a row, which comes last, holds against what was found for it.
+    protocol.insert(-1, ((*at, "protocol"), found.protocol))
+    hyperparameters.insert(-1, ((*at, "hyperparameters"), found.hyperparameters))
     trial = config.trial
     if trial is not None:
         selection = Layers(config, protocol).merged().get("selection", "last")
