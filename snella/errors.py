@@ -17,8 +17,8 @@ from pathlib import Path
 
 LINE = 300
 """Characters of an exception that a line of ours repeats; PyTorch's can fill pages."""
-CHOICES = 25
-"""Names that a message lists of those that there are; of more, the closest."""
+CHOICES, CLOSEST = 25, 10
+"""Names that a message lists of those that there are; of more, so many of the closest."""
 LOG = Path("logs/snella.log")
 LOG_BYTES = 2**20
 MISTAKE, BROKEN = 2, 1
@@ -113,7 +113,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     of = "Known"
     if len(choices) > CHOICES:
         of = f"Closest of {len(choices)}"
-        choices = difflib.get_close_matches(str(name)[:200], choices, n=CHOICES, cutoff=0)
+        choices = difflib.get_close_matches(str(name)[:200], choices, n=CLOSEST, cutoff=0)
     shown = ", ".join(choices) or "none"
     return UserError(f"Unknown {kind} {ascii_name(name)}.{hint} {of}: {shown}.")
 

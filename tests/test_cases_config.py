@@ -306,7 +306,7 @@ def test_dotted_keys_reach_rows_whose_names_have_dots():
     assert config.methods["dyt-0.5"].label == "Mine"
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "4,0"])
+@pytest.mark.parametrize("value", ["0", "-1", "two", "4,0", "²"])
 def test_numbers_of_threads_that_are_none(monkeypatch, capsys, value):
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert "OMP_NUM_THREADS" in says(capsys, "methods")

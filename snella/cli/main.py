@@ -74,7 +74,7 @@ def _check_environment() -> None:
     """Refuse numbers of threads that libraries would stumble over, each in its own way."""
     for name in THREADS:
         value = os.environ.get(name, "")
-        if value and not all(part.strip().isdigit() and int(part) for part in value.split(",")):
+        if value and not all(part.strip().isdecimal() and int(part) for part in value.split(",")):
             raise UserError(
                 f"{name}={value!r} is no number of threads; unset it, or set it to 1 or more."
             )
