@@ -29,8 +29,11 @@ class Entries(nn.Module):
 def train_entries(model: nn.Module, name: str, indices: Tensor) -> None:
     """Let the entries of parameter ``name`` at flat ``indices`` (n,) int64 train, in place.
 
-    The parameter itself stays frozen; the module that holds it keeps its type.
+    The parameter itself stays frozen; the module that holds it keeps its type. Without indices the
+    tensor stays as it is.
     """
+    if not indices.numel():
+        return
     path, _, tensor = name.rpartition(".")
     module = model.get_submodule(path)
     parametrize.register_parametrization(module, tensor, Entries(getattr(module, tensor), indices))
