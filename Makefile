@@ -88,4 +88,5 @@ pretrain: environment
 	$(SNAKEMAKE) -- results/pretrain/vit_quick.safetensors
 
 clean:
-	rm -rf results/runs results/smoke results/*.tex results/*.csv results/*.md results/*.pdf results/*.png results/*.html logs
+	find results -mindepth 1 ! -path results/README.md -delete
+	rm -rf logs

@@ -237,9 +237,10 @@ def test_what_make_types_is_understood(clone, target):
 
 def test_make_writes_the_page_and_cleans_up(clone):
     write_runs(clone)
+    (clone / "results/README.md").write_text("tracked")
     assert "results/report.html" in make(clone, "report")
     make(clone, "clean")
-    assert not (clone / "results/report.html").exists() and (clone / "results/README.md").exists()
+    assert [path.name for path in (clone / "results").iterdir()] == ["README.md"]
 
 
 def test_no_command_is_left_untested():
