@@ -1,5 +1,5 @@
-// The elementwise part of one slice of a layer on the CPU; see cpu.py, which compiles and
-// calls it, and tiles.py for the formulas and their names.
+// The elementwise part of a layer on the CPU, slice by slice; see cpu.py, which compiles and calls
+// it, and tiles.py for the formulas and their names.
 //
 // REAL, PIECES, COORDINATES, MIXED, TEMPERATURE, LEARNED and FORM are set by the compiler's command
 // line. Matrices are row-major, (outputs, inputs). Work goes row by row over short stretches of
@@ -24,28 +24,67 @@ constexpr Index P = PIECES, H = COORDINATES, PARTS = 16, TILE = 256;
 constexpr bool mixed = MIXED, tempered = TEMPERATURE, learned = LEARNED;
 enum Form { none, released, paper };
 constexpr Form form = static_cast<Form>(FORM);
+constexpr Index K = (mixed ? 2 + tempered : 0) + (learned ? P : 0);
 
-}  // namespace
-
-extern "C" {
-
-// One slice. Mirrored in cpu.py.
+// One slice.
 struct Slice {
     Index outputs, inputs, threads;
     const Real *a, *b, *scalars;  // (P, inputs, H), (P, outputs, H), (K)
     Real *softmax;                // (2, inputs): shift of the logits, and 1 / sum of exp
     double scale;
+    Index size() const { return outputs * inputs; }
 };
 
-// The surviving entries; see snella.equations.sparsify.Selection.
+// The surviving entries; see snella.equations.sparsify.Selection. A cut of -1: there are none.
 struct Selection {
     double threshold, subtracted;
     Index cut;
 };
 
+}  // namespace
+
+extern "C" {
+
+// A layer: its tensors hold one slice after the other. Mirrored in cpu.py.
+struct Layer {
+    Index slices, outputs, inputs, threads;
+    const Real *a, *b, *scalars;
+    Real *softmax;
+    double scale;
+};
+
 }  // extern "C"
 
 namespace {
+
+Slice slice_of(const Layer &l, Index s) {
+    return {l.outputs, l.inputs, l.threads, l.a + s * P * l.inputs * H,
+            l.b + s * P * l.outputs * H, l.scalars + s * K, l.softmax + s * 2 * l.inputs, l.scale};
+}
+
+// The share of slice s, of `size` values, of a tensor that may be missing.
+template <class Number>
+Number *share(Number *tensor, Index s, Index size) {
+    return tensor ? tensor + s * size : nullptr;
+}
+
+// Selections travel as (3, slices): thresholds, subtracted magnitudes and cuts.
+void store(const Layer &l, Index s, const Selection &kept, double *selection) {
+    selection[s] = kept.threshold;
+    selection[l.slices + s] = kept.subtracted;
+    selection[2 * l.slices + s] = double(kept.cut);
+}
+
+Selection load(const Layer &l, Index s, const double *selection) {
+    return {selection[s], selection[l.slices + s], Index(selection[2 * l.slices + s])};
+}
+
+// What an empty slice leaves of the frozen weight.
+void copy_base(const Real *base, Index size, Real *out) {
+    if (!out) return;
+    if (base) std::copy(base, base + size, out);
+    else std::fill(out, out + size, Real(0));
+}
 
 // A slice's function, ready for evaluation.
 struct Function {
@@ -253,10 +292,8 @@ void find_shift(const Slice &s, const Function &f) {
     std::copy(top, top + s.inputs, s.softmax);
 }
 
-}  // namespace
-
 // Write the merged matrix to `out`, and the softmax's shift and normaliser.
-extern "C" void snella_merge(const Slice &s, Real *out) {
+void merge(const Slice &s, Real *out) {
     const Function f(s);
     if (mixed) std::fill(s.softmax, s.softmax + s.inputs, Real(0));
     if (mixed && f.overflows) find_shift(s, f);
@@ -282,8 +319,6 @@ extern "C" void snella_merge(const Slice &s, Real *out) {
         add_softmax(f, start, width, t.linear, t.exponential, row);
     });
 }
-
-namespace {
 
 // The bits of a magnitude, which are ordered as the magnitudes are, and NaN above all.
 using Key = std::conditional_t<sizeof(Real) == 4, std::uint32_t, std::uint64_t>;
@@ -330,22 +365,39 @@ struct Range {
     }
 };
 
-// Keys around the one of this rank in ascending order, which becomes its rank among them.
+// The bounds of the keys around the one of this rank in ascending order, by a histogram of their
+// leading bits: certain, and quick for a small matrix.
+void bounds_by_histogram(const Real *merged, Index total, Index rank, Key &low, Key &high) {
+    constexpr int BITS = 12, SHIFT = 8 * sizeof(Key) - 1 - BITS;
+    std::vector<std::uint32_t> counts(2 << BITS);  // two, for neighbours are often equal
+    std::uint32_t *even = counts.data(), *odd = even + (1 << BITS);
+    for (Index n = 0; n + 1 < total; n += 2)
+        even[key_of(merged[n]) >> SHIFT]++, odd[key_of(merged[n + 1]) >> SHIFT]++;
+    if (total % 2) even[key_of(merged[total - 1]) >> SHIFT]++;
+    Key bin = 0;
+    for (Index below = 0; (below += even[bin] + odd[bin]) <= rank;) bin++;
+    low = bin << SHIFT, high = low | ((Key(1) << SHIFT) - 1);
+}
+
+// The same for a large matrix by a sample, which may mislead; its stride visits every column.
+void bounds_by_sample(const Real *merged, Index total, Index rank, Key &low, Key &high) {
+    std::vector<Key> sample;
+    for (Index n = 0; n < total; n += 61) sample.push_back(key_of(merged[n]));
+    const double share = double(rank) / total, count = sample.size();
+    const double middle = share * count, spread = 4 * std::sqrt(middle * (1 - share)) + 1;
+    const auto nth = [&](double n) {
+        std::nth_element(sample.begin(), sample.begin() + Index(n), sample.end());
+        return sample[Index(n)];
+    };
+    if (middle - spread > 0) low = nth(middle - spread);
+    if (middle + spread < count) high = nth(middle + spread);
+}
+
+// Keys around the one of this rank, which becomes its rank among them.
 std::vector<Key> candidates(const Slice &s, const Real *merged, Index &rank) {
-    const Index total = s.outputs * s.inputs, used = std::clamp<Index>(total >> 16, 1, PARTS);
+    const Index total = s.size(), used = std::clamp<Index>(total >> 16, 1, PARTS);
     Key low = 0, high = ~Key(0) >> 1;
-    if (total > 1 << 14) {  // a sample tells where to look; its stride visits every column
-        std::vector<Key> sample;
-        for (Index n = 0; n < total; n += 61) sample.push_back(key_of(merged[n]));
-        const double share = double(rank) / total, count = sample.size();
-        const double middle = share * count, spread = 4 * std::sqrt(middle * (1 - share)) + 1;
-        const auto nth = [&](double n) {
-            std::nth_element(sample.begin(), sample.begin() + Index(n), sample.end());
-            return sample[Index(n)];
-        };
-        if (middle - spread > 0) low = nth(middle - spread);
-        if (middle + spread < count) high = nth(middle + spread);
-    }
+    (total > 1 << 16 ? bounds_by_sample : bounds_by_histogram)(merged, total, rank, low, high);
     for (;; low = 0, high = ~Key(0) >> 1) {  // all entries, should the sample mislead
         Range parts[PARTS], found;
 #pragma omp parallel for num_threads(s.threads) schedule(static)
@@ -365,7 +417,7 @@ std::vector<Key> candidates(const Slice &s, const Real *merged, Index &rank) {
 
 // Where the first `surplus` entries of this key end, and the largest magnitude below it.
 void break_tie(const Slice &s, const Real *merged, Key key, Index surplus, Selection &out) {
-    const Index total = s.outputs * s.inputs;
+    const Index total = s.size();
     Index equals[PARTS] = {};
     Key lower[PARTS] = {};
 #pragma omp parallel for num_threads(s.threads) schedule(static)
@@ -388,22 +440,22 @@ void break_tie(const Slice &s, const Real *merged, Key key, Index surplus, Selec
     out.subtracted = magnitude_of(*std::max_element(lower, lower + PARTS));
 }
 
-}  // namespace
-
-// The `budget` largest magnitudes, 0 < budget < N; exactly as snella.equations.sparsify.select.
-extern "C" void snella_select(const Slice &s, const Real *merged, Index budget, Selection &out) {
-    Index rank = s.outputs * s.inputs - budget - 1;
+// The `budget` largest magnitudes; exactly as snella.equations.sparsify.select.
+Selection select(const Slice &s, const Real *merged, Index budget) {
+    if (form == none || budget >= s.size()) return {-1, 0, 0};
+    Index rank = s.size() - budget - 1;
     std::vector<Key> keys = candidates(s, merged, rank);
     std::nth_element(keys.begin(), keys.begin() + rank, keys.end());
     const Key key = keys[rank];
-    out.threshold = out.subtracted = magnitude_of(key);
-    out.cut = 0;
+    const Real threshold = magnitude_of(key);
+    Selection kept = {threshold, threshold, 0};
     const Index surplus = std::count(keys.begin() + rank + 1, keys.end(), key);
-    if (surplus && out.threshold == out.threshold) break_tie(s, merged, key, surplus, out);
+    if (surplus && threshold == threshold) break_tie(s, merged, key, surplus, kept);
+    return kept;
 }
 
 // Turn a merged matrix into base + scale * S, in place.
-extern "C" void snella_finish(const Slice &s, const Selection &kept, Real *out, const Real *base) {
+void finish(const Slice &s, const Selection &kept, Real *out, const Real *base) {
     for_tiles(s, [&](Index, Index o, Index start, Index width) {
         Tile t;
         const Index at = o * s.inputs + start;
@@ -412,8 +464,6 @@ extern "C" void snella_finish(const Slice &s, const Selection &kept, Real *out, 
         add_scaled(t, s.scale, width, base ? base + at : nullptr, out + at);
     });
 }
-
-namespace {
 
 // Σ_o ∂L/∂merged softmax, per column; writes base + scale * S again if there is memory for it.
 std::vector<Real> softmax_mean(const Slice &s, const Function &f, const Selection &kept,
@@ -538,11 +588,9 @@ void write_scalars(const Slice &s, const Function &f, const Sums &sums, const Re
     for (Index p = 0; learned && p < P; p++) *out++ = distance[p];
 }
 
-}  // namespace
-
 // From dense = ∂L/∂(W + S) the gradients of A, B and the scalars; and base + scale * S once more.
-extern "C" void snella_backward(const Slice &s, const Selection &kept, const Real *dense, const Real *base,
-                         Real *effective, Real *grad_a, Real *grad_b, Real *grad_scalars) {
+void backward(const Slice &s, const Selection &kept, const Real *dense, const Real *base,
+              Real *effective, Real *grad_a, Real *grad_b, Real *grad_scalars) {
     const Function f(s);
     std::vector<Real> mean(s.inputs), weight(s.inputs);
     if (mixed || effective) mean = softmax_mean(s, f, kept, dense, base, effective);
@@ -555,4 +603,52 @@ extern "C" void snella_backward(const Slice &s, const Selection &kept, const Rea
     });
     write_gradients(s, f, sums, grad_a, grad_b);
     write_scalars(s, f, sums, mean.data(), grad_scalars);
+}
+
+}  // namespace
+
+// W + S to `out`, and what was selected.
+extern "C" void snella_forward(const Layer &l, const Index *budgets, const Real *base, Real *out,
+                               double *selection) {
+    for (Index n = 0; n < l.slices; n++) {
+        const Slice s = slice_of(l, n);
+        const Index size = s.size();
+        Selection kept = {INFINITY, INFINITY, -1};
+        if (form == none || budgets[n]) {
+            Real *own = out + n * size;
+            merge(s, own);
+            kept = select(s, own, budgets[n]);
+            finish(s, kept, own, share(base, n, size));
+        } else {
+            copy_base(share(base, n, size), size, out + n * size);
+        }
+        store(l, n, kept, selection);
+    }
+}
+
+// The selection alone, which tests compare with others.
+extern "C" void snella_select(const Layer &l, const Index *budgets, const Real *merged,
+                              double *selection) {
+    for (Index n = 0; n < l.slices; n++) {
+        const Slice s = slice_of(l, n);
+        store(l, n, select(s, merged + n * s.size(), budgets[n]), selection);
+    }
+}
+
+// The gradients of A, B and the scalars, which come as zeros, and W + S if there is memory for it.
+extern "C" void snella_backward(const Layer &l, const double *selection, const Real *dense,
+                                const Real *base, Real *effective, Real *grad_a, Real *grad_b,
+                                Real *grad_scalars) {
+    for (Index n = 0; n < l.slices; n++) {
+        const Slice s = slice_of(l, n);
+        const Index size = s.size();
+        const Selection kept = load(l, n, selection);
+        Real *own = share(effective, n, size);
+        if (kept.cut < 0) {
+            copy_base(share(base, n, size), size, own);
+            continue;
+        }
+        backward(s, kept, dense + n * size, share(base, n, size), own, grad_a + n * P * s.inputs * H,
+                 grad_b + n * P * s.outputs * H, grad_scalars + n * K);
+    }
 }

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from ctypes import byref, c_double, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,6 @@ from torch import Tensor
 from snella.backends.scratch import FreshMemory, Scratch
 from snella.backends.update import Found, Gradients, Update, compute_type, new_tensor
 from snella.equations.kernels import Kernel
-from snella.equations.sparsify import Selection, select_all_or_nothing
 from snella.files import digest_file
 
 SELECTION_TYPE = torch.float64
@@ -43,24 +42,15 @@ FLAGS = (
 )
 # By the instruction set that torch found, and not by the machine: caches are shared in clusters.
 INSTRUCTIONS = {"AVX512": ("-march=x86-64-v4",), "AVX2": ("-march=x86-64-v3",)}
-FUNCTIONS = {
-    "snella_merge": [c_void_p] * 2,
-    "snella_select": [c_void_p, c_void_p, c_int64, c_void_p],
-    "snella_finish": [c_void_p] * 4,
-    "snella_backward": [c_void_p] * 8,
-}
+FUNCTIONS = {"snella_forward": 5, "snella_select": 4, "snella_backward": 8}
 
 
-class _Slice(ctypes.Structure):
+class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("outputs", "inputs", "threads")),
+        *((name, c_int64) for name in ("slices", "outputs", "inputs", "threads")),
         *((name, c_void_p) for name in ("a", "b", "scalars", "softmax")),
         ("scale", c_double),
     )
-
-
-class _Selection(ctypes.Structure):
-    _fields_ = (("threshold", c_double), ("subtracted", c_double), ("cut", c_int64))
 
 
 def usable(update: Update, a: Tensor) -> bool:
@@ -101,9 +91,9 @@ def _library(kernel: Kernel, form: str, number: str) -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _failures().append(getattr(error, "stderr", None) or str(error))
         return None
-    for name, types in FUNCTIONS.items():
+    for name, arguments in FUNCTIONS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = types, None
+        function.argtypes, function.restype = [c_void_p] * arguments, None
     return library
 
 
@@ -171,62 +161,6 @@ def _whole(library: Path) -> bool:
         return False
 
 
-class _Layer:
-    """A layer's tensors, in the form the loops take, and its slices one by one."""
-
-    def __init__(
-        self, update: Update, a: Tensor, b: Tensor, scalars: Tensor, constants: Tensor
-    ) -> None:
-        self.number, self.dtype = _number(a), compute_type(a)
-        library = _library(update.kernel, update.form, self.number)
-        assert library is not None
-        self.library: Any = library
-        self.update = update
-        self.a, self.b, self.scalars = (self.plain(t.detach()) for t in (a, b, scalars))
-        self.slices, _, self.inputs, _ = a.shape
-        self.outputs = b.shape[2]
-        self.constants = constants
-
-    def plain(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype).contiguous()
-
-    def part(self, tensor: Tensor | None, s: int) -> int | None:
-        """Address of a slice's share of a tensor."""
-        if tensor is None:
-            return None
-        return tensor.data_ptr() + s * tensor.nbytes // self.slices
-
-    def copy(self, base: Tensor | None, out: Tensor | None, s: int) -> None:
-        """The effective weight of an empty slice."""
-        if out is None:
-            return
-        shape = self.slices, self.outputs, self.inputs
-        block = out.view(shape)[s]
-        if base is None:
-            block.zero_()
-        else:
-            block.copy_(base.view(shape)[s])
-
-    def __iter__(self) -> Iterator[tuple[int, _Slice]]:
-        tensors = self.a, self.b, self.scalars, self.constants
-        # A small matrix is done before a second thread has woken up.
-        threads = torch.get_num_threads() if self.outputs * self.inputs > 2**15 else 1
-        sizes = self.outputs, self.inputs, threads
-        for s in range(self.slices):
-            addresses = [self.part(tensor, s) for tensor in tensors]
-            yield s, _Slice(*sizes, *addresses, self.update.scale)
-
-    def select(self, s: int, fields: _Slice, merged: Tensor, budget: int) -> Selection | None:
-        """As ``equations.sparsify.select``; None if nothing is kept."""
-        if self.update.form == "none" or budget >= self.outputs * self.inputs:
-            return select_all_or_nothing(True, merged)
-        if not budget:
-            return None
-        found = _Selection()
-        self.library.snella_select(byref(fields), self.part(merged, s), budget, byref(found))
-        return Selection(found.threshold, found.cut, found.subtracted)
-
-
 def found_like(update: Update, a: Tensor, b: Tensor) -> Found:
     """Uninitialised memory for what ``effective_weight`` finds.
 
@@ -247,26 +181,15 @@ def effective_weight(
     transient: bool = False,
 ) -> tuple[Tensor, Found]:
     """See ``backends.dispatch.effective_weight``."""
-    found = found_like(update, a, b)
-    layer = _Layer(update, a, b, scalars, found.constants)
-    base = None if weight is None else layer.plain(weight.detach())
-    scratch = Scratch.like(a, layer.dtype)
-    memory = scratch if transient else FreshMemory(a.device, layer.dtype)
-    out = memory.take("effective", layer.slices * layer.outputs, layer.inputs)
-    columns = []
-    for (s, fields), budget in zip(layer, budgets.tolist(), strict=True):
-        alive = update.form == "none" or budget
-        if alive:
-            layer.library.snella_merge(byref(fields), layer.part(out, s))
-        kept = layer.select(s, fields, out, budget)
-        if kept is None:
-            columns.append((torch.inf, torch.inf, -1))
-            layer.copy(base, out, s)
-            continue
-        columns.append((float(kept.threshold), float(kept.subtracted), int(kept.cut)))
-        addresses = [layer.part(tensor, s) for tensor in (out, base)]
-        layer.library.snella_finish(byref(fields), byref(_Selection(*columns[-1])), *addresses)
-    found.selection.copy_(torch.tensor(columns, dtype=SELECTION_TYPE).T)
+    found, kind = found_like(update, a, b), compute_type(a)
+    factors = _plain((a, b, scalars), kind)
+    memory = Scratch.like(a, kind) if transient else FreshMemory(a.device, kind)
+    out = memory.take("effective", b.shape[0] * b.shape[2], a.shape[2])
+    base = None if weight is None else _plain((weight,), kind)[0]
+    (budgets,) = _plain((budgets,), torch.int64)
+    layer = _layer(update, factors, found.constants)
+    arguments = map(_address, (budgets, base, out, found.selection))
+    _loaded(update, a).snella_forward(byref(layer), *arguments)
     return out.to(dtype), found
 
 
@@ -282,20 +205,37 @@ def contract(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Gradients]:
     """See ``backends.dispatch.contract``."""
-    layer = _Layer(update, a, b, scalars, found.constants)
-    out = None
+    kind = compute_type(a)
+    dense, *factors = _plain((dense, a, b, scalars), kind)
+    out = base = None
     if needs_effective:
-        shape = layer.slices * layer.outputs, layer.inputs
-        out = Scratch.like(a, layer.dtype).take("effective", *shape)
-    base = None if weight is None or out is None else layer.plain(weight.detach())
-    dense = layer.plain(dense)
-    grads = [torch.zeros_like(tensor) for tensor in (layer.a, layer.b, layer.scalars)]
-    selections = found.selection.T.tolist()
-    for (s, fields), (threshold, subtracted, cut) in zip(layer, selections, strict=True):
-        if cut < 0:
-            layer.copy(base, out, s)
-            continue
-        kept = _Selection(threshold, subtracted, int(cut))
-        addresses = [layer.part(tensor, s) for tensor in (dense, base, out, *grads)]
-        layer.library.snella_backward(byref(fields), byref(kept), *addresses)
-    return None if out is None else out.to(dtype), (grads[0], grads[1], grads[2])
+        out = Scratch.like(a, kind).take("effective", b.shape[0] * b.shape[2], a.shape[2])
+        base = None if weight is None else _plain((weight,), kind)[0]
+    grad_a, grad_b, grad_scalars = (torch.zeros_like(tensor) for tensor in factors)
+    layer = _layer(update, factors, found.constants)
+    tensors = found.selection, dense, base, out, grad_a, grad_b, grad_scalars
+    _loaded(update, a).snella_backward(byref(layer), *map(_address, tensors))
+    return None if out is None else out.to(dtype), (grad_a, grad_b, grad_scalars)
+
+
+def _plain(tensors: Sequence[Tensor], kind: torch.dtype) -> list[Tensor]:
+    """In the form the loops take; the caller keeps them alive during the call."""
+    return [tensor.detach().to(kind).contiguous() for tensor in tensors]
+
+
+def _layer(update: Update, factors: Sequence[Tensor], constants: Tensor) -> _Layer:
+    a, b, scalars = factors
+    slices, _, inputs, _ = a.shape
+    outputs = b.shape[2]
+    # A small matrix is done before a second thread has woken up.
+    threads = torch.get_num_threads() if outputs * inputs > 2**15 else 1
+    addresses = map(_address, (a, b, scalars, constants))
+    return _Layer(slices, outputs, inputs, threads, *addresses, update.scale)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _loaded(update: Update, a: Tensor) -> Any:
+    return _library(update.kernel, update.form, _number(a))
