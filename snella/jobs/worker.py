@@ -179,6 +179,7 @@ def _loop(listener: socket.socket, lock: IO[str], command: Command) -> None:
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     children: dict[int, socket.socket] = {}
+    ends: dict[int, int] = {}  # by child, a descriptor that wakes the loop when it ends
     idle_since = time.monotonic()
     while children or time.monotonic() - idle_since < IDLE_SECONDS:
         for key, _ in selector.select(timeout=0.1):
@@ -187,7 +188,10 @@ def _loop(listener: socket.socket, lock: IO[str], command: Command) -> None:
                 child = _fork(connection, (listener, lock), command)
                 children[child] = connection
                 selector.register(connection, selectors.EVENT_READ, child)
-            elif _has_gone(children[key.data]):  # end the client's job, gently
+                if hasattr(os, "pidfd_open"):  # without it the end is seen a little later
+                    ends[child] = os.pidfd_open(child)
+                    selector.register(ends[child], selectors.EVENT_READ)
+            elif key.data and _has_gone(children[key.data]):  # end the client's job, gently
                 selector.unregister(key.fileobj)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(key.data, signal.SIGTERM)
@@ -195,6 +199,9 @@ def _loop(listener: socket.socket, lock: IO[str], command: Command) -> None:
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
                 connection = children.pop(child)
+                if end := ends.pop(child, None):
+                    selector.unregister(end)
+                    os.close(end)
                 with contextlib.suppress(KeyError):
                     selector.unregister(connection)
                 with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from snella.errors import UserError, unknown
 
@@ -27,7 +28,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer ``name`` on parameter ``groups``; ``momentum`` is used by SGD and RMSprop.
 
-    Raises :class:`~snella.errors.UserError` for an unknown name, or 8-bit without bitsandbytes.
+    Fused where torch offers it: one pass over all parameters, which on small models saves several
+    per cent of a step. Raises :class:`~snella.errors.UserError` for an unknown name, or 8-bit
+    without bitsandbytes.
     """
     names = optimizer_names()
     if name not in names:
@@ -35,9 +38,16 @@ def build_optimizer(
     if name in EIGHT_BIT:
         return _eight_bit(EIGHT_BIT[name], groups, lr)
     cls = getattr(torch.optim, names[name])
-    extra = {"momentum": momentum} if "momentum" in inspect.signature(cls).parameters else {}
+    known = inspect.signature(cls).parameters
+    extra: dict[str, Any] = {"momentum": momentum} if "momentum" in known else {}
+    if "fused" in known and all(map(_fusible, (p for g in groups for p in g["params"]))):
+        extra["fused"] = True
     built: torch.optim.Optimizer = cls(groups, lr=lr, **extra)
     return built
+
+
+def _fusible(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
 
 
 def _eight_bit(name: str, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -34,6 +34,7 @@ from snella.models.parameters import (
 )
 from snella.runs.measure import PeakMemory
 from snella.runs.optimizers import build_optimizer
+from snella.runs.precision import autocast
 from snella.runs.protocol import Protocol
 from snella.runs.stopping import Terminated, whole
 from snella.seeds import derive_seed
@@ -285,11 +286,8 @@ class Trainer:
         for group, base in zip(optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
 
-    def _precision(self) -> AbstractContextManager[object]:
-        if self.protocol.precision == "fp32":
-            return nullcontext()
-        dtype = torch.bfloat16 if self.protocol.precision == "bf16" else torch.float16
-        return torch.autocast(self.device.type, dtype)
+    def _precision(self) -> AbstractContextManager[None]:
+        return autocast(self.protocol.precision, self.device)
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
