@@ -10,6 +10,7 @@ is no signature.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -17,6 +18,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,6 +72,21 @@ def read_failure(folder: Path) -> Record | None:
     """How the last try of a run broke, if it did after its last finished result."""
     path = f"{folder}/{FAILURE}"
     return read_file(path) if os.path.exists(path) else None
+
+
+@contextmanager
+def many() -> Iterator[None]:
+    """Plan and read thousands of runs without the garbage collector.
+
+    It would look through all of them again and again, and finds nothing: they hold no circles.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def read_file(path: Path | str) -> Record:

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from snella.errors import UserError
 from snella.jobs import budget, tables
 from snella.jobs.inputs import missing_of
+from snella.records import many
 from snella.runs.run import Run
 from snella.suite import plan
 from snella.suite.config import Config
@@ -101,6 +102,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+@many()
 def print_plan(config: Config, table_name: str, as_json: bool = False) -> None:
     """Print each run, its state, and the time the rest may take."""
     planned = tables.table_runs(config, table_name)
@@ -116,6 +118,7 @@ def print_plan(config: Config, table_name: str, as_json: bool = False) -> None:
         sys.stdout.write(f"missing: {line}\n")
 
 
+@many()
 def print_search(config: Config, as_json: bool = False) -> None:
     """Print what the suite's search costs, and each of its trials."""
     planned = plan.search_runs(config)
@@ -148,6 +151,7 @@ def _print_runs(runs: list[dict[str, Any]], title: str) -> None:
     _print(table, rows, fixed=4)
 
 
+@many()
 def print_status(config: Config, table_name: str, as_json: bool = False) -> None:
     """Print how many runs are in which state, where some are running, and what is wrong and why."""
     runs = run_list(tables.table_runs(config, table_name))

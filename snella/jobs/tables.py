@@ -9,7 +9,7 @@ from typing import Any
 from snella import results
 from snella.errors import UserError
 from snella.files import atomic
-from snella.records import read_failure
+from snella.records import many, read_failure
 from snella.report import (
     Missing,
     SuiteInfo,
@@ -90,6 +90,7 @@ def show(config: Config, name: str, stale: bool = False) -> None:
     print_table(build(config, name, stale))
 
 
+@many()
 def build(config: Config, name: str, stale: bool = False) -> Table:
     """The table ``name`` with all its numbers, from all records that it shows."""
     config = plan.for_table(config, name)

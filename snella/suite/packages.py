@@ -15,16 +15,19 @@ ENTRY = re.compile(rb"^def ([a-z]\w+)\(pretrained", re.MULTILINE)
 """The function of a timm architecture."""
 
 
-def optimizers() -> set[str]:
+@cache
+def optimizers() -> frozenset[str]:
     """The names of torch's optimizers, and of a few classes beside them, lower case."""
-    return {name.decode().lower() for name in CLASS.findall(_text("torch", "optim"))}
+    return frozenset(name.decode().lower() for name in CLASS.findall(_text("torch", "optim")))
 
 
-def architectures() -> set[str]:
+@cache
+def architectures() -> frozenset[str]:
     """The names of timm's architectures, without tags."""
-    return {name.decode() for name in ENTRY.findall(_text("timm", "models"))}
+    return frozenset(name.decode() for name in ENTRY.findall(_text("timm", "models")))
 
 
+@cache
 def is_architecture(name: str) -> bool:
     """Whether timm's text speaks of an architecture: a present one, or an older one's new name."""
     text, word = _text("timm", "models"), name.partition(".")[0].encode()

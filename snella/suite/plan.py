@@ -41,7 +41,9 @@ def plan(
 
 def current_suite(config: Config) -> SuiteEntry:
     """The configured suite; unknown names of its parts are reported here, before anything runs."""
-    suite: SuiteEntry = look_up("suite", config.suite, config.suites, config.where(["suite"]))
+    if config.suite not in config.suites:  # asked for every run, so the place only when needed
+        look_up("suite", config.suite, config.suites, config.where(["suite"]))
+    suite = config.suites[config.suite]
     if not config.first_time("suite", config.suite):
         return suite
     at = ("suites", config.suite)
@@ -280,6 +282,10 @@ def figure_runs(config: Config, figure: str) -> list[Run]:
 
 def suite_task(config: Config) -> str:
     """The task family of the configured suite."""
+    return config.once(("task of suite", config.suite), lambda: _only_task(config))
+
+
+def _only_task(config: Config) -> str:
     tasks = {config.datasets[name].task for name in current_suite(config).datasets}
     if len(tasks) > 1:
         raise UserError(f"Suite {config.suite!r} mixes tasks: {', '.join(sorted(tasks))}.")
