@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -144,7 +144,7 @@ class WorkflowPlan:
             path = target if os.path.isabs(target) else os.path.relpath(target or ".")
             made = any(rule.is_producer(path) for rule in workflow.rules)
             if not (made or workflow.is_rule(target) or os.path.isfile(path)):
-                _user(lambda target=target: self._refuse_target(target))
+                _user(partial(self._refuse_target, target))
 
     def _refuse_target(self, target: str) -> None:
         """Raise :class:`~snella.errors.UserError` with the closest file that can be asked for."""
