@@ -7,6 +7,8 @@
 #   <results>/report.html                                                        tables.smk
 #   <results>/{figure}.pdf .png .csv                                             figures.smk
 #   <results>/pretrain/vit_quick.safetensors                                     pretrain.smk
+import sys
+
 from snakemake.utils import min_version
 
 min_version("9.27")
@@ -48,6 +50,9 @@ rule all:
 rule pretrain:
     input:
         "<results>/pretrain/vit_quick.safetensors",
+
+
+PLAN.check_targets(workflow, sys.argv)
 
 
 onstart:

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import shlex
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snella.errors import UserError
 from snella.files import digest_json, json_text, sha256, write_json
@@ -35,7 +38,71 @@ STATUSES = (*FINAL, "failed", "oom", "timeout")
 RECORD, FINISHED, FAILURE = "record.json", "finished.json", "failure.json"
 PACKAGES = ("torch", "timm", "peft", "numpy", "pillow", "safetensors", "snella")
 PACKAGE = Path(__file__).resolve().parent
+LARGEST = 64 * 2**20
+"""Bytes of a record; more is some other file."""
 Record = dict[str, Any]
+Number = float | None
+
+
+class _Part(BaseModel):
+    """What readers rely on in a record, where it is there; other keys may hold anything."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Run(_Part):
+    suite: str
+    backbone: str
+    dataset: str
+    method: str
+    protocol: str
+    seed: int
+
+
+class _Metric(_Part):
+    name: str
+    title: str = ""
+    unit: str = ""
+    higher_is_better: bool = True
+    lower: float
+    upper: float
+    chance: Number = None
+
+
+class _Git(_Part):
+    commit: str | None = None
+    dirty: bool | None = None
+
+
+class _Provenance(_Part):
+    command: str = ""
+    git: _Git = _Git()
+    hardware: dict[str, str | int | None] = {}
+    packages: dict[str, str | None] = {}
+    python: str = ""
+    started: str = ""
+    ended: str = ""
+
+
+class _Shape(_Part):
+    status: str
+    reason: str | None = None
+    task: str = ""
+    run: _Run
+    protocol: dict[str, Any] | None = None
+    method: dict[str, Any] = {}
+    metric: str | None = None
+    metric_info: list[_Metric] = []
+    metrics: dict[str, dict[str, Number]] = {}
+    groups: dict[str, dict[str, dict[str, Number]]] | None = None
+    parameters: dict[str, Number] | None = None
+    cost: dict[str, Number] | None = None
+    identity: dict[str, Any] = {}
+    files: dict[str, str] | None = None
+    merge: dict[str, Any] | None = None
+    scores: str | None = None
+    warnings: list[str] = []
+    provenance: _Provenance = _Provenance()
 
 
 def write_record(folder: Path, record: Record) -> Path:
@@ -92,35 +159,70 @@ def many() -> Iterator[None]:
 def read_file(path: Path | str) -> Record:
     """One record, in the present schema; errors as in :func:`read_record`."""
     try:
-        with open(path, "rb") as file:
-            text = file.read()
+        text = _bytes(path)
         record = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is not a readable record ({type(error).__name__}); delete it and rerun."
+            f"{path} is not a readable record ({_unreadable(error)}); {_remedy(path)}."
         ) from error
     found = record.get("schema") if isinstance(record, dict) else None
-    if found not in READABLE:
+    if type(found) is not int or found not in READABLE:
         raise UserError(
-            f"{path} has record schema {found}, this version reads schemas 1 and 2; "
-            "delete the file and rerun the run."
+            f"{path} has record schema {str(found)[:40]}, this version reads schemas 1 and 2; "
+            f"{_remedy(path)}."
         )
     try:
         if found == 1:
-            return _from_schema_1(record)
+            record = _from_schema_1(record)
+            _Shape.model_validate(record)
+            return record
         _check(record, text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        reason = f"it lacks or breaks {place!r} ({first['msg'].lower()})"
+        raise UserError(f"{path}: {reason}; {_remedy(path)}.") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = str(error) if type(error) is ValueError else f"it lacks or breaks {error}"
-        raise UserError(f"{path}: {reason}; delete the file and rerun the run.") from error
+        raise UserError(f"{path}: {reason}; {_remedy(path)}.") from error
     return dict(record)
+
+
+def _bytes(path: Path | str) -> bytes:
+    """The file's bytes; raises ``OSError`` for what is no regular file, which could block."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is a folder" if stat.S_ISDIR(found.st_mode) else "no regular file")
+    if found.st_size > LARGEST:
+        raise ValueError(f"it has {found.st_size:,} bytes")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _unreadable(error: Exception) -> str:
+    """Why a file is no record, in words."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"no JSON from line {error.lineno}, column {error.colno}" if error.doc else "empty"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "no text" if isinstance(error, UnicodeDecodeError) else str(error)[:100]
+
+
+def _remedy(path: Path | str) -> str:
+    """What helps: of a finished run there is a copy, which counts once the record is gone."""
+    path = Path(path)
+    if path.name == RECORD and path.with_name(FINISHED).is_file():
+        return f"delete it, so that its copy {FINISHED} counts"
+    return "delete it and rerun the run"
 
 
 def _check(record: Record, text: bytes) -> None:
     """Raise ``ValueError`` for a record that is not as it was written, or out of range."""
+    _Shape.model_validate(record)
     if record["status"] not in STATUSES:
-        raise ValueError(f"status {record['status']!r} is unknown")
-    for name in ("suite", "backbone", "dataset", "method", "protocol", "seed"):
-        record["run"][name]
+        raise ValueError(f"status {record['status'][:40]!r} is unknown")
     if not _unchanged(record, text):
         raise ValueError("its content does not match its digest, so it was changed by hand")
     for info in record.get("metric_info", []):
@@ -145,8 +247,7 @@ def _unchanged(record: Record, text: bytes) -> bool:
 def _from_schema_1(record: Record) -> Record:
     """A record of the first version, which knew classification only, in today's form."""
     if record["status"] not in STATUSES:
-        raise ValueError(f"status {record['status']!r} is unknown")
-    record["run"]["dataset"], record["run"]["method"], record["run"]["seed"]
+        raise ValueError(f"status {str(record['status'])[:40]!r} is unknown")
     for values in record.get("metrics", {}).values():
         if not 0 <= values["top1"] <= 1:
             raise ValueError(f"top1 {values['top1']} is out of its range")

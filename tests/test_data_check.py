@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import formats
 import pytest
 
+from snella.data.archives import unpack
 from snella.data.check import check, lines
-from snella.data.download import Download, File, download, fetch, load_downloads, unpack
+from snella.data.download import Download, File, download, fetch, load_downloads
 from snella.errors import UserError
 from snella.suite.config import load
 

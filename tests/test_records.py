@@ -40,7 +40,7 @@ def test_a_failure_never_destroys_a_finished_result(tmp_path):
         ('"mse": 1.5', '"mse": 1.4', "changed by hand"),
         ('"mse": 1.5', '"mse": NaN', "changed by hand"),
         ('"status": "ok"', '"status": "fine"', "status 'fine' is unknown"),
-        ('"method": "m",', "", "lacks or breaks 'method'"),
+        ('"method": "m",', "", "lacks or breaks 'run.method'"),
     ],
 )
 def test_a_record_edited_by_hand_is_refused(tmp_path, old, new, words):

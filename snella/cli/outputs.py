@@ -6,6 +6,7 @@ import argparse
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,6 +47,19 @@ def figure(options: argparse.Namespace) -> None:
     sys.stdout.write(f"{figures.draw(load(options), options.figure)}\n")
 
 
+class _Progress:
+    """Says on stderr how far a download is, at most every ten seconds."""
+
+    def __init__(self) -> None:
+        self.said = time.monotonic()
+
+    def __call__(self, name: str, done: int, total: int | None) -> None:
+        if time.monotonic() - self.said > 10:
+            self.said = time.monotonic()
+            share = f" ({done / total:.0%})" if total else ""
+            sys.stderr.write(f"{name}: {done / 1e6:,.0f} MB{share}\n")
+
+
 class _Collect(logging.Handler):
     """Keeps messages in a list."""
 
@@ -65,6 +79,13 @@ def pdf(options: argparse.Namespace) -> None:
         raise UserError(f"{options.tex} is no .tex file; name a table written by `snella table`.")
     if not options.tex.is_file():
         raise UserError(f"There is no file {options.tex}; write it with `snella table`.")
+    try:
+        options.tex.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{options.tex} is not UTF-8 (byte {error.start}); save it so, or write it anew with "
+            "`snella table`."
+        ) from error
     if shutil.which("pdflatex") is None:
         raise UserError("LaTeX is not installed (Debian: texlive-latex-recommended poppler-utils).")
     reasons: list[str] = []
@@ -127,27 +148,30 @@ def data(options: argparse.Namespace) -> int:
     `check` looks at everything that can move a number, without preparing it. `download` fetches
     what config/downloads.yaml lists; an interrupted download goes on where it stopped.
     """
-    return _check_data(options) if options.action == "check" else _download(options)
+    raise AssertionError("one of its two parts is called")
 
 
-def _check_data(options: argparse.Namespace) -> int:
+def check_data(options: argparse.Namespace) -> int:
+    """Print what a data set's folder holds and what is odd; status 1 if it cannot be used."""
     from snella.data.check import check, lines
 
     known = load(options).datasets
     if options.name not in known:
-        raise unknown("data set", options.name or "", known)
+        raise unknown("data set", options.name, known)
     findings = check(options.name, known[options.name])
     for line in lines(findings):
         sys.stdout.write(f"{line}\n")
     return int(any(finding.level == "error" for finding in findings))
 
 
-def _download(options: argparse.Namespace) -> int:
-    from snella.data.download import download, load_downloads
+def download(options: argparse.Namespace) -> int:
+    """Fetch a data set or checkpoint, or list what can be fetched."""
+    from snella.data.download import download as fetch
+    from snella.data.download import load_downloads
 
     known = load_downloads(Path(locate("config/downloads.yaml")))
     if options.name is not None:
-        _list(download(options.name, known, options.to))
+        _list(fetch(options.name, known, options.to, _Progress()))
         return 0
     for name, entry in known.items():
         how = "by hand" if entry.manual else "download"

@@ -53,16 +53,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not name.startswith("-") and name not in subs:
         raise unknown("verb", name, subs)
     if name in subs:
-        options = {o for action in subs[name]._actions for o in action.option_strings}
+        options = _options_of(subs[name])
         for argument in arguments[1 : _end_of_options(arguments)]:
             option = argument.partition("=")[0]
-            if option.startswith("--") and option not in options:
+            if option.startswith("--") and option not in {*options, "--overlay"}:
                 raise unknown(f"option of `snella {name}`", option, options)
     return parser.parse_args(arguments, argparse.Namespace(parser=parser))
 
 
 def _end_of_options(arguments: Sequence[str]) -> int:
     return list(arguments).index("--") if "--" in arguments else len(arguments)
+
+
+def _options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The options of a verb and of its parts."""
+    shown = (action for action in parser._actions if action.help != argparse.SUPPRESS)
+    own = {option for action in shown for option in action.option_strings}
+    return own.union(*(_options_of(part) for part in _verbs_of(parser).values()))
 
 
 def _verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -128,12 +135,15 @@ def _running(verb: Callable[..., Any]) -> None:
 
     prepare = _with_config(verb(verbs.prepare, "snella prepare digits"))
     prepare.add_argument("dataset", help="a column (snella datasets)")
-    data = _with_config(
-        verb(outputs.data, "snella data check mydata", "snella data download cifar100")
-    )
-    data.add_argument("action", choices=("check", "download"), help="what to do")
-    data.add_argument("name", nargs="?", help="a column, or what to fetch (default: list all)")
-    data.add_argument("--to", type=Path, default=Path("data"), help="where to (default: data)")
+    data = verb(outputs.data, "snella data check mydata", "snella data download cifar100")
+    actions = data.add_subparsers(required=True, metavar="check|download", help="what to do")
+    look = _with_config(actions.add_parser("check", help="look at a data set's folder"))
+    look.set_defaults(verb=outputs.check_data)
+    look.add_argument("name", help="a column (snella datasets)")
+    fetch = actions.add_parser("download", help="fetch what its owner publishes")
+    fetch.set_defaults(verb=outputs.download)
+    fetch.add_argument("name", nargs="?", help="what to fetch (default: list all)")
+    fetch.add_argument("--to", type=Path, default=Path("data"), help="where to (default: data)")
 
 
 def _looking(verb: Callable[..., Any]) -> None:
@@ -224,7 +234,7 @@ def _with_config(sub: Any) -> Any:
         "--config", nargs="*", default=[], action="extend", metavar="KEY=VALUE",
         help="settings that come on top, such as suite=smoke or methods.full.label=Ours",
     )  # fmt: skip
-    sub.add_argument("--overlay", help="further settings as JSON; the workflow uses it")
+    sub.add_argument("--overlay", help=argparse.SUPPRESS)  # of the workflow
     return sub
 
 

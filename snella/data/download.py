@@ -7,32 +7,32 @@ when its digest is right; an interrupted download goes on where it stopped.
 
 from __future__ import annotations
 
-import gzip
+import errno
 import hashlib
+import http.client
 import os
-import shutil
-import tarfile
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
 
-from snella.errors import UserError, unknown
+from snella.data.archives import unpack, web_page_or_pointer
+from snella.errors import REMEDIES, UserError, one_line, plain, unknown
+from snella.files import try_lock
+from snella.validation import Strict, validate
 
 CHUNK = 1 << 20
 TIMEOUT = 60
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR)
+"""Errors of the disk and not of the network."""
 Progress = Callable[[str, int, int | None], None]
 
 
-class File(BaseModel):
+class File(Strict):
     """One file: addresses in order of preference, and what it must be."""
-
-    model_config = ConfigDict(extra="forbid")
 
     urls: list[str]
     name: str = ""
@@ -47,10 +47,8 @@ class File(BaseModel):
         return self.name or PurePosixPath(self.urls[0].partition("?")[0]).name
 
 
-class Download(BaseModel):
+class Download(Strict):
     """A data set or checkpoint: its files and licence, or how to get it by hand."""
-
-    model_config = ConfigDict(extra="forbid")
 
     title: str
     licence: str
@@ -60,9 +58,13 @@ class Download(BaseModel):
 
 
 def load_downloads(file: Path) -> dict[str, Download]:
-    """Read ``config/downloads.yaml``."""
-    content: dict[str, Any] = yaml.safe_load(file.read_text()) or {}
-    return {name: Download.model_validate(entry) for name, entry in content.items()}
+    """Read ``config/downloads.yaml``; raises :class:`~snella.errors.UserError` for its faults."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        entries = content.items()
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{file} cannot be read ({plain(str(error))}); correct it.") from error
+    return {str(name): validate(Download, entry, f"{file}, {name}") for name, entry in entries}
 
 
 def download(
@@ -82,28 +84,51 @@ def download(
     if entry.manual:
         raise UserError(f"{entry.title} cannot be fetched by a program: {entry.manual}")
     target = folder / (entry.folder or name)
-    target.mkdir(parents=True, exist_ok=True)
     paths = []
-    for file in entry.files:
-        path = fetch(file, target, report)
-        if file.unpack:
-            unpack(path, target)
-        paths.append(path)
+    with _alone(target):
+        for file in entry.files:
+            path = fetch(file, target, report)
+            if file.unpack:
+                unpack(path, target)
+            paths.append(path)
     return paths
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep a second download out of it, which would write the same files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".download.lock").open("w", encoding="utf-8")
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0, "choose another place")
+        raise UserError(f"Cannot write {folder}: {error.strerror}; {remedy} (--to).") from error
+    with lock:
+        if try_lock(lock) is False:
+            raise UserError(f"Another process is downloading into {folder}; wait for it to end.")
+        yield
+        Path(lock.name).unlink(missing_ok=True)
 
 
 def fetch(file: File, folder: Path, report: Progress = lambda name, done, total: None) -> Path:
     """One file from the first mirror that has it, continuing a partial download."""
     path = folder / file.file_name
+    partial = path.with_name(f"{path.name}.part")
+    for place in (path, partial):
+        if place.is_dir():
+            raise UserError(f"{place} is a folder, where a file is needed; move it away.")
     if path.exists() and _problem(path, file) is None:
         return path
-    partial = path.with_name(f"{path.name}.part")
     reasons = []
     for url in file.urls:
         try:
             _receive(url, partial, file, report)
-        except (OSError, urllib.error.URLError) as error:
-            reasons.append(f"{url}: {getattr(error, 'reason', error)}")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in DISK:
+                raise UserError(
+                    f"Cannot write {partial}: {error.strerror}; {REMEDIES[error.errno]}."
+                ) from error
+            reasons.append(f"{url}: {_reason(error)}")
             continue
         problem = _problem(partial, file)
         if problem is None:
@@ -115,6 +140,13 @@ def fetch(file: File, folder: Path, report: Progress = lambda name, done, total:
         f"{file.file_name} could not be fetched ({'; '.join(reasons)}); get it by hand and put it "
         f"into {folder}."
     )
+
+
+def _reason(error: Exception) -> str:
+    """Why an address gave nothing, in a few words."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"status {error.code}, {plain(str(error.reason)).partition('.')[0]}"
+    return plain(str(getattr(error, "reason", ""))) or one_line(error)
 
 
 def _receive(url: str, partial: Path, file: File, report: Progress) -> None:
@@ -130,15 +162,17 @@ def _receive(url: str, partial: Path, file: File, report: Progress) -> None:
         return
     with response:
         resumed = have and response.status == 206
-        length = response.headers.get("Content-Length")
-        done = have if resumed else 0
-        total = file.bytes or (done + int(length) if length else None)
+        length = response.headers.get("Content-Length", "")
+        start = done = have if resumed else 0
+        total = file.bytes or (done + int(length) if length.isdecimal() else None)
         with open(partial, "ab" if resumed else "wb") as stream:
             while chunk := response.read(CHUNK):
                 stream.write(chunk)
                 done += len(chunk)
                 report(file.file_name, done, total)
-        if length and done < (have if resumed else 0) + int(length):
+                if file.bytes is not None and done > file.bytes:
+                    return  # another file, which the caller refuses
+        if length.isdecimal() and done < start + int(length):
             raise OSError("the connection ended early; the next call goes on from there")
 
 
@@ -153,57 +187,4 @@ def _problem(path: Path, file: File) -> str | None:
                 found = hashlib.file_digest(stream, kind).hexdigest()
             if not found.startswith(expected):
                 return f"{kind} begins {found[:8]}, not {expected[:8]}"
-    with open(path, "rb") as stream:
-        start = stream.read(64).lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html")) and not path.name.endswith(".html"):
-        return "a web page instead of the file"
-    return None
-
-
-def unpack(archive: Path, folder: Path) -> list[Path]:
-    """Unpack a .zip, .tar(.gz, .bz2, .xz) or .gz into ``folder``.
-
-    Nothing is written outside ``folder``: absolute paths, ``..``, links and devices are refused
-    before anything is unpacked. Returns the topmost entries.
-    """
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as content:
-                names = content.namelist()
-                _refuse(archive, names, folder)
-                if any(info.external_attr >> 28 == 0xA for info in content.infolist()):
-                    raise UserError(f"{archive} holds links, which are not unpacked.")
-                content.extractall(folder)
-        elif tarfile.is_tarfile(archive):
-            with tarfile.open(archive) as content:
-                members = content.getmembers()
-                names = [member.name for member in members]
-                _refuse(archive, names, folder)
-                odd = [m.name for m in members if not (m.isfile() or m.isdir())]
-                if odd:
-                    raise UserError(f"{archive} holds {odd[0]}, a link or device; not unpacked.")
-                content.extractall(folder, filter="data")
-        elif archive.suffix == ".gz":
-            names = [archive.stem]
-            with gzip.open(archive) as source, open(folder / archive.stem, "wb") as target:
-                shutil.copyfileobj(source, target, CHUNK)
-        else:
-            raise UserError(f"{archive} is no archive that is unpacked here (.zip, .tar, .gz).")
-    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise UserError(f"{archive} is damaged ({error}); download it again.") from error
-    return [folder / top for top in dict.fromkeys(_tops(names))]
-
-
-def _tops(names: list[str]) -> Iterator[str]:
-    for name in names:
-        parts = [part for part in PurePosixPath(name).parts if part != "."]
-        if parts:
-            yield parts[0]
-
-
-def _refuse(archive: Path, names: list[str], folder: Path) -> None:
-    root = folder.resolve()
-    for name in names:
-        place = (root / name.replace("\\", "/")).resolve()
-        if not place.is_relative_to(root):
-            raise UserError(f"{archive} would write outside {folder}: {name!r}; not unpacked.")
+    return web_page_or_pointer(path)

@@ -84,6 +84,6 @@ def _stat(path: Path) -> tuple[int, int]:
 
 def _read(mark: Path) -> Any:
     try:
-        return json.loads(mark.read_text())
+        return json.loads(mark.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

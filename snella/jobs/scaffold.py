@@ -26,13 +26,15 @@ def write_baseline(config: Config, name: str) -> list[str]:
     if taken is not None:
         raise UserError(f"{taken} exists already and is left as it is; choose another name.")
     with atomic(path) as temporary:
-        temporary.write_text(_content(path.stem))
+        temporary.write_text(_content(path.stem), encoding="utf-8")
     method = path.as_posix() if outside else name
     entry = f"{{file: {method}, label: {path.stem}}}" if outside else f"{{label: {name}}}"
+    suite = f"suites: {{{config.suite}: {{further_methods: [{path.stem}]}}}}"
     return [
         f"{path} holds a method that runs; make it yours.",
         f"Check it:          snella check {method}",
         f"Add its row:       methods: {{{path.stem}: {entry}}}   in config/config.yaml",
+        f"Show it:           {suite}   there too",
         f"Train it once:     snella run --method {path.stem} --dataset digits",
         "What the hooks do: docs/add-a-baseline.md",
     ]
@@ -52,5 +54,5 @@ def _check_name(name: str) -> None:
 
 def _content(name: str) -> str:
     title = "".join(part.capitalize() for part in name.split("_"))
-    source = Path(template.__file__).read_text()
+    source = Path(template.__file__).read_text(encoding="utf-8")
     return source.replace("NAME", name).replace("class Template(", f"class {title}(")

@@ -10,12 +10,20 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from snella.errors import MISTAKE, UserError, explain, record_traceback
+from snella.errors import (
+    MISTAKE,
+    UserError,
+    ascii_name,
+    closest,
+    explain,
+    plain,
+    record_traceback,
+)
 from snella.files import digest_json
 from snella.jobs import cells, devices, retries, submission, worker
 from snella.jobs.coordinator import Coordinator, start_over, watch_pending
@@ -26,24 +34,22 @@ from snella.runs.identity import code_key, training_key
 from snella.runs.run import Run
 from snella.suite import config as configuration
 from snella.suite import plan
+from snella.suite.checks import look_up
 from snella.suite.config import Config
 
 Answer = TypeVar("Answer")
 
 
 def _user(call: Callable[[], Answer]) -> Answer:
-    """Turn a user's mistake into the error that Snakemake prints as one line."""
+    """End with a user's mistake as one line; as an exception Snakemake would print where it fell.
+
+    The status is 2.
+    """
     try:
         return call()
     except UserError as error:
-        raise _workflow_error(str(error)) from None
-
-
-def _workflow_error(line: str) -> Exception:
-    from snakemake.exceptions import WorkflowError
-
-    error: Exception = WorkflowError(line)
-    return error
+        _say(plain(str(error)))
+        raise SystemExit(MISTAKE) from None
 
 
 def _say(line: str) -> None:
@@ -113,12 +119,10 @@ class WorkflowPlan:
         folder = folder / wildcards.backbone / wildcards.dataset / wildcards.method
         key = (folder / f"seed{wildcards.seed}" / "record.json").as_posix()
         if key not in self.runs:
-            self.runs[key] = _user(lambda: self._of_suite(wildcards))
-            if self.runs[key].record.as_posix() != key:
-                raise _workflow_error(f"There is no run {key}; trials of a search lie in search/.")
+            self.runs[key] = _user(lambda: self._of_suite(wildcards, key))
         return self.runs[key]
 
-    def _of_suite(self, wildcards: Any) -> Run:
+    def _of_suite(self, wildcards: Any, key: str) -> Run:
         config = plan.with_suite(self.config, wildcards.suite)
         run = plan.resolve(config, wildcards.method, wildcards.dataset, int(wildcards.seed))
         if run.backbone.name != wildcards.backbone:
@@ -126,7 +130,37 @@ class WorkflowPlan:
                 f"Suite {wildcards.suite!r} has backbone {run.backbone.name}, "
                 f"not {wildcards.backbone}."
             )
+        if run.record.as_posix() != key:
+            raise UserError(f"There is no run {key}; trials of a search lie in search/.")
         return run
+
+    def check_targets(self, workflow: Any, arguments: Sequence[str]) -> None:
+        """End with one line if no rule makes a target, of those that stand after ``--``.
+
+        Called when all rules are known, which is before Snakemake looks for their outputs.
+        """
+        named = arguments[arguments.index("--") + 1 :] if "--" in arguments else ()
+        for target in named:
+            path = target if os.path.isabs(target) else os.path.relpath(target or ".")
+            made = any(rule.is_producer(path) for rule in workflow.rules)
+            if not (made or workflow.is_rule(target) or os.path.isfile(path)):
+                _user(partial(self._refuse_target, target))
+
+    def _refuse_target(self, target: str) -> None:
+        """Raise :class:`~snella.errors.UserError` with the closest file that can be asked for."""
+        results = Path(self.config.results).as_posix()
+        names = [f"{name}.tex" for name in self.config.tables]
+        names += [f"{name}.pdf" for name in self.config.figures]
+        names += [f"{name}/search.yaml" for name in self.config.suites]
+        names += ["report.html", "audit.tex"]
+        own = target.removeprefix(f"{results}/")
+        tries = (own if own != target else "", Path(target).name, f"{Path(target).stem}.tex")
+        close = next(filter(None, (closest(name, names) for name in tries)), None)
+        hint = f" Did you mean {results}/{close}?" if close else ""
+        raise UserError(
+            f"No rule makes {ascii_name(target)}.{hint} Targets are files of {results}/, such as "
+            f"{results}/table1.tex or {results}/report.html (docs/command-line.md)."
+        )
 
     def begin(self, workflow: Any) -> None:
         """Start a workflow: alone on its results, after the jobs of one that died, retries chosen.
@@ -216,7 +250,9 @@ class WorkflowPlan:
 
     def dataset_overlay(self, wildcards: Any) -> str:
         """A configuration with one data set's entry: all that preparing it needs."""
-        entry = self.config.datasets[wildcards.dataset].model_dump(mode="json")
+        known = self.config.datasets
+        spec = _user(lambda: look_up("data set", wildcards.dataset, known))
+        entry = spec.model_dump(mode="json")
         content = {
             "data": self.config.data,
             "tasks": self.config.tasks,

@@ -42,11 +42,11 @@ def compile_pdf(tex: Path) -> tuple[Path, Path | None] | None:
     if shutil.which("pdflatex") is None:
         log.warning("No pdflatex on this machine: %s is not compiled.", tex)
         return None
-    text = tex.read_text()
+    text = tex.read_text(encoding="utf-8")
     width = TWO_COLUMNS if r"\begin{table*}" in text else ONE_COLUMN
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        (work / "table.tex").write_text(text)
+        (work / "table.tex").write_text(text, encoding="utf-8")
         (work / "page.tex").write_text(PAGE % {"width": width, "file": "table.tex"})
         problem = run_pdflatex(work)
         if problem:

@@ -24,7 +24,7 @@ from snella.models.backbone_files import input_size
 from snella.suite import packages
 from snella.suite.config import Config, SuiteEntry
 from snella.tasks import TaskInfo, find_task
-from snella.validation import Strict, hyperparameter_error
+from snella.validation import Strict, hyperparameter_error, shown
 
 log = logging.getLogger("snella")
 KNOWN: dict[str, Any] = {
@@ -38,6 +38,13 @@ KNOWN: dict[str, Any] = {
 """What an annotation may be made of to be understood here."""
 EIGHT_BIT = {"adam8bit": "adam", "adamw8bit": "adamw"}
 """Optimizers of bitsandbytes, and the same with states in full precision."""
+
+
+ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "int": (int,), "float": (int, float), "bool": (bool,),
+    "Optional[int]": (int, type(None)), "Optional[float]": (int, float, type(None)),
+}  # fmt: skip
+"""Annotations of timm's that are taken at their word, and the types that fit."""
 
 
 Layer = tuple[tuple[str, ...], Mapping[str, Any]]
@@ -126,6 +133,25 @@ def check_packages(config: Config, suite: SuiteEntry, info: TaskInfo, layers: La
     if "vit" in info.families and not packages.is_architecture(arch):
         place = config.where(("backbones", suite.backbone, "arch"))
         raise _placed(place, unknown("timm architecture", arch, packages.architectures()))
+    if "vit" in info.families:
+        _check_kwargs(config, suite.backbone)
+
+
+def _check_kwargs(config: Config, name: str) -> None:
+    """A backbone's keyword arguments: those that its architecture knows, plain values by type."""
+    backbone = config.backbones[name]
+    known = (packages.arguments(backbone.arch) if backbone.kwargs else None) or {}
+    for key, value in backbone.kwargs.items() if known else ():
+        place = config.where(("backbones", name, "kwargs", key))
+        if key not in known:
+            kind = f"argument of {backbone.arch} in `kwargs` of backbone {name!r}:"
+            raise _placed(place, unknown(kind, key, known))
+        wanted = ARGUMENTS.get(known[key])
+        if wanted and (type(value) not in wanted):
+            raise _placed(place, UserError(
+                f"`backbones.{name}.kwargs.{key}` is {shown(value)}, {backbone.arch} takes "
+                f"{known[key]}; correct it."
+            ))  # fmt: skip
 
 
 def check_image_size(

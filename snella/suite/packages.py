@@ -5,6 +5,7 @@ Where a package's text does not tell, nothing is known and the job says what is 
 
 from __future__ import annotations
 
+import ast
 import re
 from functools import cache
 from importlib.util import find_spec
@@ -13,6 +14,10 @@ from pathlib import Path
 CLASS = re.compile(rb"^class ([A-Za-z]\w+)", re.MULTILINE)
 ENTRY = re.compile(rb"^def ([a-z]\w+)\(pretrained", re.MULTILINE)
 """The function of a timm architecture."""
+BUILDER = "build_model_with_cfg"
+"""The function that every architecture's file hands its class to."""
+INTERNAL = ("self", "kwargs", "variant", "model_cls", "model_name", "pretrained")
+"""Arguments that users of timm do not give."""
 
 
 @cache
@@ -35,9 +40,85 @@ def is_architecture(name: str) -> bool:
 
 
 @cache
+def arguments(arch: str) -> dict[str, str] | None:
+    """What a timm architecture can be built with: names, each with its annotation's text.
+
+    Those of the classes that the architecture's file hands to timm's builder, of their bases, and
+    of the builder itself. None where the text does not tell.
+    """
+    name = arch.partition(".")[0].encode()
+    files = _files("timm", "models")
+    file = next((f for f, text in files.items() if b"\ndef %b(pretrained" % name in text), None)
+    if file is None:
+        return None
+    found: dict[str, str] = {}
+    lines = files[file].splitlines()
+    for builder in (node for node in _parsed(file).body if isinstance(node, ast.FunctionDef)):
+        if BUILDER.encode() not in b"\n".join(lines[builder.lineno : builder.end_lineno]):
+            continue
+        found |= dict.fromkeys(_taken(builder), "")
+        for node in ast.walk(builder):
+            if isinstance(node, ast.Name):
+                found |= _initial(node.id, file) or {}
+    factory = file.with_name("_factory.py"), file.with_name("_builder.py")
+    for place in factory if found else ():
+        for node in _parsed(place).body:
+            if isinstance(node, ast.FunctionDef) and node.name in ("create_model", BUILDER):
+                found |= dict.fromkeys(_taken(node), "")
+    return {k: v for k, v in found.items() if k not in INTERNAL} or None
+
+
+def _initial(name: str, file: Path) -> dict[str, str] | None:
+    """The arguments of a class that a file defines or imports from its neighbours, and its bases'.
+
+    None if it is no such class.
+    """
+    for node in _parsed(file).body:
+        if isinstance(node, ast.ImportFrom) and _imports(node, name):
+            module = (node.module or "").removeprefix("timm.models.")
+            other = file.with_name(f"{module}.py")
+            return _initial(name, other) if other.is_file() else None
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            bases = [_initial(base.id, file) for base in node.bases if isinstance(base, ast.Name)]
+            found = {k: v for base in reversed(bases) for k, v in (base or {}).items()}
+            start = next((item for item in node.body if isinstance(item, ast.FunctionDef)
+                          and item.name == "__init__"), None)  # fmt: skip
+            return found if start is None else found | _annotated(start)
+    return None
+
+
+def _imports(node: ast.ImportFrom, name: str) -> bool:
+    return any((alias.asname or alias.name) == name for alias in node.names)
+
+
+def _annotated(function: ast.FunctionDef) -> dict[str, str]:
+    arguments = [*function.args.args, *function.args.kwonlyargs]
+    return {a.arg: ast.unparse(a.annotation) if a.annotation else "" for a in arguments}
+
+
+def _taken(function: ast.FunctionDef) -> set[str]:
+    """A function's arguments, and what it takes out of its keyword arguments."""
+    found = set(_annotated(function))
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("kwargs.pop", "kwargs.get"):
+            found |= {str(a.value) for a in node.args[:1] if isinstance(a, ast.Constant)}
+    return found
+
+
+@cache
 def _text(package: str, folder: str) -> bytes:
     """All Python text of a package's folder; the package is found and not imported."""
+    return b"\n".join(_files(package, folder).values())
+
+
+@cache
+def _files(package: str, folder: str) -> dict[Path, bytes]:
     spec = find_spec(package)
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
     files = sorted(Path(places[0], folder).glob("*.py")) if places else []
-    return b"\n".join(file.read_bytes() for file in files)
+    return {file: file.read_bytes() for file in files}
+
+
+@cache
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_bytes())

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from snella.errors import UserError, plain
+from snella.errors import UserError, ascii_name, plain
 
 LARGEST = 8 * 2**20
 """Bytes of a configuration file; more is some other file."""
+LONGEST_PATH = 200
 NODES = 200_000
 """Values of one file, repeated ones counted: a few anchors can stand for billions."""
 COMMAND_LINE = "--config"
@@ -129,11 +130,12 @@ def _text(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
     except OSError as error:
+        shown = str(path) if len(str(path)) <= LONGEST_PATH else ascii_name(path)
         raise UserError(
-            f"Cannot read the configuration {path}: {error.strerror}; correct the path."
+            f"Cannot read the configuration {shown}: {error.strerror}; correct the path."
         ) from error
     except ValueError as error:  # a NUL in the name
-        raise UserError(f"Cannot read the configuration {str(path)!r}: {error}.") from error
+        raise UserError(f"Cannot read the configuration {ascii_name(path)}: {error}.") from error
     if len(content) > LARGEST:
         raise UserError(f"{path} has over {LARGEST >> 20} MB: no configuration; correct the path.")
     try:

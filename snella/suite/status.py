@@ -88,7 +88,7 @@ def _data_digest(folder: str) -> str | None:
 
 @cache
 def _digest_in(manifest: str, changed: int) -> str:
-    return str(json.loads(Path(manifest).read_text())["digest"])
+    return str(json.loads(Path(manifest).read_text(encoding="utf-8"))["digest"])
 
 
 def is_running(folder: Path) -> bool:

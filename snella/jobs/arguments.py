@@ -1,0 +1,69 @@
+"""What Snakemake is called with, looked at before Snakemake itself stumbles over it.
+
+The default profile calls this, as it is read first.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from snella.errors import MISTAKE, UserError, ascii_name, plain
+from snella.suite.reading import read_yaml
+
+CONFIGFILE, CONFIG = ("--configfile", "--configfiles"), ("--config", "-C")
+KEY = re.compile(r"[a-zA-Z_][\w-]*\w")
+"""What Snakemake takes as a key of ``--config``."""
+
+
+def check_arguments(arguments: Sequence[str] | None = None) -> None:
+    """End with one line and status 2 if a configuration cannot be read; else do nothing."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        for file in _values(given, CONFIGFILE):
+            _check_file(Path(file))
+        for pair in _values(given, CONFIG):
+            _check_pair(pair)
+    except UserError as error:
+        sys.stderr.write(f"snella: {plain(str(error))}\n")
+        raise SystemExit(MISTAKE) from None
+
+
+def _check_file(file: Path) -> None:
+    try:
+        content = read_yaml(file)
+    except UserError as error:
+        hint = "" if file.exists() else " Was it meant as a target? These stand after ` -- `."
+        raise UserError(f"{error}{hint}") from error
+    if not content and b"{" not in file.read_bytes():
+        raise UserError(f"{file} holds no setting; write one, or leave --configfile out.")
+
+
+def _check_pair(pair: str) -> None:
+    key, equals, value = pair.partition("=")
+    if not equals:
+        raise UserError(f"--config takes KEY=VALUE, got {ascii_name(pair)}.")
+    first, *rest = key.split(".")
+    if rest and all(rest):
+        nested = f"{'{'.join(f'{part}: ' for part in rest)}{value}{'}' * len(rest)}"
+        raise UserError(
+            f"--config of Snakemake takes no dotted keys; write '{first}={{{nested}' "
+            "(with the quotes)."
+        )
+    if not KEY.fullmatch(key):
+        raise UserError(f"--config: {ascii_name(key)} is no key of the configuration.")
+
+
+def _values(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The values of an option: one after ``=``, or all up to the next option."""
+    found, taking = [], False
+    for argument in arguments:
+        if argument.startswith("-"):
+            name, equals, value = argument.partition("=")
+            taking = name in names and not equals
+            found += [value] if name in names and equals else []
+        elif taking:
+            found.append(argument)
+    return found
