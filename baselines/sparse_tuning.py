@@ -13,6 +13,7 @@ ViT-B/16: 279,808 parameters (0.32 M with the mean VTAB head) with bottleneck 8,
 The public code (``variant="public_code"``) is another method: a nested 768-64-32-64-768 adapter
 that sees its own layer alone, and after layers 3, 6, 9 and 12 the plain sum of the last adapter
 outputs is added once more (after 3 also the embedded input; after 12 without the last output).
+``links``, ``fusion`` and ``layers`` are the ablations of Tables 3 to 6.
 """
 
 import math
@@ -47,6 +48,14 @@ class SparseTuning(Method):
         "attention",
         description="Weights of the dropped tokens in the fused one; average sums to 1.",
     )
+    links: tuple[PositiveInt, ...] = Field(
+        (1, 3), description="Earlier adapters that one sees, by how many layers before."
+    )
+    fusion: Literal["input", "inner", "output", "none"] = Field(
+        "inner",
+        description="Where an adapter's inputs are summed: before a shared down-projection, after "
+        "one each, or after a whole adapter each; none: no adapters.",
+    )
 
     def merge(self, model: nn.Module) -> None:
         raise CannotMerge(
@@ -66,13 +75,11 @@ class SparseTuning(Method):
             if public:
                 block.adapter = _NestedAdapter(width, self.bottleneck or 64, place)
             else:
-                inputs = 1 + (number > 1) + (number > 3)
-                block.adapter = _DenseAdapter(
-                    width, self.bottleneck or 8, inputs, self.scale, self.dropout, place
-                )
+                inputs = 1 + sum(number > distance for distance in self.links)
+                block.adapter = _dense_adapter(self, width, inputs, place)
             block.adapter.train(block.training)
         kind = _PublicBlocks if public else _SparseBlocks
-        model.blocks = kind(model.blocks, layers, self.keep, self.fuse)
+        model.blocks = kind(model.blocks, layers, self.keep, self.fuse, self.links)
 
     def _check(self, model: nn.Module) -> None:
         plain = all(type(b) is Block and type(b.attn) is Attention for b in model.blocks)
@@ -88,22 +95,26 @@ class _SparseBlocks(nn.Sequential):
     """The backbone's own blocks, run with token selection and adapters (the paper's variant)."""
 
     def __init__(
-        self, blocks: nn.Sequential, layers: tuple[int, ...], keep: float, fuse: str
+        self,
+        blocks: nn.Sequential,
+        layers: tuple[int, ...],
+        keep: float,
+        fuse: str,
+        links: tuple[int, ...],
     ) -> None:
         super().__init__(*blocks)
         self.training = blocks.training
-        self.layers, self.keep, self.fuse = layers, keep, fuse
+        self.layers, self.keep, self.fuse, self.links = layers, keep, fuse, links
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, D), class token first, to (B, M, D) with M <= N."""
         earlier: list[Tensor] = []
         for number, block in enumerate(self, start=1):
             x, *earlier = self.attend(number, block, x, earlier)
-            links = [earlier[-1]] if earlier else []
-            links += [earlier[-3]] if len(earlier) == 3 else []
-            update = block.adapter(x, *links)
+            linked = [earlier[-distance] for distance in self.links if distance <= len(earlier)]
+            update = block.adapter(x, *linked)
             x = x + _feed_forward(block, x) + update
-            earlier = [*earlier, update][-3:]
+            earlier = [*earlier, update][-max(self.links, default=1) :]
         return x
 
     def attend(self, number: int, block: Block, x: Tensor, others: list[Tensor]) -> list[Tensor]:
@@ -174,14 +185,29 @@ def _feed_forward(block: Block, x: Tensor) -> Tensor:
     return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
+def _dense_adapter(
+    method: SparseTuning, width: int, inputs: int, place: dict[str, Any]
+) -> nn.Module:
+    """The adapter of a layer with this many inputs, by where they are summed."""
+    if method.fusion == "none":
+        return _NoAdapter()
+    sizes = width, method.bottleneck or 8, method.scale, method.dropout, place
+    if method.fusion == "output":
+        return _Sum(_DenseAdapter(1, *sizes) for _ in range(inputs))
+    return _DenseAdapter(1 if method.fusion == "input" else inputs, *sizes)
+
+
 class _DenseAdapter(nn.Module):
-    """One down-projection per input, their sum through ReLU, one up-projection (zero at start)."""
+    """One down-projection per input, their sum through ReLU, one up-projection (zero at start).
+
+    With a single down-projection the inputs are summed before it.
+    """
 
     def __init__(
         self,
+        inputs: int,
         width: int,
         bottleneck: int,
-        inputs: int,
         scale: float,
         dropout: float,
         place: dict[str, Any],
@@ -198,8 +224,24 @@ class _DenseAdapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, *links: Tensor) -> Tensor:
-        parts = [down(part) for down, part in zip(self.down, (x, *links), strict=True)]
+        inputs = (sum(links, x),) if len(self.down) == 1 else (x, *links)
+        parts = [down(part) for down, part in zip(self.down, inputs, strict=True)]
         return self.scale * self.up(self.dropout(torch.relu(sum(parts[1:], parts[0]))))
+
+
+class _Sum(nn.ModuleList):
+    """An adapter for each input, summed."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        first, *others = (adapter(x) for adapter, x in zip(self, inputs, strict=True))
+        return sum(others, first)
+
+
+class _NoAdapter(nn.Module):
+    """Nothing in an adapter's place."""
+
+    def forward(self, x: Tensor, *links: Tensor) -> Tensor:
+        return torch.zeros_like(x)
 
 
 class _NestedAdapter(nn.Module):

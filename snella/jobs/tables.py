@@ -112,7 +112,7 @@ def table_runs(config: Config, name: str) -> list[Run]:
     runs: list[Run] = []
     for suite, wanted in datasets.items():
         own = plan.with_suite(config, suite)
-        enabled = set(plan.suite_methods(own))
+        enabled = plan.enabled_methods(own, name)
         rows = [method for method in methods if method in enabled]
         runs += plan.plan(own, methods=rows, datasets=list(wanted)) if rows else []
     return runs

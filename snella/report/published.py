@@ -65,6 +65,7 @@ class RowFacts(Strict):
     suites: list[str] | None = None
     backbones: list[str] | None = None
     origin: str = ""
+    doubt: str = ""
     seeds: int | None = None
     replace: bool = False
     protocol: dict[str, Fact] = {}
@@ -150,13 +151,15 @@ class Paper(Strict):
             return own
         if entry.replace:
             return entry
-        changed = {"origin": entry.origin, "protocol": {**self.protocol, **entry.protocol}}
-        return own.model_copy(update=changed)
+        changed = {"origin": entry.origin, "doubt": entry.doubt}
+        protocol = {**self.protocol, **entry.protocol}
+        return own.model_copy(update={**changed, "protocol": protocol})
 
     def doubts(self, line: Printed) -> list[str]:
         """What speaks against a printed number."""
         found = [c.text for c in self.contradictions if c.concerns(line)]
-        return found + [f"printed differently: {o.text}" for o in self.others if o.concerns(line)]
+        found += [f"printed differently: {o.text}" for o in self.others if o.concerns(line)]
+        return found + list(filter(None, [self.facts(line).doubt]))
 
 
 @cache
@@ -349,9 +352,24 @@ def where_ours(column: Column) -> Where | None:
     return name, frozenset(groups)
 
 
-def where_printed(line: Printed, known: Iterable[str]) -> Where:
-    """What a printed number is of; ``known`` are the data sets of ours at hand."""
-    return our_metric(line["metric"]), frozenset(map(frozenset, members(line, known)))
+def where_printed(line: Printed, known: Iterable[str], tasks: Sequence[str] = ()) -> Where:
+    """What a printed number is of; ``known`` are our data sets at hand, ``tasks`` the row's."""
+    return our_metric(line["metric"]), frozenset(map(frozenset, members(line, known, tasks)))
+
+
+def printed_tasks(lines: Sequence[Printed]) -> dict[tuple[str, ...], list[str]]:
+    """The data sets that a printed row has cells of, by :func:`printed_row`."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for line in lines:
+        tasks = found.setdefault(printed_row(line), [])
+        if line["dataset"] and line["dataset"] not in tasks:
+            tasks.append(line["dataset"])
+    return found
+
+
+def printed_row(line: Printed) -> tuple[str, ...]:
+    """The row of a printed number, in its suite and on its backbone."""
+    return line["row"], line["suite"], line["backbone"], line["pretraining"]
 
 
 def other_mean(where: Where) -> Where:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,8 @@ from snella.report.published import (
     our_metric,
     our_suite,
     our_table,
+    printed_row,
+    printed_tasks,
     read_paper,
     read_table,
     rounding,
@@ -110,7 +111,7 @@ def audit(frame: pd.DataFrame) -> pd.DataFrame:
         paper = read_paper(source)
         for number in tables(source):
             lines = read_table(source, number)
-            tasks = _tasks(lines)
+            tasks = printed_tasks(lines)
             rows += [_entry(paper, line, tasks, ours) for line in lines]
     return pd.DataFrame(rows)
 
@@ -123,19 +124,6 @@ def totals(found: pd.DataFrame) -> pd.DataFrame:
     counts = counts.reindex(columns=list(VERDICTS), fill_value=0)
     counts["numbers"] = counts.sum(axis=1)
     return counts.reset_index()
-
-
-def _tasks(lines: Sequence[Printed]) -> dict[tuple[str, ...], list[str]]:
-    """The data sets that a printed row has cells of, by row, suite, backbone and pretraining."""
-    found: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for line in lines:
-        if line["dataset"] and line["dataset"] not in found[_row_key(line)]:
-            found[_row_key(line)].append(line["dataset"])
-    return found
-
-
-def _row_key(line: Printed) -> tuple[str, ...]:
-    return line["row"], line["suite"], line["backbone"], line["pretraining"]
 
 
 def _entry(
@@ -160,7 +148,7 @@ def _entry(
         return entry | {"verdict": "open", "why": "no row of ours is this method and variant"}
     if line["metric"] in OF_HARDWARE | {"params", "gflops"}:
         return entry | _cost(line, method, ours)
-    return entry | _score(paper, line, method, tasks.get(_row_key(line), []), ours)
+    return entry | _score(paper, line, method, tasks[printed_row(line)], ours)
 
 
 def _score(

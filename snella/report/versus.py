@@ -21,6 +21,8 @@ from snella.report.published import (
     backbone_of,
     match_rows,
     other_mean,
+    printed_row,
+    printed_tasks,
     read_paper,
     read_table,
     rounding,
@@ -260,9 +262,11 @@ def _places(lines: Sequence[Printed], suite: SuiteInfo) -> Places:
         unnamed = [line for line in lines if line["backbone"].startswith("unspecified")]
         lines = [x for x in lines if (x["backbone"], x["pretraining"]) == known] or unnamed
     ours = [slug(dataset) for datasets in suite.groups.values() for dataset in datasets]
+    tasks = printed_tasks(lines)
     found: Places = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        found[where_printed(line, ours)][int(line["row"])].append(line)
+        where = where_printed(line, ours, tasks[printed_row(line)])
+        found[where][int(line["row"])].append(line)
     return found
 
 

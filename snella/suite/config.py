@@ -113,12 +113,16 @@ class BackboneEntry(Strict):
 
 
 class MethodEntry(Strict):
-    """A row: a method file (a stem in ``baselines/`` or a path), its settings and its label."""
+    """A row: a method file (a stem in ``baselines/`` or a path), its settings and its label.
+
+    An ``ablation`` is no row of a suite that does not list it, and a row of every table that does.
+    """
 
     file: str = Field(description="default: the row's name")
     label: str = ""
     hyperparameters: dict[str, Any] = {}
     protocol: dict[str, Any] = {}
+    ablation: bool = False
 
 
 class MethodOverride(Strict):

@@ -68,10 +68,17 @@ def current_suite(config: Config) -> SuiteEntry:
 
 
 def suite_methods(config: Config) -> list[str]:
-    """The suite's rows, or every configured method where it names none, and its further ones."""
+    """The suite's rows, or all configured ones but ablations where it names none; further ones."""
     suite: SuiteEntry = look_up("suite", config.suite, config.suites)
-    rows = config.methods if suite.methods is None else suite.methods
+    every = [name for name, row in config.methods.items() if not row.ablation]
+    rows = every if suite.methods is None else suite.methods
     return list(dict.fromkeys([*rows, *suite.further_methods]))
+
+
+def enabled_methods(config: Config, table: str) -> set[str]:
+    """The suite's rows, and the ablations that the table names."""
+    named = _listed(config.tables[table]) & set(config.methods)
+    return {*suite_methods(config), *(name for name in named if config.methods[name].ablation)}
 
 
 def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
@@ -181,14 +188,14 @@ def table_methods(config: Config, table: str) -> list[tuple[str | None, list[str
     """
     config = for_table(config, table)
     spec = config.tables[table]
-    enabled = suite_methods(config)
+    enabled = enabled_methods(config, table)
     elsewhere = {name for other in config.tables.values() for name in _listed(other)}
     listed = _listed(spec) | elsewhere - set(config.suites[config.suite].further_methods)
     groups = [
         (group.get("group"), [name for name in group["methods"] if name in enabled])
         for group in spec.get("rows", [])
     ]
-    added = [name for name in enabled if name not in listed]
+    added = [name for name in suite_methods(config) if name not in listed]
     return [(title, names) for title, names in [*groups, (None, added)] if names]
 
 
