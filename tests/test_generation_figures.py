@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,16 @@ def test_line_i_shows_prompt_i_of_subject_i(tmp_path: Path) -> None:
     TASK.draw_figure("samples", runs, "Suite test.", file)
     assert first == file.read_bytes() and first.startswith(b"%PDF")
     assert file.with_suffix(".png").stat().st_size > 1000
+
+
+def test_prompts_of_any_characters_are_drawn_as_they_are(tmp_path: Path) -> None:
+    """A dollar sign begins no formula."""
+    run = shown(tmp_path, "S²FT $x_{", "one")
+    run.data.manifest["prompts"] = ["a {0} {1} for $5 or $\\frac 100 % {{ü}}", "a {0} {1}"]
+    TASK.draw_figure("samples", [run], "Suite $\\$ test.", tmp_path / "samples.pdf")
+    assert rows(tmp_path / "samples.csv")[0]["prompt"] == "a <V> circle for $5 or $\\frac 100 % {ü}"
+    scored = replace(run, metrics={"clip_i": 0.2, "drift": 0.1})
+    TASK.draw_figure("tradeoff_drift", [scored], "$", tmp_path / "drift.pdf")
 
 
 def test_a_lost_image_leaves_its_place_in_the_gallery_empty(tmp_path: Path) -> None:

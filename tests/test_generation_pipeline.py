@@ -153,6 +153,62 @@ def test_other_folders_are_refused_in_one_line(folder: Path, tmp_path: Path) -> 
         PipelineFolder(other).vae()
 
 
+def edited_config(folder: Path, part: str, **changes: object) -> None:
+    file = folder / part / ("tokenizer_config.json" if "tokenizer" in part else "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("vae", {"latent_channels": 4}, "in_channels is 16, the vae's latent_channels 4"),
+        ("text_encoder", {"projection_dim": 9}, "projection_dim is 40, the text encoders' .* 33"),
+        ("text_encoder", {"hidden_size": 99}, "joint_attention_dim is 48, .* hidden_size .* 123"),
+        ("text_encoder_3", {"d_model": 64}, "joint_attention_dim is 48, the text_encoder_3's .*64"),
+        ("tokenizer_2", {"model_max_length": 99}, "tokenizer_2's model_max_length is 99, .* 77"),
+    ],
+)
+def test_parts_of_different_models_are_refused(
+    folder: Path, tmp_path: Path, part: str, changes: dict[str, object], message: str
+) -> None:
+    made = edited_index(folder, tmp_path / "sd3")
+    edited_config(made, part, **changes)
+    with pytest.raises(UserError, match=f"{message}; its parts are of different models"):
+        PipelineFolder(made)
+
+
+def test_parts_of_another_class_are_refused(folder: Path, tmp_path: Path) -> None:
+    for part, cls in (("transformer", "FluxTransformer2DModel"), ("scheduler", "DDIMScheduler")):
+        made = edited_index(folder, tmp_path / part, **{part: ["diffusers", cls]})
+        with pytest.raises(UserError, match=f"{part} is a {cls}; Stable Diffusion 3 has a "):
+            PipelineFolder(made)
+
+
+def test_a_tokenizer_without_words_is_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers would make one that reads every text alike."""
+    made = edited_index(folder, tmp_path / "sd3")
+    (made / "tokenizer_2" / "merges.txt").unlink()
+    with pytest.raises(UserError, match="tokenizer_2 holds no words"):
+        PipelineFolder(made)
+
+
+def test_larger_images_than_the_table_of_positions(folder: Path) -> None:
+    """Positions lie closer over the same range; the smaller size is what it was."""
+    opened = PipelineFolder(folder)
+    plain, same, large = (opened.transformer("fp32", size) for size in (None, 128, 256))
+    table = plain.pos_embed.pos_embed
+    assert table.shape == (1, 8 * 8, 32) and same.pos_embed.pos_embed.equal(table)
+    finer = large.pos_embed.pos_embed.view(16, 16, 32)
+    torch.testing.assert_close(finer[::2, ::2], table.view(8, 8, 32))
+    batch = {"encoder_hidden_states": torch.zeros(1, 3, 48), "timestep": torch.ones(1),
+             "pooled_projections": torch.zeros(1, 40)}  # fmt: skip
+    with torch.inference_mode():
+        made = large(hidden_states=torch.zeros(1, 16, 32, 32), **batch).sample
+    assert made.shape == (1, 16, 32, 32)
+    copy = type(large)(**large.config)  # as an exported transformer is read
+    copy.load_state_dict(large.state_dict())
+
+
 @pytest.mark.parametrize("part", ["text_encoder_2", "text_encoder_3", "tokenizer", "vae"])
 def test_a_missing_part_is_named(folder: Path, tmp_path: Path, part: str) -> None:
     made = edited_index(folder, tmp_path / "sd3")

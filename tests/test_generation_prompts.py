@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from snella.data.prepared import Prepared
 from snella.errors import UserError
 from snella.tasks.base import DatasetSpec
-from snella.tasks.generation.prepare import prepare, sources
+from snella.tasks.generation.prepare import check, prepare, sources
 from snella.tasks.generation.prompts import NAME, fill_prompt, read_prompts
+from snella.tasks.generation.settings import GenerationSettings
 
 OFFICIAL = """Classes
 
@@ -59,7 +61,10 @@ def test_the_official_layout(tmp_path: Path) -> None:
     found = read_prompts(tmp_path / NAME)
     assert found.class_word("bear_plushie") == "stuffed animal"
     assert found.templates("backpack")[2] == "a cube shaped {0} {1}"
-    assert found.templates("dog6") == ["a {0} {1} wearing a santa hat", "a wet {0} {1}"]
+    assert found.templates(found.class_word("dog6")) == [
+        "a {0} {1} wearing a santa hat",
+        "a wet {0} {1}",
+    ]
     assert fill_prompt("a {0} {1} in the snow", "", "dog") == "a dog in the snow"
 
 
@@ -82,13 +87,88 @@ def test_own_subjects_need_no_prompt_file(tmp_path: Path) -> None:
     assert Prepared.open(tmp_path / "mine").manifest["prompts"] == ["a {0} {1} asleep"]
 
 
+def test_an_own_dog_gets_the_prompts_of_live_subjects(tmp_path: Path) -> None:
+    """Whether or not the prompt file lists it; no prompt is for dogs that are cube shaped."""
+    root = write(tmp_path / "data", subject="rex")
+    prepare("rex", spec(root, class_word="dog"), tmp_path / "rex")
+    assert "a wet {0} {1}" in Prepared.open(tmp_path / "rex").manifest["prompts"]
+    described = spec(root)
+    assert root / "rex" / "01.jpg" in sources(described)  # the subject's name is the entry's
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        'the {0} {1}\'s "home"', "{0} {1}: 100 % wool, $5 & #1", "ein {0} {1} über {{Wölfen}}",
+        "a {0} {1} \\ 犬",
+    ],
+)  # fmt: skip
+def test_prompts_of_any_characters(tmp_path: Path, template: str) -> None:
+    """From a configuration, and from a file with Python's quotes."""
+    root = write(tmp_path / "data", OFFICIAL.replace("'a wet {0} {1}'", repr(template)))
+    own = spec(root, subject="dog6", class_word="dog", prompts=[template])
+    prepare("own", own, tmp_path / "own")
+    prepare("dog6", spec(root), tmp_path / "official")
+    found = Prepared.open(tmp_path / "own").manifest["prompts"][0]
+    assert found == template == Prepared.open(tmp_path / "official").manifest["prompts"][-1]
+    assert fill_prompt(found, "sks", "dog") == template.replace("{0}", "sks").replace(
+        "{1}", "dog"
+    ).replace("{{", "{").replace("}}", "}")
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{} {}", "a {0} dog", "{0} {1} {2}", "{0} {1} {", "} {0} {1}", "{0.x} {1}", "{0!r} {1}",
+     "{0:5} {1}", "{token} {class_word}"],
+)  # fmt: skip
+def test_other_braces_are_refused_before_anything_runs(template: str) -> None:
+    entry = DatasetSpec(kind="dreambooth", path="x", options={"prompts": [template]})
+    with pytest.raises(UserError, match=r"must contain \{0\}.*no other braces; write \{\{"):
+        check("x", entry)
+    with pytest.raises(ValidationError, match=r"instance_prompt"):
+        GenerationSettings(instance_prompt=template.replace("{token} {", "{token.x} {"))
+
+
+def test_what_an_entry_may_not_say() -> None:
+    def entry(**options: Any) -> None:
+        check("x", DatasetSpec(kind="dreambooth", path="x", options=options))
+
+    with pytest.raises(UserError, match=r"prompts` has 'a \{0\} \{1\}' twice"):
+        entry(prompts=["a {0} {1}", "a {0} {1}"])
+    for word in ("", " ", None, 7):
+        with pytest.raises(UserError, match="class_word` must be text"):
+            entry(class_word=word)
+
+
+def test_photographs_stand_upright_and_have_eight_bits(tmp_path: Path) -> None:
+    root = write(tmp_path / "data")
+    wide = np.zeros((20, 30, 3), np.uint8)
+    wide[:, :10] = 255  # on the left of a camera that was turned
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(wide).save(root / "dog6" / "00.jpg", exif=exif, quality=100)
+    prepare("dog6", spec(root), tmp_path / "out")
+    data = Prepared.open(tmp_path / "out")
+    assert data.images("train")[0].shape == (30, 20, 3)
+    assert data.images("train")[0][:8].min() > 200 > 60 > data.images("train")[0][14:].max()
+    assert data.encoded("train", "image")[1] == (root / "dog6" / "01.jpg").read_bytes()
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(root / "dog6" / "02.png")
+    with pytest.raises(UserError, match=r"02.png is not a readable image .pixels of more than 8"):
+        prepare("dog6", spec(root), tmp_path / "deep")
+    for name in ("01.jpg", "02.png"):
+        (root / "dog6" / name).unlink()
+    with pytest.raises(UserError, match="has one photograph in .*add another"):
+        prepare("dog6", spec(root), tmp_path / "one")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("dog6,dog", "dog6", r"line 6: expected `subject_name,class`, found 'dog6'"),
         ("dog6,dog", "backpack,bag", r"line 6: the subject 'backpack' is listed twice"),
-        ("{0} {1} in the jungle", "dog in the jungle", r"line 13: .* must contain \{0\} and \{1\}"),
+        ("{0} {1} in the jungle", "dog in the jungle", r"line 13: .* must contain \{0\} .*\{1\}"),
         ("'a wet", "a wet", "line 22: expected a heading or"),
+        ("'a wet", r"'a \x wet", "line 22: .* is no text in Python's quotes"),
         ("Classes", "Class list", "line 1: expected a heading"),
         ("dog6,dog\n", "", "Unknown subject in .*'dog6'"),
     ],

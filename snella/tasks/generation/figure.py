@@ -9,9 +9,7 @@ as CSV beside it.
 
 from __future__ import annotations
 
-import csv
 import math
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from snella.errors import UserError
-from snella.files import atomic
+from snella.tasks import panels
 from snella.tasks.base import Gallery, GalleryLine, Shown
 from snella.tasks.generation.prompts import fill_prompt
 from snella.tasks.generation.sample import image_name, read_png
@@ -30,8 +28,6 @@ RULE = "Line i shows prompt i of its subject, sample 0; the photograph is its fi
 MARKERS = "osD^vP*Xp"
 SUBJECTS = 6
 """The most lines of the page's gallery."""
-INCH, LEFT = 1.05, 1.25
-"""Inches of one image of a grid, and of the prompts beside it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ def samples(shown: Sequence[Shown], note: str, file: Path) -> None:
     """The grid of the runs ``shown``: lines are their subjects, columns their methods."""
     columns, lines, rows = sample_lines(shown)
     grid(lines, columns, f"{RULE} {note}", file)
-    _csv(file, ["subject", "number", "prompt", *columns], rows)
+    panels.save_csv(file, ["subject", "number", "prompt", *columns], rows)
 
 
 def gallery(shown: Sequence[Shown]) -> list[Gallery]:
@@ -131,7 +127,9 @@ def _tradeoff(
     scatter(points, label, "Concept alignment (CLIP-I)", f"{text} {note}", file, less_x=less_x)
     front = pareto(points, less_x)
     rows = [[*astuple(point), int(point in front)] for point in points]
-    _csv(file, ["method", metric, "clip_i", f"{metric}_error", "clip_i_error", "pareto"], rows)
+    panels.save_csv(
+        file, ["method", metric, "clip_i", f"{metric}_error", "clip_i_error", "pareto"], rows
+    )
 
 
 def _point(method: str, metric: str, runs: Sequence[Shown]) -> Point:
@@ -148,20 +146,13 @@ def _point(method: str, metric: str, runs: Sequence[Shown]) -> Point:
 
 def grid(lines: Sequence[Line], methods: Sequence[str], note: str, file: Path) -> None:
     """Write a sample grid; a missing image is a dash."""
-    figure, axes = _canvas(len(lines), 1 + len(methods), note)
+    figure, axes = panels.canvas(len(lines), 1 + len(methods), note)
     for row, line in zip(axes, lines, strict=True):
         for axis, image in zip(row, [line.photograph, *line.images], strict=True):
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set(linewidth=0.4, color="0.5")
-            if image is None:
-                axis.text(0.5, 0.5, "–", ha="center", va="center", transform=axis.transAxes)
-            else:
-                pixelated = len(image) < 128
-                axis.imshow(image, interpolation="nearest" if pixelated else "antialiased")
-        row[0].set_ylabel(_wrap(line.prompt), fontsize=6, rotation=0, ha="right", va="center")
-    for axis, label in zip(axes[0], ["Subject", *methods], strict=True):
-        axis.set_title(_wrap(label, 17), fontsize=7)
-    _save(figure, file)
+            panels.show(axis, image)
+        panels.label(row[0], line.prompt)
+    panels.heads(axes[0], ["Subject", *methods])
+    panels.save(figure, file)
 
 
 def scatter(
@@ -176,7 +167,7 @@ def scatter(
     for number, point in enumerate(points):
         style: dict[str, Any] = {"ms": 5, "elinewidth": 0.6, "capsize": 2, "ls": "none"}
         style |= {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
-        label = f"{point.label} *" if point in front else point.label
+        label = panels.plain(f"{point.label} *" if point in front else point.label)
         axis.errorbar(
             point.x, point.y, xerr=point.x_error, yerr=point.y_error, label=label, **style
         )
@@ -187,8 +178,8 @@ def scatter(
     axis.set_ylabel(y_label, fontsize=8)
     axis.tick_params(labelsize=7)
     axis.margins(0.15)
-    figure.supxlabel(_wrap(note, 110), fontsize=5.5, x=0.02, ha="left")
-    _save(figure, file)
+    figure.supxlabel(panels.wrap(note, 110), fontsize=5.5, x=0.02, ha="left")
+    panels.save(figure, file)
 
 
 def pareto(points: Sequence[Point], less_x: bool) -> list[Point]:
@@ -200,41 +191,3 @@ def pareto(points: Sequence[Point], less_x: bool) -> list[Point]:
         return dx >= 0 and dy >= 0 and (dx > 0 or dy > 0)
 
     return [p for p in points if not any(beats(other, p) for other in points)]
-
-
-def _canvas(rows: int, columns: int, note: str) -> tuple[Any, Any]:
-    """A figure of square axes, room for prompts on the left, and the note below."""
-    from matplotlib.figure import Figure
-
-    width = LEFT + INCH * columns
-    text = _wrap(note, int(22 * width))
-    bottom, top = 0.1 * (text.count("\n") + 1) + 0.08, 0.36
-    figure = Figure(figsize=(width, bottom + INCH * rows + top))
-    axes = figure.subplots(rows, columns, squeeze=False)
-    height = figure.get_figheight()
-    figure.subplots_adjust(
-        left=LEFT / width, right=1 - 0.02 / width, bottom=bottom / height, top=1 - top / height,
-        wspace=0.04, hspace=0.04,
-    )  # fmt: skip
-    figure.text(0.03 / width, 0.04 / height, text, fontsize=5.5, va="bottom")
-    return figure, axes
-
-
-def _wrap(text: str, width: int = 20) -> str:
-    return "\n".join(textwrap.wrap(text, width))
-
-
-def _save(figure: Any, file: Path) -> None:
-    """Write PDF and PNG; without a date, so that they are the same every time."""
-    for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
-        with atomic(file.with_suffix(f".{kind}")) as temporary:
-            figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
-
-
-def _csv(file: Path, head: list[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write what the figure ``file`` shows beside it."""
-    with (
-        atomic(file.with_suffix(".csv")) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as stream,
-    ):
-        csv.writer(stream).writerows([head, *rows])

@@ -7,7 +7,6 @@ photographs and to decode samples. Nothing is downloaded.
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,16 @@ import torch
 from torch import nn
 
 from snella.errors import UserError, one_line
+from snella.tasks.generation.parts import (
+    INDEX,
+    REQUIRED,
+    THIRD,
+    config_of,
+    part_of,
+    read_index,
+)
 
-CLASS = "StableDiffusion3Pipeline"
-INDEX = "model_index.json"
-REQUIRED = (
-    "transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2",
-)  # fmt: skip
-THIRD = ("text_encoder_3", "tokenizer_3")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_CONFIGS = {
-    "scheduler": "scheduler_config.json",
-    "tokenizer": "tokenizer_config.json",
-    "tokenizer_2": "tokenizer_config.json",
-    "tokenizer_3": "tokenizer_config.json",
-}
 
 
 class PipelineFolder:
@@ -45,18 +40,20 @@ class PipelineFolder:
                 "of Stable Diffusion 3 in diffusers' layout (docs/generation.md)."
             )
         self.path = Path(folder)
-        self.index = self._read_index()
-        self._check_parts()
+        self.index = read_index(self.path)
 
     @property
     def has_third_encoder(self) -> bool:
         """Whether the T5 encoder is there; SD3 works without it."""
-        return self._class_of("text_encoder_3") is not None
+        return part_of(self.index, "text_encoder_3") is not None
 
-    def transformer(self, weights: str = "fp32") -> nn.Module:
-        """The transformer, in evaluation mode on the CPU."""
-        model: nn.Module = self._load("transformer", torch_dtype=DTYPES[weights])
-        return model.eval()
+    def transformer(self, weights: str = "fp32", image_size: int | None = None) -> nn.Module:
+        """The transformer, in evaluation mode on the CPU, for images of ``image_size``."""
+        model: Any = self._load("transformer", torch_dtype=DTYPES[weights])
+        if image_size:
+            blocks = config_of(self.path, "vae").get("block_out_channels", [0])
+            _enlarge_positions(model, image_size // 2 ** (len(blocks) - 1))
+        return model.eval()  # type: ignore[no-any-return]
 
     def vae(self) -> Any:
         """The VAE in single precision: half precision gives NaN in SD3's."""
@@ -99,50 +96,8 @@ class PipelineFolder:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _read_index(self) -> dict[str, Any]:
-        file = self.path / INDEX
-        if not self.path.is_dir():
-            raise UserError(
-                f"Pipeline folder {self.path} is missing; download it (docs/generation.md) or "
-                "correct `file:` of the backbone."
-            )
-        try:
-            index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            kind = index.get("_class_name")
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.path} has no {INDEX}: it is not a pipeline folder in diffusers' layout. A "
-                "single-file checkpoint is converted by StableDiffusion3Pipeline.from_single_file."
-            ) from None
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{file} is damaged ({one_line(error)}); download it again.") from error
-        if kind != CLASS:
-            raise UserError(
-                f"{self.path} holds a {kind}; generation trains a {CLASS} (Stable Diffusion 3)."
-            )
-        return index
-
-    def _check_parts(self) -> None:
-        third = [name for name in THIRD if self._class_of(name) is not None]
-        for name in (*REQUIRED, *(third if third else ())):
-            file = self.path / name / _CONFIGS.get(name, "config.json")
-            if self._class_of(name) is None or not file.is_file():
-                raise UserError(
-                    f"{self.path} has no {name} ({name}/{file.name} is missing); download the "
-                    "folder again, whole. Only text_encoder_3 with its tokenizer may be left out, "
-                    f"as [null, null] in {INDEX}."
-                )
-        if len(third) == 1:
-            raise UserError(f"{self.path / INDEX} names {third[0]} alone; {THIRD} belong together.")
-
-    def _class_of(self, name: str) -> tuple[str, str] | None:
-        entry = self.index.get(name)
-        if not isinstance(entry, list) or len(entry) != 2 or None in entry:
-            return None
-        return str(entry[0]), str(entry[1])
-
     def _load(self, name: str, **settings: Any) -> Any:
-        found = self._class_of(name)
+        found = part_of(self.index, name)
         assert found is not None
         library, cls = found
         if library not in ("diffusers", "transformers") and not library.startswith("snella."):
@@ -157,3 +112,23 @@ class PipelineFolder:
                 f"{self.path / name} cannot be loaded as {cls} ({one_line(error)}); download it "
                 "again, or install the library it needs (pip install 'snella[generation]')."
             ) from error
+
+
+def _enlarge_positions(model: Any, latent: int) -> None:
+    """Make the table of positions large enough for latents of ``latent`` a side.
+
+    As in other vision transformers the positions then lie closer, over the range that was learnt.
+    """
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    embed, grid = model.pos_embed, latent // model.config.patch_size
+    if grid <= (embed.pos_embed_max_size or grid):
+        return
+    old = embed.pos_embed
+    table = get_2d_sincos_pos_embed(
+        old.shape[-1], grid, base_size=embed.base_size,
+        interpolation_scale=embed.interpolation_scale, output_type="pt",
+    )  # fmt: skip
+    embed.register_buffer("pos_embed", table[None].to(old.dtype))
+    embed.pos_embed_max_size = grid
+    model.register_to_config(pos_embed_max_size=grid)

@@ -11,7 +11,7 @@ from typing import Any
 
 from snella.errors import UserError, unknown
 from snella.tasks.base import DatasetSpec
-from snella.tasks.generation.prompts import NAME, PromptFile, check_template, read_prompts
+from snella.tasks.generation.prompts import NAME, check_template, read_prompts
 
 KINDS = ("dreambooth", "quick")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -44,20 +44,28 @@ def check(name: str, spec: DatasetSpec) -> None:
     own = spec.options.get("prompts")
     if own is not None and (not isinstance(own, list) or not own):
         raise UserError(f"`datasets.{name}.options.prompts` must be a list of templates.")
-    for template in own or ():
+    for number, template in enumerate(own or ()):
         check_template(str(template), f"datasets.{name}.options.prompts")
+        if template in own[:number]:
+            raise UserError(
+                f"`datasets.{name}.options.prompts` has {template!r} twice; remove one."
+            )
     for option in ("subject", "class_word"):
-        if not isinstance(spec.options.get(option, ""), str):
+        value = spec.options.get(option, "text")
+        if not isinstance(value, str) or not value.strip():
             raise UserError(f"`datasets.{name}.options.{option}` must be text; put it in quotes.")
 
 
 def sources(spec: DatasetSpec) -> list[Path]:
-    """The subject's photographs and the prompt file."""
+    """The subject's photographs and the prompt file; all subjects' where the entry names none."""
     if spec.kind != "dreambooth" or spec.path is None:
         return []
     root = _root(Path(spec.path))
-    subject = root / str(spec.options.get("subject", ""))
-    return [p for p in (root / NAME, *image_files(subject)) if p.is_file()]
+    subjects = [root / str(spec.options.get("subject", ""))]
+    if "subject" not in spec.options and root.is_dir():
+        subjects = sorted(path for path in root.iterdir() if path.is_dir())
+    files = [file for folder in subjects for file in image_files(folder)]
+    return [p for p in (root / NAME, *files) if p.is_file()]
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -83,6 +91,12 @@ def _photographs(name: str, spec: DatasetSpec) -> tuple[list[bytes], dict[str, A
             f"Subject {subject!r}: {kind} in {root / subject}; put its photographs there "
             f"({', '.join(SUFFIXES)}) or correct `datasets.{name}`."
         )
+    images = [_checked(path) for path in files]
+    if len(images) == 1:
+        raise UserError(
+            f"Subject {subject!r} has one photograph in {root / subject}; add another, for the "
+            "metrics compare photographs with each other, too."
+        )
     info = {
         "subject": subject,
         "class_word": class_word,
@@ -90,31 +104,23 @@ def _photographs(name: str, spec: DatasetSpec) -> tuple[list[bytes], dict[str, A
         "source": "DreamBooth (Ruiz et al., CVPR 2023), github.com/google/dreambooth",
         "licence": "see references_and_licenses.txt of the data set",
     }
-    return [_checked(path) for path in files], info
+    return images, info
 
 
 def _prompts(name: str, root: Path, subject: str, options: dict[str, Any]) -> tuple[str, list[str]]:
     """Class word and templates, from the options or else from the prompt file."""
-    own = options.get("prompts")
-    found = None
-    if own is None or "class_word" not in options:
-        path = root / NAME
-        if not path.is_file():
-            raise UserError(
-                f"{path} is missing; it gives the class word of each subject and the prompts. Copy "
-                f"it there, or set `class_word` and `prompts` in `datasets.{name}.options`."
-            )
-        found = read_prompts(path)
-    word = str(options.get("class_word") or _class_word(found, subject))
-    if own is None:
-        assert found is not None
-        return word, list(found.templates(subject) if subject in found.classes else found.objects)
-    return word, [str(template) for template in own]
-
-
-def _class_word(found: PromptFile | None, subject: str) -> str:
-    assert found is not None
-    return found.class_word(subject)
+    own, word = options.get("prompts"), options.get("class_word")
+    if own is not None and word is not None:
+        return word, [str(template) for template in own]
+    path = root / NAME
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing; it gives the class word of each subject and the prompts. Copy it "
+            f"there, or set `class_word` and `prompts` in `datasets.{name}.options`."
+        )
+    found = read_prompts(path)
+    word = word or found.class_word(subject)
+    return word, [str(template) for template in own or found.templates(word)]
 
 
 def _root(path: Path) -> Path:
@@ -124,20 +130,30 @@ def _root(path: Path) -> Path:
 
 
 def _checked(path: Path) -> bytes:
-    """A photograph's bytes, after decoding it once."""
+    """A photograph's bytes, after decoding it once; one that lies on its side is set upright.
+
+    A telephone notes how it was held, and diffusers' script obeys.
+    """
     import io
 
-    from PIL import Image
+    from PIL import ExifTags, Image, ImageOps
+
+    from snella.data.images import decode
 
     try:
         data = path.read_bytes()
+        decode(data)
         with Image.open(io.BytesIO(data)) as image:
-            image.convert("RGB").load()
-    except (OSError, ValueError, SyntaxError) as error:
+            if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+                return data
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise whatever went wrong inside them
         raise UserError(
             f"{path} is not a readable image ({' '.join(str(error).split())[:100]}); replace it."
         ) from error
-    return data
+    buffer = io.BytesIO()
+    upright.save(buffer, "PNG", exif=b"")
+    return buffer.getvalue()
 
 
 def _quick(name: str) -> tuple[Any, dict[str, Any]]:

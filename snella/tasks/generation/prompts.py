@@ -9,9 +9,11 @@ properties.
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 
 from snella.errors import UserError, unknown
 
@@ -19,7 +21,7 @@ NAME = "prompts_and_classes.txt"
 LIVE = frozenset({"cat", "dog"})
 """Class words of the official subjects that get the prompts of live subjects."""
 _PROMPT = re.compile(
-    r"""^(?P<quote>['"])(?P<text>.+)(?P=quote)\.format\(\s*unique_token\s*,\s*class_token\s*\),?$"""
+    r"""^(?P<text>(?P<quote>['"]).+(?P=quote))\.format\(\s*unique_token\s*,\s*class_token\s*\),?$"""
 )
 _HEADINGS = ("Classes", "Prompts", "Object Prompts", "Live Subject Prompts")
 
@@ -39,9 +41,9 @@ class PromptFile:
             raise unknown(f"subject in {self.path}:", subject, self.classes)
         return self.classes[subject]
 
-    def templates(self, subject: str) -> list[str]:
-        """The prompts of ``subject``: those of live subjects for cats and dogs."""
-        return self.live if self.class_word(subject) in LIVE else self.objects
+    def templates(self, class_word: str) -> list[str]:
+        """The prompts of subjects of a class: those of live subjects for cats and dogs."""
+        return self.live if class_word in LIVE else self.objects
 
 
 def read_prompts(path: Path) -> PromptFile:
@@ -89,16 +91,25 @@ def _line(found: PromptFile, heading: str, text: str, place: str) -> None:
             f"{place}: expected a heading or \"'a {{0}} {{1}} ...'.format(unique_token, "
             f'class_token),", found {text!r}.'
         )
-    template = match["text"]
+    try:
+        template = str(ast.literal_eval(match["text"]))
+    except (SyntaxError, ValueError):
+        raise UserError(f"{place}: {match['text']} is no text in Python's quotes.") from None
     check_template(template, place)
     (found.objects if heading == "Object Prompts" else found.live).append(template)
 
 
 def check_template(template: str, place: str) -> None:
     """Raise :class:`~snella.errors.UserError` unless {0} and {1} occur, and nothing else in {}."""
-    fields = set(re.findall(r"\{([^}]*)\}", template))
-    if fields != {"0", "1"}:
-        raise UserError(f"{place}: the prompt {template!r} must contain {{0}} and {{1}} only.")
+    try:
+        found = {part[1:] for part in Formatter().parse(template) if part[1] is not None}
+    except ValueError:  # a brace alone
+        found = set()
+    if found != {("0", "", None), ("1", "", None)}:
+        raise UserError(
+            f"{place}: the prompt {template!r} must contain {{0}} (the rare token) and {{1}} (the "
+            "class word), and no other braces; write {{ and }} for braces of its own."
+        )
 
 
 def fill_prompt(template: str, token: str, class_word: str) -> str:

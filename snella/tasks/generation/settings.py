@@ -119,9 +119,10 @@ def locate(path: str) -> str:
 def fill(template: str, token: str, class_word: str) -> str:
     """A template with the rare token and the class word put in.
 
-    Raises ``ValueError`` for another placeholder.
+    Raises ``ValueError`` for another placeholder, and for a brace alone.
     """
     try:
         return template.format(token=token, class_word=class_word)
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{template!r} has the unknown placeholder {error}") from error
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
+        text = "may contain {token} and {class_word} and no other braces"
+        raise ValueError(f"{template!r} {text} ({error})") from error

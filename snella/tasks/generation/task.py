@@ -49,7 +49,7 @@ class Generation(Task):
         """
         s = self.settings
         self.folder = PipelineFolder(backbone.file)
-        model = self.folder.transformer(s.weights)
+        model = self.folder.transformer(s.weights, s.image_size)
         self.encoded: Prompts = encode_prompts(
             self.folder, model, self._texts(), s.max_sequence_length, s.weights, self.cache
         )

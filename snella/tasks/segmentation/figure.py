@@ -7,7 +7,6 @@ green, false positives red, false negatives blue.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +14,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from snella.data.prepared import Prepared
 from snella.errors import UserError
+from snella.tasks import panels
 from snella.tasks.base import Gallery, GalleryLine, Shown
-from snella.tasks.segmentation.masks import resize_image, resize_mask
 from snella.tasks.segmentation.metrics import Counts
 from snella.tasks.segmentation.score import Outcome, SegmentationScorer
 
 Pixels = NDArray[np.uint8]
 
-SIDE, GAP, TITLE, MARGIN = 192, 6, 26, 96
+SIDE = 384
+"""Pixels of a panel's longer side at most."""
+INCH, GAP = 1.3, 0.14
 GREEN, RED, BLUE = (60, 200, 90), (230, 60, 60), (70, 120, 240)
 GAINS = 2
+COLOURS = "Green: found; red: found wrongly; blue: missed."
 RULE = "Cases by rule: the median image, the worst, and those on which the last method gains most."
 
 
@@ -43,7 +45,8 @@ class Case:
 def choose(dice: Mapping[str, Sequence[float]], gains: int = GAINS) -> list[Case]:
     """Cases from the Dice per image of each method; the last method is the one that gains.
 
-    No image is shown twice; ties go to the first image.
+    Where it beats the best other on no image, no gain is shown. No image is shown twice; ties go
+    to the first image.
     """
     table = np.array(list(dice.values()))
     mean = table.mean(axis=0)
@@ -52,7 +55,7 @@ def choose(dice: Mapping[str, Sequence[float]], gains: int = GAINS) -> list[Case
     if len(table) > 1:
         gain = table[-1] - table[:-1].max(axis=0)
         taken = {case.index for case in cases}
-        best = [int(i) for i in np.argsort(-gain, kind="stable") if int(i) not in taken]
+        best = [int(i) for i in np.argsort(-gain, kind="stable") if i not in taken and gain[i] > 0]
         cases += [Case("largest gain", i) for i in best[:gains]]
     unique = {case.index: case for case in reversed(cases)}
     return [case for case in cases if unique[case.index] is case]
@@ -73,14 +76,17 @@ def coloured(image: Pixels, outcome: Outcome) -> Pixels:
 
 def masks(shown: Sequence[Shown], note: str, file: Path) -> None:
     """The figure of the configuration: masks of the runs of one data set."""
-    first = shown[0]
-    draw(first.data, first.settings, {run.method: run.predictions for run in shown}, file)
+    first, predictions = shown[0], {run.method: run.predictions for run in shown}
+    draw(first.data, first.settings, predictions, file, note)
 
 
-def draw(data: Prepared, settings: Any, predictions: Mapping[str, Path], out: Path) -> list[Case]:
+def draw(
+    data: Prepared, settings: Any, predictions: Mapping[str, Path], out: Path, note: str = ""
+) -> list[Case]:
     """Write the figure to ``out`` (.pdf) and beside it .png, and a .csv of cases and their Dice.
 
-    ``predictions`` are the folders of test predictions by method's label, in printed order.
+    ``predictions`` are the folders of test predictions by method's label, in printed order; the
+    note stands below, after the colours and the rule of choice.
     Raises :class:`~snella.errors.UserError` where there are none.
     """
     if not predictions:
@@ -90,21 +96,23 @@ def draw(data: Prepared, settings: Any, predictions: Mapping[str, Path], out: Pa
     cases = choose(dice)
     shown = {label: _outcomes(scorer, folder, cases) for label, folder in predictions.items()}
     images = data.images("test")
-    rows = [
-        [_panel(images[case.index]), *_masks(images[case.index], case, shown)] for case in cases
-    ]
-    notes = [{label: values[case.index] for label, values in dice.items()} for case in cases]
     names = [bytes(name).decode() for name in data.encoded("test", "name")]
-    picture = _page(rows, ["Input", "Ground truth", *predictions], cases, notes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out.with_suffix(".png"))
-    picture.save(out.with_suffix(".pdf"), resolution=150)
-    with out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "image", *predictions])
-        for case, values in zip(cases, notes, strict=True):
-            dices = [f"{value:.4f}" for value in values.values()]
-            writer.writerow([case.rule, names[case.index], *dices])
+    figure, axes = panels.canvas(
+        len(cases), 2 + len(predictions), f"{COLOURS} {RULE} {note}", INCH, GAP
+    )
+    panels.heads(axes[0], ["Input", "Ground truth", *predictions])
+    rows = []
+    for line, case in zip(axes, cases, strict=True):
+        outcomes = [found[case.index] for found in shown.values()]
+        for axis, panel in zip(line, _line(images[case.index], outcomes), strict=True):
+            panels.show(axis, panel)
+        panels.label(line[0], case.rule)
+        values = [of_method[case.index] for of_method in dice.values()]
+        for axis, value in zip(line[2:], values, strict=True):
+            axis.set_xlabel(f"Dice {value:.3f}", fontsize=6, labelpad=1)
+        rows.append([case.rule, names[case.index], *(f"{value:.4f}" for value in values)])
+    panels.save(figure, out)
+    panels.save_csv(out, ["case", "image", *predictions], rows)
     return cases
 
 
@@ -126,7 +134,7 @@ def gallery(shown: Sequence[Shown]) -> list[Gallery]:
                 dice[run.method] = _dice(scorer, run.predictions)
             except (UserError, OSError, ValueError):
                 lost.append(run.method)
-        text = f"Green: found; red: found wrongly; blue: missed. {RULE}"
+        text = f"{COLOURS} {RULE}"
         text += f" Predictions are missing or damaged: {', '.join(lost)}." if lost else ""
         cases = choose(dice) if dice else []
         kept = {
@@ -161,38 +169,13 @@ def _white(mask: NDArray[np.bool_]) -> Pixels:
     return np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
 
 
-def _panel(image: Pixels) -> Pixels:
-    return resize_image(image, SIDE)
+def _line(image: Pixels, outcomes: Sequence[Outcome]) -> list[Pixels]:
+    """Input, truth in white, and each method's mask in colours, in the shape of the image."""
+    masks = [coloured(image, outcome) for outcome in outcomes]
+    return [_small(picture) for picture in (image, _white(outcomes[0][1]), *masks)]
 
 
-def _masks(image: Pixels, case: Case, shown: Mapping[str, Mapping[int, Outcome]]) -> list[Pixels]:
-    """The truth in white, then each method's mask in colours, at the size of a panel."""
-    small = _panel(image)
-    outcomes = [shown[label][case.index] for label in shown]
-    truth = resize_mask(outcomes[0][1], SIDE)
-    panels = [coloured(small, (resize_mask(predicted, SIDE), truth)) for predicted, _ in outcomes]
-    return [_white(truth), *panels]
-
-
-def _page(
-    rows: list[list[Pixels]],
-    titles: Sequence[str],
-    cases: Sequence[Case],
-    notes: Sequence[Mapping[str, float]],
-) -> Image.Image:
-    width = MARGIN + len(titles) * (SIDE + GAP)
-    height = TITLE + len(rows) * (SIDE + GAP + TITLE)
-    page = Image.new("RGB", (width, height), "white")
-    pen, font, small = ImageDraw.Draw(page), ImageFont.load_default(15), ImageFont.load_default(12)
-    for column, title in enumerate(titles):
-        x = MARGIN + column * (SIDE + GAP)
-        pen.text((x + SIDE // 2, TITLE // 2), title, "black", font, anchor="mm")
-    for row, (panels, case, dice) in enumerate(zip(rows, cases, notes, strict=True)):
-        y = TITLE + row * (SIDE + GAP + TITLE)
-        pen.text((6, y + SIDE // 2), case.rule.replace(" ", "\n"), "black", font)
-        for column, panel in enumerate(panels):
-            page.paste(Image.fromarray(panel), (MARGIN + column * (SIDE + GAP), y))
-        for column, value in enumerate(dice.values(), start=2):
-            x = MARGIN + column * (SIDE + GAP) + SIDE // 2
-            pen.text((x, y + SIDE + 12), f"Dice {value:.3f}", "black", small, anchor="mm")
-    return page
+def _small(picture: Pixels) -> Pixels:
+    thumbnail = Image.fromarray(picture)
+    thumbnail.thumbnail((SIDE, SIDE))
+    return np.asarray(thumbnail)

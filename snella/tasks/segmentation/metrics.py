@@ -6,6 +6,7 @@ background counts everywhere but in the released metric, which is said at `foreg
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,14 +70,27 @@ def boundary_f(predicted: Mask, true: Mask, tolerance: float) -> float:
     within the tolerance, recall the reverse. 1 where both masks have no boundary, else 0 where
     one has none.
     """
-    from scipy.ndimage import distance_transform_edt
-
-    ours, truth = _boundary(predicted), _boundary(true)
-    if not ours.any() or not truth.any():
-        return float(ours.any() == truth.any())
-    precision = float((distance_transform_edt(~truth)[ours] <= tolerance).mean())
-    recall = float((distance_transform_edt(~ours)[truth] <= tolerance).mean())
+    ours, truth = _pixels(_boundary(predicted)), _pixels(_boundary(true))
+    if not len(ours) or not len(truth):
+        return float(len(ours) == len(truth))
+    precision, recall = _near(ours, truth, tolerance), _near(truth, ours, tolerance)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _near(points: NDArray[np.int64], others: NDArray[np.int64], tolerance: float) -> float:
+    """The share of ``points`` (N, 2) with one of ``others`` within ``tolerance``.
+
+    A tree of the few boundary pixels; a distance map of all pixels takes thirty times as long.
+    """
+    from scipy.spatial import cKDTree
+
+    distance, _ = cKDTree(others).query(points, distance_upper_bound=tolerance + 1)
+    return float((distance <= tolerance).mean())
+
+
+def _pixels(mask: Mask) -> NDArray[np.int64]:
+    """Rows and columns (N, 2) of the pixels of a mask."""
+    return np.stack(np.divmod(np.flatnonzero(mask), mask.shape[1]), axis=1)
 
 
 def _boundary(mask: Mask) -> Mask:
@@ -112,13 +126,19 @@ def _object_part(p: Map, true: Mask, share: float) -> float:
 def _object(values: Map) -> float:
     """2 m / (m^2 + 1 + s), m and s mean and sample deviation of the map in one part."""
     mean = float(values.mean())
-    deviation = float(values.std(ddof=1)) if values.size > 1 else 0.0
+    deviation = math.sqrt(_squares(values - mean) / (values.size - 1)) if values.size > 1 else 0.0
     return 2 * mean / (mean**2 + 1 + deviation + np.finfo(np.float64).eps)
+
+
+def _squares(values: Map) -> float:
+    """The sum of squares."""
+    flat = values.ravel()
+    return float(flat @ flat)
 
 
 def _region_part(p: Map, true: Mask) -> float:
     """Similarity in the four rectangles around the truth's centroid, weighted by their area."""
-    y, x = (int(c) + 1 for c in np.argwhere(true).mean(axis=0).round())
+    y, x = (_centre(true, axis) + 1 for axis in (0, 1))
     total = 0.0
     for rows in (np.s_[:y], np.s_[y:]):
         for columns in (np.s_[:x], np.s_[x:]):
@@ -128,15 +148,24 @@ def _region_part(p: Map, true: Mask) -> float:
     return total
 
 
+def _centre(true: Mask, axis: int) -> int:
+    """The mean row (axis 0) or column (axis 1) of the foreground, rounded."""
+    counts = np.count_nonzero(true, axis=1 - axis)
+    return round(float(np.arange(len(counts)) @ counts / counts.sum()))
+
+
 def _similarity(p: Map, true: Mask) -> float:
-    """Structural similarity of one rectangle, without stabilising constants."""
-    t = true.astype(np.float64)
-    x, y, n = p.mean(), t.mean(), p.size
-    scale = max(n - 1, 1)
-    var_x, var_y = ((p - x) ** 2).sum() / scale, ((t - y) ** 2).sum() / scale
-    covariance = ((p - x) * (t - y)).sum() / scale
+    """Structural similarity of one rectangle, without stabilising constants.
+
+    That the truth is 0 or 1 saves most passes over the pixels.
+    """
+    n, inside = p.size, int(np.count_nonzero(true))
+    x, y, scale = float(p.mean()), inside / n, max(n - 1, 1)
+    apart = p - x
+    var_x, var_y = _squares(apart) / scale, n * y * (1 - y) / scale
+    covariance = 0.0 if inside in (0, n) else float(apart[true].sum()) / scale
     above = 4 * x * y * covariance
     below = (x**2 + y**2) * (var_x + var_y)
     if above != 0:
-        return float(above / (below + np.finfo(np.float64).eps))
+        return above / (below + float(np.finfo(np.float64).eps))
     return 1.0 if below == 0 else 0.0

@@ -60,13 +60,14 @@ def parse_options(name: str, options: dict[str, Any]) -> Options:
     return parsed
 
 
-def lists_of(root: Path, options: Options) -> tuple[Path, Path] | None:
+def lists_of(kind: str, root: Path, options: Options) -> tuple[Path, Path] | None:
     """The lists of training and test images: those given, or Kvasir-SEG's own if they are there.
 
     The data set's authors distribute `train.txt` (880 names) and `val.txt` (120) with it; the 120
-    are tested on here, and a validation split is taken from the 880.
+    are tested on here, and a validation split is taken from the 880. In a folder of another kind
+    files of these names may mean anything, and count only where the options name them.
     """
     if options.train_list and options.test_list:
         return root / options.train_list, root / options.test_list
     own = root / "train.txt", root / "val.txt"
-    return own if all(path.is_file() for path in own) else None
+    return own if kind == "kvasir" and all(path.is_file() for path in own) else None

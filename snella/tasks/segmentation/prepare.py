@@ -47,9 +47,10 @@ def sources(spec: Any) -> list[Path]:
     if spec.kind == "quick" or spec.path is None:
         return []
     root, options = Path(spec.path), Options(**spec.options)
-    named = [options.train_list, options.test_list, options.released_test]
-    further = [root / item for item in named if item]
-    return [root / "images", root / "masks", *further, *map(Path, options.test_sets.values())]
+    lists = lists_of(spec.kind, root, options) or ()
+    released = [root / options.released_test] if options.released_test else []
+    further = [*released, *map(Path, options.test_sets.values())]
+    return [root / "images", root / "masks", *lists, *further]
 
 
 def _path(name: str, spec: Any) -> str:
@@ -95,7 +96,7 @@ def _folder(name: str, spec: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if options.split == "released":
         splits = _released(name, root, pairs, options)
     else:
-        splits = _disjoint(name, root, pairs, options)
+        splits = _disjoint(name, pairs, lists_of(spec.kind, root, options), options)
     for title, path in options.test_sets.items():
         further = read_pairs(Path(path), options.allow_empty)
         splits["test"] += [(title, pair) for pair in further.values()]
@@ -110,9 +111,11 @@ def _folder(name: str, spec: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return {split: _columns(found, info["test_sets"]) for split, found in splits.items()}, info
 
 
-def _disjoint(name: str, root: Path, pairs: Mapping[str, Pair], options: Options) -> Split:
+def _disjoint(
+    name: str, pairs: Mapping[str, Pair], lists: tuple[Path, Path] | None, options: Options
+) -> Split:
     """Test images from the lists or by seed, validation by seed; near-duplicates stay together."""
-    lists, names = lists_of(root, options), list(pairs)
+    names = list(pairs)
     if lists:
         train, test = (read_list(file, names) for file in lists)
         both = sorted(set(train) & set(test))

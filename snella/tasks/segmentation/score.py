@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,7 @@ class SegmentationScorer(Scorer):
             )
         return self._best(place) if threshold == "val" else float(threshold)
 
+    @cache  # noqa: B019 - a scorer lives as long as one scoring
     def _best(self, place: Path) -> float:
         """The threshold with the best mean Dice on the validation split, nearest to 0.5."""
         totals = np.zeros(len(THRESHOLDS))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from snella.data.epoch import epoch_order
+from snella.errors import UserError
 from snella.methods.base import Batch
 from snella.models.sam import (
     load_sam,
@@ -86,7 +87,7 @@ class Segmentation(Task):
             rest = torch.arange(writer.done, source.count).split(step)
             order = [part.tolist() for part in rest if len(part)]
             for indices, (image, _) in zip(order, source.batches(order), strict=True):
-                low = mask_logits(model, _normalised(image).to(device)).float()
+                low = _logits(model, _normalised(image).to(device))
                 for i, logits in zip(indices, low, strict=True):
                     shares.append(self._append(writer, logits, sizes[i]))
         if split == "val" and (problem := collapsed(shares)):
@@ -122,6 +123,27 @@ class Segmentation(Task):
 def _normalised(image: Tensor) -> Tensor:
     mean, std = pixel_statistics(image.device)
     return (image.float() / 255 - mean) / std
+
+
+def _logits(model: nn.Module, image: Tensor) -> Tensor:
+    """Finite mask logits in single precision.
+
+    Raises :class:`~snella.errors.UserError` for NaN, which would pass for an empty mask, and
+    torch's out-of-memory error with the remedy.
+    """
+    try:
+        low = mask_logits(model, image).float()
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"out of memory while predicting {len(image)} images of {image.shape[-1]} pixels at a "
+            "time; use `precision: bf16` or a smaller `image_size`"
+        ) from error
+    if not low.isfinite().all():
+        raise UserError(
+            "The model predicts NaN: half precision (fp16) may overflow; use `precision: bf16` or "
+            "fp32, or lower `lr`."
+        )
+    return low
 
 
 def _fingerprint(model: nn.Module, salt: str) -> str:
