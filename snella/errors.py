@@ -19,6 +19,8 @@ LINE = 300
 """Characters of an exception that a line of ours repeats; PyTorch's can fill pages."""
 CHOICES, CLOSEST = 25, 10
 """Names that a message lists of those that there are; of more, so many of the closest."""
+LONGEST = 1500
+"""Characters of a whole line; what a user wrote can be in it."""
 LOG = Path("logs/snella.log")
 LOG_BYTES = 2**20
 MISTAKE, BROKEN = 2, 1
@@ -66,7 +68,7 @@ REMEDIES = {
 def explain(error: BaseException) -> Outcome:
     """The line and the exit status for any exception that ends a command."""
     if isinstance(error, UserError):
-        return Outcome(plain(str(error)), MISTAKE)
+        return Outcome(_cut(plain(str(error))), MISTAKE)
     if isinstance(error, UnicodeDecodeError):
         where = f"byte {error.start}, {error.reason}"
         return Outcome(f"A text file is not UTF-8 ({where}); save it as UTF-8.", MISTAKE)
@@ -103,6 +105,11 @@ def plain(text: str) -> str:
     """``text`` on one line, without characters that would move a terminal's cursor."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def _cut(line: str) -> str:
+    """The line without its middle where it is long: its end says what to do."""
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 500]} … {line[-497:]}"
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:

@@ -197,6 +197,17 @@ WRONG: dict[str, tuple[dict, list[str]]] = {
         {"backbones": {"own": {"arch": "vit_base_patch16_22", "file": "random"}}},
         ["'vit_base_patch16_224'"],
     ),
+    **{
+        f"kwargs {next(iter(kwargs.items()))}": (
+            {"backbones": {"own": {"arch": "vit_tiny_patch16_224", "kwargs": kwargs}}}, words,
+        )
+        for kwargs, words in (
+            ({"dept": 2}, ["'dept'", "Did you mean 'depth'"]),
+            ({"depth": "two"}, ["kwargs.depth` is 'two'", "takes int"]),
+            ({"qkv_bias": 1}, ["kwargs.qkv_bias` is 1", "takes bool"]),
+            ({"variant": "x"}, ["Unknown argument"]),
+        )
+    },
     "hub": ({"backbones": {"own": {"arch": "hf-hub:timm/x", "file": "random"}}}, ["hf-hub:timm"]),
     **{
         f"img_size {size!r}": (
@@ -423,6 +434,60 @@ def test_snakemake_blames_the_file_and_takes_dotted_keys(tmp_path):
     assert ended.value.code == 2
 
 
+SNAKEMAKE = {
+    "no file": (["--configfile", "none.yaml", "--", "x"], ["none.yaml", "correct the path"]),
+    "a target": (["--configfile", "config/config.yaml", "r/t.tex"], ["r/t.tex", "after ` -- `"]),
+    "a folder": (["--configfile=tests"], ["it is a folder"]),
+    "two": (["--configfiles", "config/config.yaml", "none.yaml", "-n"], ["none.yaml"]),
+    "no value": (["--config", "suite", "--", "x"], ["KEY=VALUE", "'suite'"]),
+    "dots": (["-C", "protocols.quick.epochs=3"], ["'protocols={quick: {epochs: 3}}'"]),
+    "no key": (["--config", "a b=1"], ["'a b' is no key"]),
+}
+
+
+@pytest.mark.parametrize("case", SNAKEMAKE)
+def test_snakemakes_arguments_are_looked_at_before_it_stumbles(capsys, case):
+    from snella.jobs.arguments import check_arguments
+
+    arguments, words = SNAKEMAKE[case]
+    with pytest.raises(SystemExit) as ended:
+        check_arguments(arguments)
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and message.count("\n") == 1
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize("content", [b"# nothing\n", b"suite: [\n", b"gr\xf6\xdfe: 1\n"])
+def test_configurations_that_snakemake_would_not_name(tmp_path, capsys, content):
+    from snella.jobs.arguments import check_arguments
+
+    check_arguments(["--configfile", "config/config.yaml", "-n", "--config", "suite=smoke"])
+    (tmp_path / "my.yaml").write_bytes(content)
+    with pytest.raises(SystemExit):
+        check_arguments(["--configfile", f"{tmp_path}/my.yaml"])
+    assert "my.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--configfile", "none.yaml", "--", "x"], "Cannot read the configuration none.yaml"),
+        (["--config", "suite=smoke", "--", "results/tabel1.tex"], "Did you mean 'table1'"),
+        (["--config", "suite=smoke", "--", "table1"], "Did you mean results/table1.tex"),
+    ],
+)
+def test_a_users_mistake_under_snakemake_is_one_line_and_status_2(arguments, words):
+    """No traceback, no name of a rule or wildcard; only what Snakemake says at its start."""
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "-q", "all", *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    ours = [line for line in done.stderr.splitlines() if line.startswith("snella: ")]
+    assert len(ours) == 1 and words in ours[0], done.stderr
+    assert not any(word in done.stderr + done.stdout for word in ("Traceback", "Exception"))
+
+
 def test_help_and_version(capsys):
     for arguments in (["--version"], ["--help"], *([verb, "--help"] for verb in verbs())):
         with pytest.raises(SystemExit) as ended:
@@ -478,6 +543,18 @@ def test_doctor_finds_what_is_missing_and_names_no_place(tmp_path, capsys, monke
     assert main(["doctor", "--json", "--config", "suite=quik"]) == 1
     found = {entry["what"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert "Did you mean 'quick'" in found["configuration"]["found"]
+
+
+def test_a_table_that_is_not_utf8_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    (tmp_path / "t.tex").write_bytes(b"gr\xf6\xdfe")
+    assert "t.tex is not UTF-8" in says(capsys, "pdf", f"{tmp_path}/t.tex")
+
+
+def test_lines_stay_readable_whatever_a_user_wrote(tmp_path, capsys):
+    assert len(says(capsys, "methods", "--configfile", "x" * 5000)) < 300
+    (tmp_path / "my.yaml").write_text(f"suite: quick\n{'y' * 9000}: 1\n")
+    assert len(says(capsys, "methods", "--configfile", f"{tmp_path}/my.yaml")) < 1600
 
 
 def test_downloads_are_listed_and_a_misspelt_one_is_named(capsys):

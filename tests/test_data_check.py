@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.server
 import io
+import sys
 import tarfile
 import threading
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from snella.data.archives import unpack
 from snella.data.check import check, lines
 from snella.data.download import Download, File, download, fetch, load_downloads
 from snella.errors import UserError
+from snella.files import try_lock
 from snella.suite.config import load
 
 LABELS = {"train800": [0, 1, 2, 0, 1, 2], "val200": [0, 1, 2], "test": [0, 1, 2, 0]}
@@ -204,3 +208,99 @@ def test_links_and_damage(tmp_path):
     (tmp_path / "c.tgz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"damaged|no archive"):
         unpack(tmp_path / "c.tgz", tmp_path)
+
+
+def make_zip(path, *entries, change=None):
+    """A .zip of (name, content), with bytes of it changed."""
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries:
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED)
+    data = bytearray(path.read_bytes())
+    central = data.rfind(b"PK\x01\x02")
+    for local, beyond, value in change or ():
+        data[local], data[central + beyond] = value, value
+    path.write_bytes(data)
+    return path
+
+
+def special(kind):
+    info = zipfile.ZipInfo("x")
+    info.create_system, info.external_attr = 3, kind << 16
+    return info
+
+
+GOOD = ("data/x.txt", b"hello " * 99)
+ARCHIVES = {
+    "encrypted": (lambda p: make_zip(p, GOOD, change=[(6, 8, 1)]), "is encrypted; unpack"),
+    "compression": (lambda p: make_zip(p, GOOD, change=[(8, 10, 99)]), "not supported; unpack it"),
+    "stream": (lambda p: make_zip(p, GOOD, change=[(45, 1, 255)]), "is damaged .*; delete it"),
+    "twice": (lambda p: make_zip(p, GOOD, GOOD), "two files called 'data/x.txt'"),
+    "link": (lambda p: make_zip(p, GOOD, (special(0o120777), "/etc")), "'x', a link or device"),
+    "pipe": (lambda p: make_zip(p, GOOD, (special(0o010666), "")), "'x', a link or device"),
+    "escape": (lambda p: make_zip(p, GOOD, ("a\x1b[31m", "")), "control characters"),
+    "file as folder": (lambda p: make_zip(p, ("a", "1"), ("a/b", "2")), "Not a directory"),
+    "empty": (lambda p: make_zip(p), "holds no file"),
+    "bomb": (lambda p: make_zip(p, GOOD, ("b", bytes(2**20))), "that unpack to"),
+    "cut": (lambda p: p.write_bytes(make_zip(p, GOOD).read_bytes()[:60]), "damaged .cut short"),
+    "page": (lambda p: p.write_bytes(b"<!doctype html>"), "damaged .a web page"),
+    "pointer": (lambda p: p.write_bytes(b"version https://git-lfs"), "damaged .a Git LFS pointer"),
+    "gzip": (lambda p: p.write_bytes(gzip.compress(b"x" * 999)[:30]), "damaged|no archive"),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_an_archive_that_is_not_unpacked_leaves_nothing(tmp_path, monkeypatch, case):
+    make, words = ARCHIVES[case]
+    monkeypatch.setattr("snella.data.archives.BOMB_BYTES", 2**18)
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "a.zip")
+    with pytest.raises(UserError, match=words):
+        unpack(tmp_path / "a.zip", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_would_not_fit_on_the_disk_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=100))
+    archive = make_zip(tmp_path / "a.zip", GOOD)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"No space left in .*: .* unpacks to 594 bytes"):
+        unpack(archive, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "an empty file"), (b"\n<?xml?><Error/>", "a web page"),
+     (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer")],
+)  # fmt: skip
+def test_what_comes_in_place_of_a_file_is_not_kept(server, tmp_path, monkeypatch, content, words):
+    monkeypatch.setattr(sys.modules[__name__], "CONTENT", content)
+    with pytest.raises(UserError, match=words):
+        fetch(file(server, sha256=None, bytes=None), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["nothing", "http://127.0.0.1:1/x y", "http://[/", "gopher://x/y"])
+def test_addresses_that_are_none(tmp_path, url):
+    with pytest.raises(UserError, match=r"x\.bin could not be fetched"):
+        fetch(File(urls=[url], name="x.bin"), tmp_path)
+
+
+def test_places_that_cannot_be_written_and_two_at_once(server, tmp_path):
+    entry_ = {"a": Download(title="A", licence="own", files=[file(server)])}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"Cannot write .*a part of the path is a file"):
+        download("a", entry_, tmp_path / "file" / "x")
+    (tmp_path / "a/a.bin").mkdir(parents=True)
+    with pytest.raises(UserError, match="is a folder, where a file is needed"):
+        download("a", entry_, tmp_path)
+    with (tmp_path / "a/.download.lock").open("w") as lock:
+        assert try_lock(lock)
+        with pytest.raises(UserError, match="Another process is downloading"):
+            download("a", entry_, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"- a\n", b"a: {titel: x}\n", b"\xff", b"a: 3\n"])
+def test_a_damaged_list_of_downloads_is_one_line(tmp_path, content):
+    (tmp_path / "downloads.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"downloads\.yaml"):
+        load_downloads(tmp_path / "downloads.yaml")

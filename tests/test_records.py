@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,39 @@ def test_provenance_says_where_and_with_what():
     found = records.provenance()
     assert set(found) == {"git", "python", "packages", "hardware", "command", "started"}
     assert found["packages"]["torch"] and found["hardware"]["cores"] >= 1
+
+
+@pytest.mark.parametrize("wrong", ["x", -1, [1], [{"a": 1}], 10**400, True])
+@pytest.mark.parametrize(
+    "key",
+    ["run", "cost", "parameters", "provenance", "metrics", "metric_info", "warnings", "files"],
+)
+def test_a_record_of_another_shape_is_refused_though_its_digest_fits(tmp_path, key, wrong):
+    content = records.sign({**record("ok"), key: wrong})
+    (tmp_path / "record.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"record\.json: it lacks or breaks '{key}.*delete it"):
+        records.read_record(tmp_path)
+
+
+def not_regular(path: Path, kind: str) -> None:
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)  # to open it would wait for ever
+    elif kind == "huge":
+        with path.open("wb") as file:
+            file.truncate(records.LARGEST + 1)
+    else:
+        path.write_bytes({"empty": b"", "binary": b"\xff\x00\x81", "deep": b"[" * 10**5}[kind])
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "huge", "empty", "binary", "deep"])
+def test_a_file_that_is_no_record_names_the_copy_that_counts(tmp_path, kind):
+    path = records.write_record(tmp_path, record("ok"))
+    path.unlink()
+    not_regular(path, kind)
+    with pytest.raises(UserError, match=r"no.* readable record \(.*\); .*copy finished\.json"):
+        records.read_record(tmp_path)
+    (tmp_path / "finished.json").unlink()
+    with pytest.raises(UserError, match="delete it and rerun"):
+        records.read_record(tmp_path)

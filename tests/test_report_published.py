@@ -376,7 +376,12 @@ def test_a_mean_over_some_tasks_is_compared_with_the_printed_one():
     suite = replace(PAPER, groups={"four": list(FOUR)})
     lines = read_table("snella", 12)
     cells = {(int(x["row"]), x["dataset"]): float(x["value"]) / 100 for x in lines}
-    rows = {"snella-32-constant": 1, "snella-32-linear": 2, "snella-32-quadratic": 3, "snella-32": 4}
+    rows = {
+        "snella-32-constant": 1,
+        "snella-32-linear": 2,
+        "snella-32-quadratic": 3,
+        "snella-32": 4,
+    }
     names = {"suite": "paper", "backbone": "vit-b16", "protocol": SAME}
     runs = records(lambda m, d, s: cells[rows[m], d], rows, FOUR, **names)
     described = shipped("table12", columns=[{"datasets_of": "four", "mean": "tasks"}])

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from snella.errors import MISTAKE, UserError, ascii_name, plain
+from snella.errors import MISTAKE, UserError, ascii_name, explain
 from snella.suite.reading import read_yaml
 
 CONFIGFILE, CONFIG = ("--configfile", "--configfiles"), ("--config", "-C")
@@ -27,7 +27,7 @@ def check_arguments(arguments: Sequence[str] | None = None) -> None:
         for pair in _values(given, CONFIG):
             _check_pair(pair)
     except UserError as error:
-        sys.stderr.write(f"snella: {plain(str(error))}\n")
+        sys.stderr.write(f"snella: {explain(error).line}\n")
         raise SystemExit(MISTAKE) from None
 
 

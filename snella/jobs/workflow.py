@@ -21,7 +21,6 @@ from snella.errors import (
     ascii_name,
     closest,
     explain,
-    plain,
     record_traceback,
 )
 from snella.files import digest_json
@@ -48,7 +47,7 @@ def _user(call: Callable[[], Answer]) -> Answer:
     try:
         return call()
     except UserError as error:
-        _say(plain(str(error)))
+        _say(explain(error).line)
         raise SystemExit(MISTAKE) from None
 
 

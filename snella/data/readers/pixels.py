@@ -105,7 +105,7 @@ def look(data: bytes, where: str) -> Seen:
     """
     from PIL import Image
 
-    _refuse_text(data, where)
+    refuse_text(data, where)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             encoding = image.format or "unknown"
@@ -123,19 +123,27 @@ def look(data: bytes, where: str) -> Seen:
     except (Unusable, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(f"{where} cannot be used: {_short(error)}; convert it.") from error
     except Exception as error:  # Pillow's decoders raise whatever went wrong inside them
-        reason = str(error).rstrip(".")
-        if "cannot identify image file" in reason:
-            reason = f"no image in a format that is read ({', '.join(FORMATS)}), or damaged"
         raise UserError(
-            f"{where} cannot be decoded: {reason}; download or unpack it again."
+            f"{where} cannot be decoded: {why_undecodable(error)}; download or unpack it again."
         ) from error
+
+
+def why_undecodable(error: Exception) -> str:
+    """What Pillow says of a file, in words for one who has the file and not its code."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    reason = _short(error).rstrip(".")
+    if "cannot identify image file" in reason:
+        return f"no image in a format that is read ({', '.join(FORMATS)}), or damaged"
+    return reason
 
 
 def _short(error: Exception) -> str:
     return str(error).partition(", could be")[0]  # Pillow suspects an attack
 
 
-def _refuse_text(data: bytes, where: str) -> None:
+def refuse_text(data: bytes, where: str) -> None:
+    """Raise :class:`~snella.errors.UserError` for bytes that are no image but a known text."""
     start = data[:512].lstrip().lower()
     if not start:
         raise UserError(f"{where} cannot be decoded: the file is empty; download it again.")

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snella.data.images import decode
+from snella.data.readers.pixels import refuse_text, why_undecodable
 from snella.data.storage import hash_image
 from snella.errors import UserError
 from snella.tasks.segmentation.duplicates import perceptual_hash
 from snella.tasks.segmentation.masks import encode_mask, read_mask
+from snella.validation import shown
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 DECODERS = 4
@@ -39,7 +41,9 @@ class Pair:
 def pictures(folder: Path) -> dict[str, Path]:
     """Picture files of ``folder`` by stem; raises for a missing folder or two files of one stem."""
     if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}; a data set needs images/ and masks/.")
+        raise UserError(
+            f"There is no folder {folder}; a data set needs images/ and masks/{_elsewhere(folder)}."
+        )
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
@@ -48,6 +52,12 @@ def pictures(folder: Path) -> dict[str, Path]:
             raise UserError(f"{path} and {found[path.stem].name} have the same name; remove one.")
         found[path.stem] = path
     return found
+
+
+def _elsewhere(folder: Path) -> str:
+    """Where the folder lies instead, one deeper, as archives unpack."""
+    inner = sorted(p for p in folder.parent.glob(f"*/{folder.name}") if p.is_dir())
+    return f" (there is {inner[0]}: set `path: {inner[0].parent}`)" if inner else ""
 
 
 def read_pairs(root: Path, allow_empty: bool = False) -> dict[str, Pair]:
@@ -70,10 +80,14 @@ def read_pairs(root: Path, allow_empty: bool = False) -> dict[str, Pair]:
 
 
 def _read(name: str, image: Path, mask: Path, allow_empty: bool) -> Pair:
+    data = _bytes(image, "image")
     try:
-        pixels = decode(image.read_bytes())
+        pixels = decode(data)
     except Exception as error:  # Pillow's decoders raise whatever went wrong inside them
-        raise UserError(f"{image}: the image cannot be decoded: {error}.") from error
+        raise UserError(
+            f"{image}: the image cannot be decoded: {why_undecodable(error)}; replace or remove it."
+        ) from error
+    _bytes(mask, "mask")
     truth = read_mask(mask, allow_empty)
     if truth.shape != pixels.shape[:2]:
         raise UserError(
@@ -86,6 +100,18 @@ def _read(name: str, image: Path, mask: Path, allow_empty: bool) -> Pair:
     )  # fmt: skip
 
 
+def _bytes(path: Path, what: str) -> bytes:
+    """A picture's bytes; what cannot be read, or is a text, is named."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: the {what} cannot be read: {error.strerror}; replace or remove it."
+        ) from error
+    refuse_text(data, f"{path}: the {what}")
+    return data
+
+
 def read_list(file: Path, known: Sequence[str]) -> list[str]:
     """Names of a list file, one a line (with or without ending); raises for a name not known."""
     try:
@@ -93,7 +119,9 @@ def read_list(file: Path, known: Sequence[str]) -> list[str]:
     except FileNotFoundError:
         raise UserError(f"List {file} is missing; correct `options:` of the data set.") from None
     except UnicodeDecodeError:
-        raise UserError(f"List {file} is not a text file in UTF-8.") from None
+        raise UserError(f"List {file} is not a text file in UTF-8; save it so.") from None
+    except OSError as error:
+        raise UserError(f"List {file} cannot be read: {error.strerror}; name a file.") from error
     have, names = set(known), []
     for number, line in enumerate(lines, start=1):
         entry = line.strip()
@@ -101,10 +129,12 @@ def read_list(file: Path, known: Sequence[str]) -> list[str]:
             continue
         name = entry if entry in have else Path(entry).stem
         if name not in have:
-            raise UserError(f"{file}:{number}: there is no image {entry!r}.")
+            raise UserError(f"{file}:{number}: there is no image {shown(entry)}; correct the list.")
         if name in names:
-            raise UserError(f"{file}:{number}: {entry!r} stands in the list twice.")
+            raise UserError(
+                f"{file}:{number}: {shown(entry)} stands in the list twice; remove one."
+            )
         names.append(name)
     if not names:
-        raise UserError(f"List {file} is empty.")
+        raise UserError(f"List {file} is empty; write a name a line, or leave the list out.")
     return names

@@ -27,7 +27,7 @@ class Options(Strict):
     test_sets: dict[str, str] = {}
     val_fraction: float = Field(0.1, gt=0, lt=1)
     test_fraction: float = Field(0.12, gt=0, lt=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     near_duplicate_bits: int = Field(6, ge=0, le=32)
     allow_empty: bool = False
 

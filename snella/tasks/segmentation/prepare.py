@@ -158,7 +158,10 @@ def _released(name: str, root: Path, pairs: Mapping[str, Pair], options: Options
 def _named(name: str, parts: Mapping[str, Sequence[str]], pairs: Mapping[str, Pair]) -> Split:
     for split, members in parts.items():
         if not members:
-            raise UserError(f"Data set {name!r}: {len(pairs)} images leave none for {split}.")
+            raise UserError(
+                f"Data set {name!r}: {len(pairs)} images leave none for {split}; add some, or "
+                "change `val_fraction` or `test_fraction` under its `options:`."
+            )
     return {split: [(name, pairs[m]) for m in members] for split, members in parts.items()}
 
 
