@@ -57,6 +57,10 @@ class SparseTuning(Method):
         "one each, or after a whole adapter each; none: no adapters.",
     )
 
+    @property
+    def head_only(self) -> bool:  # type: ignore[override]
+        return self.fusion == "none"
+
     def merge(self, model: nn.Module) -> None:
         raise CannotMerge(
             "which tokens are kept depends on the image, and its adapters are not linear"

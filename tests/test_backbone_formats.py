@@ -80,6 +80,58 @@ def test_containers_and_prefixes(tmp_path, source, release):
     assert same_backbone(build_backbone(entry(tmp_path / "x.pth"), 5), source)
 
 
+def chunked(state, sizes, through):
+    """Names of blocks as DINOv2 trains them, in chunks; numbered ``through``, or anew in each."""
+    chunks = [chunk for chunk, size in enumerate(sizes) for _ in range(size)]
+
+    def renamed(name):
+        head, _, rest = name.partition("blocks.")
+        if head or not rest:
+            return name
+        number, _, tail = rest.partition(".")
+        block, chunk = int(number), chunks[int(number)]
+        return f"blocks.{chunk}.{block if through else block - chunks.index(chunk)}.{tail}"
+
+    return {renamed(name): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("through", [True, False])
+@pytest.mark.parametrize("kind", ["teacher", "training", "bare"])
+def test_dinov2_checkpoints_with_blocks_in_chunks(tmp_path, kind, through):
+    """teacher_checkpoint.pth, a training checkpoint with both branches, and the backbone alone."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 12, "num_heads": 2}
+    arch = {"arch": "vit_small_patch14_dinov2", "kwargs": kwargs}
+    source = build_backbone(arch | {"file": "random"}, 5)
+    state = {n: t for n, t in source.state_dict().items() if not n.startswith("head.")}
+    state = chunked(state, [3, 3, 3, 3], through) | {"mask_token": torch.zeros(1, 24)}
+    heads = {
+        f"{head}.{name}": torch.ones(2, 2)
+        for head in ("dino_head", "ibot_head")
+        for name in ("mlp.0.weight", "last_layer.weight_g", "last_layer.weight_v")
+    }
+    branch = named("backbone.", state) | heads
+    content = {
+        "bare": state,
+        "teacher": {"teacher": branch},
+        "training": {
+            "model": named("student.", other(branch)) | named("teacher.", branch),
+            "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(1e-3)}]},
+            "iteration": 1249,
+        },
+    }[kind]
+    torch.save(content, tmp_path / "teacher_checkpoint.pth")
+    loaded = build_backbone(arch | {"file": str(tmp_path / "teacher_checkpoint.pth")}, 5)
+    assert same_backbone(loaded, source)
+
+
+def test_one_processs_part_of_a_model_is_refused(tmp_path):
+    torch.save({"model": {"teacher.backbone._fsdp_wrapped_module._flat_param": torch.ones(9)}},
+               tmp_path / "model_0001249.rank_0.pth")  # fmt: skip
+    with pytest.raises(UserError, match=r"one process's part.*teacher_checkpoint\.pth"):
+        build_backbone(entry(tmp_path / "model_0001249.rank_0.pth"), 5)
+
+
 def test_a_container_can_be_chosen(tmp_path, source):
     torch.save({"teacher": other(source.state_dict()), "student": source.state_dict()},
                tmp_path / "x.pth")  # fmt: skip

@@ -26,6 +26,8 @@ GOLDEN = Path(__file__).parent / "golden" / "baselines"
 METHODS = {
     "paper": ("sparse_tuning", {}),
     "average": ("sparse_tuning", {"fuse": "average", "keep": 0.5}),
+    "inputs": ("sparse_tuning", {"fusion": "input", "links": [1]}),
+    "outputs": ("sparse_tuning", {"fusion": "output"}),
     "public_code": ("sparse_tuning", {"variant": "public_code", "bottleneck": 8}),
     "dyt": ("dyt", {"dropout": 0.0}),
     "dyt_released": ("dyt", {"variant": "released", "dropout": 0.0}),
@@ -184,6 +186,55 @@ def test_token_sparsification_golden(keep: int, fuse: str) -> None:
     torch.testing.assert_close(tokens, expected, atol=1e-6, rtol=1e-5)
     out = model.blocks(arrays["tokens_in"])
     torch.testing.assert_close(out, arrays[f"{prefix}/block_out"], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "downs", "ups", "printed"),
+    [
+        ({}, 32, 12, None),
+        ({"links": [1]}, 23, 12, 0.95),  # Table 4 (b)
+        ({"links": []}, 12, 12, None),
+        ({"fusion": "input"}, 12, 12, None),
+        ({"fusion": "output"}, 32, 32, 1.68),  # Table 5 (c)
+    ],
+)
+def test_counts_of_the_ablations(
+    settings: dict[str, object], downs: int, ups: int, printed: float | None
+) -> None:
+    """Projections per variant; two printed counts are these with a head of 100 classes."""
+    model = prepared(make("paper", bottleneck=8, **settings))
+    width = model.embed_dim
+
+    def count(width: int, bottleneck: int) -> int:
+        return downs * (width + 1) * bottleneck + ups * (bottleneck + 1) * width
+
+    adapters = [p for n, p in model.named_parameters() if ".adapter" in n]
+    assert sum(p.numel() for p in adapters) == count(width, 8)
+    if printed is not None:
+        assert round((count(768, 32) + 769 * 100) / 1e6, 2) == printed
+
+
+def test_inputs_are_summed_before_within_or_after_an_adapter() -> None:
+    x, *links = torch.randn(3, 2, 5, tiny().embed_dim).unbind()
+    for fusion in ("input", "output"):
+        adapter = prepared(make("paper", fusion=fusion)).blocks[3].adapter
+        parts = [adapter] if fusion == "input" else list(adapter)
+        for part in parts:
+            nn.init.normal_(part.up.weight)
+        inputs = (x, *links)
+        if fusion == "input":
+            expected = adapter.up(adapter.down[0](x + links[0] + links[1]).relu())
+        else:
+            expected = sum(p.up(p.down[0](i).relu()) for p, i in zip(parts, inputs, strict=True))
+        torch.testing.assert_close(adapter(*inputs), expected)
+
+
+def test_token_sparsification_alone_trains_the_head() -> None:
+    model = prepared(make("paper", fusion="none", keep=0.5))
+    assert {name.partition(".")[0] for name in trainable(model)} == {"head"}
+    zero = prepared(make("paper", keep=0.5)).eval()
+    zero.head.load_state_dict(model.head.state_dict())
+    torch.testing.assert_close(model(batch()["image"]), zero(batch()["image"]))
 
 
 def test_dense_adapters_are_equation_3() -> None:

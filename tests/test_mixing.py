@@ -40,6 +40,21 @@ def test_both_are_drawn_and_every_draw_repeats():
     assert not torch.equal(draws[0], draw_mix(0.8, 1.0, 224, 8, 0))
 
 
+def test_the_last_partial_batch_is_dropped_where_a_script_drops_it(make_run):
+    from snella.runs.train import load_run
+
+    sizes = {}
+    for drop in (False, True):
+        task = load_run(make_run("linear", batch_size=7, drop_last=drop)).task
+        assert task.data.size("train") % 7
+        batches = list(task.batches("train", 3))
+        assert len(batches) == task.steps("train")
+        sizes[drop] = [len(batch["label"]) for batch in batches]
+    assert sizes[True] == sizes[False][:-1] and set(sizes[True]) == {7}
+    tiny = load_run(make_run("linear", batch_size=512, drop_last=True)).task
+    assert [len(b["label"]) for b in tiny.batches("train", 0)] == [tiny.data.size("train")]
+
+
 def test_training_is_mixed_and_calibration_is_not(make_run):
     from snella.runs.train import load_run
 

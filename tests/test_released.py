@@ -184,6 +184,7 @@ def test_presets_know_other_collections():
         "snella-released": ("train", "timm", "shorter-side", 256, "bilinear", 0.0),
         "spt": ("train", "timm", "square", 256, "bicubic", 0.0),
         "vpt": ("train", "flip", "shorter-side", 256, "bilinear", 0.0),
+        "fact": ("train", "timm", "shorter-side", 256, "bilinear", 0.0),
         "ssf": ("trainval", "random-resized-crop", "shorter-side", 248, "bicubic", 0.8),
         "gps": ("trainval", "random-resized-crop", "shorter-side", 248, "bicubic", 0.8),
         "fair": ("trainval", "timm", "shorter-side", 256, "bicubic", 0.0),
@@ -196,6 +197,22 @@ def test_presets_know_other_collections():
     complete = made("full-image", "vpt-deep", "svhn-full")
     wanted = ("batch_size", "lr", "weight_decay", "warmup_epochs", "min_lr", "augmentation")
     assert some(complete, *wanted) == (128, 5e-3, 1e-2, 20, 0.0, "random-resized-crop")
+
+
+def test_presets_drop_the_last_batch_and_resize_as_their_scripts():
+    """FacT's loader and timm's, which SSF and GPS use, drop it; SNELL's and VPT's do not."""
+    names = ("drop_last", "interpolation", "crop_interpolation")
+    expected = {
+        "snella-released": (False, "bicubic", "bicubic"), "spt": (False, "bicubic", "bicubic"),
+        "vpt": (False, "tf-bilinear", "bicubic"), "adapter-plus": (False, "tf-bilinear", "bicubic"),
+        "ssf": (True, "bicubic", "bicubic"), "gps": (True, "bicubic", "bicubic"),
+        "fact": (True, "bicubic", "bicubic"),
+    }  # fmt: skip
+    for name, wanted in expected.items():
+        found = made("vtab1k", "linear", "dtd", suites__vtab1k__protocol=name)
+        assert some(found, *names) == wanted, name
+    birds = made("fgvc", "ssf", "cub", suites__fgvc__protocol="ssf")
+    assert birds["crop_interpolation"] == "random"
 
 
 def test_names_in_parts_of_a_preset_are_checked():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -37,6 +37,7 @@ class Settings:
     resize: str = "none"
     resize_size: int | None = None
     interpolation: str = "bicubic"
+    crop_interpolation: str = "bicubic"
     normalisation: str = "imagenet"
     augmentation: str = "none"
     pixels: str = "as-is"
@@ -87,6 +88,51 @@ def test_square_then_crop():
     published = v1.Compose([v1.Resize((56, 56), interpolation=3), v1.CenterCrop(48)])  # SPT
     ours = eval_transform(Settings(48, "square", 56))(image)
     assert torch.equal(ours, chw(published(Image.fromarray(image))))
+
+
+@pytest.mark.parametrize("shape", [(40, 30, 3), (97, 61, 3), (48, 48, 3), (300, 200, 3)])
+def test_tensorflows_resize_by_its_own_formula(shape):
+    """tf.image.resize: source at (i + 0.5) scale - 0.5, two neighbours, no antialiasing."""
+    image = noise(*shape)
+
+    def along(values, size):
+        source = (np.arange(size) + 0.5) * len(values) / size - 0.5
+        low, high = np.floor(source), np.ceil(source)
+        share = (source - low).reshape(-1, *[1] * (values.ndim - 1))
+        low = np.maximum(low, 0).astype(int)
+        high = np.minimum(high, len(values) - 1).astype(int)
+        return values[low] * (1 - share) + values[high] * share
+
+    expected = along(image.astype(np.float64), 48)
+    expected = along(expected.transpose(1, 0, 2), 48).transpose(1, 0, 2)
+    ours = eval_transform(Settings(48, "square", interpolation="tf-bilinear"))(image)
+    assert (ours.permute(1, 2, 0).numpy() - expected).__abs__().max() <= 0.5 + 1e-3
+    if shape == (300, 200, 3):  # noise that is averaged loses contrast, noise that is sampled not
+        smooth = eval_transform(Settings(48, "square", interpolation="bilinear"))(image)
+        assert ours.float().std() > 1.5 * smooth.float().std()
+
+
+def test_random_interpolation_is_one_of_timms_two_for_each_image():
+    image = noise(60, 80, 3)
+    settings = replace(FGVC, augmentation="random-resized-crop", crop_interpolation="random")
+    modes = (v1.InterpolationMode.BILINEAR, v1.InterpolationMode.BICUBIC)
+    seen = []
+    for seed in range(24):
+        torch.manual_seed(seed)
+        ours = train_transform(settings)(image)
+        torch.manual_seed(seed)
+        torch.multinomial(torch.tensor([0.5, 0.5]), 1)  # which one, drawn before the crop
+        state = torch.get_rng_state()
+        recipes = []
+        for mode in modes:
+            torch.set_rng_state(state)
+            recipe = v1.Compose([v1.RandomResizedCrop(48, scale=(0.08, 1.0), interpolation=mode),
+                                 v1.RandomHorizontalFlip()])  # fmt: skip
+            recipes.append(chw(recipe(Image.fromarray(image))))
+        same = [torch.equal(ours, recipe) for recipe in recipes]
+        assert sum(same) == 1
+        seen.append(same[0])
+    assert 6 <= sum(seen) <= 18
 
 
 def test_as_is():

@@ -18,7 +18,8 @@ class PixelSettings(Strict):
     image_size: int = Field(224, gt=0, le=8192)
     resize: Literal["square", "shorter-side", "none"] = "square"
     resize_size: int | None = Field(None, gt=0, le=8192)
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    interpolation: Literal["bilinear", "bicubic", "tf-bilinear"] = "bicubic"
+    crop_interpolation: Literal["bicubic", "random"] = "bicubic"
     normalisation: Literal["imagenet", "inception", "clip", "none", "backbone"] = "imagenet"
     augmentation: Literal["none", "flip", "random-resized-crop", "timm"] = "none"
     auto_augment: str | None = Field(None, pattern=r"^(rand|augmix|original|v0|3a)[a-z0-9.-]*$")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -31,6 +32,7 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+RANDOM_CROPS = ("random-resized-crop", "timm")
 MATERIALISE_BYTES = 1 << 29
 LARGE_NUMBERS = 1 << 15
 """Numbers of an image beyond which a step over one image costs more than its call."""
@@ -56,9 +58,10 @@ def train_transform(settings: PixelSettings, *, jpeg: bool = False) -> Transform
     colour jitter, as in timm. `augmentation` is one of
     - "none": as in evaluation (VTAB-1k in every published code);
     - "flip": resize as in evaluation, random crop, flip (VPT on FGVC);
-    - "random-resized-crop": 8 to 100% of the area, bicubic, flip (DyT, Sparse-Tuning);
+    - "random-resized-crop": 8 to 100% of the area, flip (SSF, GPS, DyT, Sparse-Tuning);
     - "timm": that and colour jitter 0.4, timm's default (SPT, SNELL, SNELLA on FGVC).
-    Random resized crops are bicubic in all of these, whatever `interpolation` says for evaluation.
+    Random resized crops are bicubic, or with `crop_interpolation` "random" bilinear or bicubic for
+    each image (timm's default: SSF, GPS), whatever `interpolation` says for evaluation.
     """
     return _transform(settings, settings.augmentation, jpeg)
 
@@ -67,11 +70,12 @@ def _transform(settings: PixelSettings, augmentation: str, jpeg: bool) -> Transf
     resize_size = settings.resize_size or settings.image_size
     reencode = settings.pixels == "community-jpeg" and not jpeg
     policy = settings.auto_augment if augmentation == "timm" else None
+    crops = augmentation in RANDOM_CROPS
     return Transform(
         settings.image_size,
         settings.resize,
         resize_size,
-        settings.interpolation,
+        settings.crop_interpolation if crops else settings.interpolation,
         augmentation,
         reencode,
         policy,
@@ -130,13 +134,17 @@ class Transform:
 
         size = self.image_size
         steps: list[Any] = []
-        if self.augmentation in ("random-resized-crop", "timm"):
-            bicubic = v2.InterpolationMode.BICUBIC
-            steps.append(v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=bicubic))
+        if self.augmentation in RANDOM_CROPS:
+            names = ("bilinear", "bicubic") if self.interpolation == "random" else ("bicubic",)
+            modes = [v2.InterpolationMode(name) for name in names]
+            crops = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=m) for m in modes]
+            steps.append(v2.RandomChoice(crops) if len(crops) > 1 else crops[0])
         elif self.resize != "none":
-            to = self.resize_size
-            mode = v2.InterpolationMode(self.interpolation)
-            steps.append(v2.Resize([to, to] if self.resize == "square" else [to], mode))
+            to = [self.resize_size] * (2 if self.resize == "square" else 1)
+            if self.interpolation == "tf-bilinear":
+                steps.append(TensorFlowResize(to))
+            else:
+                steps.append(v2.Resize(to, v2.InterpolationMode(self.interpolation)))
             steps.append(v2.CenterCrop(size) if self.deterministic else v2.RandomCrop(size))
         if not self.deterministic:
             steps.append(v2.RandomHorizontalFlip())
@@ -145,6 +153,29 @@ class Transform:
         elif self.augmentation == "timm":
             steps.append(v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4))
         return v2.Compose([*steps, v2.PILToTensor()])
+
+
+@dataclass(frozen=True)
+class TensorFlowResize:
+    """TensorFlow's ``tf.image.resize``: bilinear, pixel centres at one half, no antialiasing.
+
+    ``size`` is height and width, or the shorter side alone. Results are rounded to whole grey
+    levels, which TensorFlow's loaders did not do.
+    """
+
+    size: list[int]
+
+    def __call__(self, picture: Any) -> Any:
+        from PIL import Image
+
+        pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
+        height, width = pixels.shape[1:]
+        size = self.size
+        if len(size) == 1:
+            short = min(height, width)
+            size = [int(size[0] * side / short) for side in (height, width)]
+        resized = F.interpolate(pixels[None], size, mode="bilinear", align_corners=False)[0]
+        return Image.fromarray(resized.round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def community_jpeg(image: np.ndarray) -> np.ndarray:

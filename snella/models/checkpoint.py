@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import pathlib
+import re
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping
@@ -36,6 +37,7 @@ ENCODERS = (
     "backbone.", "image_encoder.", "vision_encoder.", "vision_model.", "vit.", "deit.", "dinov2.",
     "dinov2_with_registers.", "swin.", "convnext.", "visual.", "encoder.",
 )  # fmt: skip
+CHUNKED = re.compile(r"blocks\.(\d+)\.(\d+)\.")
 TORCHVISION_KEPT = ("visual.class_embedding", "visual.trunk.")  # timm renames these itself
 
 
@@ -74,7 +76,12 @@ def read_tensors(path: Path, own: Collection[str], key: str | None = None) -> di
     if not state:
         kinds = ", ".join(sorted({type(v).__name__ for v in content.values()})) or "nothing"
         raise UserError(f"Backbone file {path} holds no tensors ({kinds}); choose a weights file.")
-    encoder = _one_encoder(state, own)
+    if any(name.endswith("_flat_param") for name in state):
+        raise UserError(
+            f"Backbone file {path} is one process's part of a training checkpoint (FSDP); name the "
+            "whole model's, in DINOv2 eval/training_*/teacher_checkpoint.pth."
+        )
+    encoder = _without_chunks(_one_encoder(state, own), own)
     for name, tensor in encoder.items():
         _check_tensor(path, name, tensor)
     return encoder
@@ -210,6 +217,22 @@ def _one_encoder(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Te
             return state
         kept = {n.removeprefix(encoder): t for n, t in state.items() if n.startswith(encoder)}
         state = kept
+
+
+def _without_chunks(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """Number blocks through where training had them in chunks: DINOv2's ``blocks.1.3.`` is block 3.
+
+    There the second number counts through already; where it starts anew, order is what counts.
+    """
+    if any(CHUNKED.match(name) for name in own):  # the model's own names
+        return state
+    found = {(int(m[1]), int(m[2])) for name in state if (m := CHUNKED.match(name))}
+    number = {place: index for index, place in enumerate(sorted(found))}
+
+    def renamed(match: re.Match[str]) -> str:
+        return f"blocks.{number[int(match[1]), int(match[2])]}."
+
+    return {CHUNKED.sub(renamed, name, count=1): tensor for name, tensor in state.items()}
 
 
 def _deep(name: str, encoder: str) -> bool:

@@ -43,6 +43,8 @@ COSTS = {
     "peak_memory_mb": "memory_train",
 }
 COST_UNITS = {"M": 1e6, "GFLOPs": 1.0, "s": 1.0, "MB": 1.0, "GB": 1024.0}
+TFDS = "-tfds"
+"""The end of the names of data sets that are read from TFDS's records."""
 IGNORED = frozenset({"rerun"})  # who ran a row is no property of the method
 
 
@@ -347,6 +349,8 @@ def where_ours(column: Column) -> Where | None:
     if column.subset:
         return None
     groups = [frozenset(map(slug, datasets)) for datasets in column.members.values()]
+    if sum(map(len, groups)) != len(column.datasets):  # the same set in two forms
+        return None
     if column.kind != "mean_of_groups":
         groups = [frozenset().union(*groups)]
     return name, frozenset(groups)
@@ -419,7 +423,12 @@ def slug(dataset: str) -> str:
     name = dataset.rpartition("/")[2].replace("-", "_")
     for prefix in ("vtab1k_", "vtab_", "fgvc_"):
         name = name.removeprefix(prefix)
-    return name.removesuffix("_released")
+    return name.removesuffix("_released").removesuffix("_tfds")
+
+
+def pixels_of(datasets: Iterable[str]) -> dict[str, set[str]]:
+    """Whether any of our data sets has the pixels of TFDS, as if it were a protocol field."""
+    return {"stored": {"as TFDS has them"}} if any(d.endswith(TFDS) for d in datasets) else {}
 
 
 def _plain(value: object) -> str:

@@ -27,6 +27,7 @@ from snella.report.published import (
     our_metric,
     our_suite,
     our_table,
+    pixels_of,
     printed_row,
     printed_tasks,
     read_paper,
@@ -69,6 +70,7 @@ class Ours:
     costs: dict[tuple[str, ...], dict[str, dict[str, float]]] = field(default_factory=dict)
     suites: dict[tuple[str, str], set[str]] = field(default_factory=dict)
     protocols: dict[tuple[str, str], dict[str, set[str]]] = field(default_factory=dict)
+    names: dict[tuple[str, str], str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Ours:
@@ -81,8 +83,12 @@ class Ours:
         ours = cls(rows)
         columns = ["backbone", "suite", "method", "metric", "dataset", "seed", "value"]
         costs = sorted({column for names in COLUMNS.values() for column in names})
+        for suite, dataset in sorted(set(zip(rows["suite"], rows["dataset"], strict=True))):
+            ours.names.setdefault((suite, slug(dataset)), dataset)  # the form without -tfds first
         for run in rows[[*columns, *costs]].to_dict("records"):
             place = known[run["backbone"]]
+            if ours.names[run["suite"], slug(run["dataset"])] != run["dataset"]:
+                continue
             ours.suites.setdefault(place, set()).add(run["suite"])
             key, dataset = (*place, run["suite"], run["method"]), slug(run["dataset"])
             numbers = ours.values.setdefault((*key, run["metric"]), {})
@@ -161,7 +167,9 @@ def _score(
         found = ours.values.get(key, {})
         values = [scale * v for v in _mean(found, members(line, found, tasks))]
         if values:
-            causes = mismatches(paper.facts(line), ours.protocol(suite, method))
+            groups = members(line, found, tasks)
+            stored = pixels_of(ours.names[suite, name] for group in groups for name in group)
+            causes = mismatches(paper.facts(line), ours.protocol(suite, method) | stored)
             choices.append((len(causes), suite, values, causes))
     if not choices:
         return {"verdict": "open", "why": "not yet run"}

@@ -21,6 +21,7 @@ from snella.report.published import (
     backbone_of,
     match_rows,
     other_mean,
+    pixels_of,
     printed_row,
     printed_tasks,
     read_paper,
@@ -190,7 +191,7 @@ def compare_published(table: Table) -> Versus | None:
             pair = _pair(printed, rows.get(method), where, table.units[column.key], pair)
             if pair.printed is not None and column.ranked:
                 facts = paper.facts(pair.printed)
-                differing = mismatches(facts, ours[method])
+                differing = mismatches(facts, ours[method] | pixels_of(column.datasets))
                 for text in [*differing, *_seeds(facts, len(table.results.seeds))]:
                     if label not in apart[text]:
                         apart[text].append(label)

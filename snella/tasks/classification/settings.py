@@ -18,3 +18,4 @@ class ClassificationSettings(PixelSettings, TaskSettings):
     drop_path: float = Field(0.0, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0, le=100)
     cutmix: float = Field(0.0, ge=0, le=100)
+    drop_last: bool = Field(False, description="Train without an epoch's last, smaller batch.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Classification(Task):
         settings = self.settings
         if seed is None:
             return found
+        found = islice(found, self.steps(split))
         if settings.random_erasing:
             found = (
                 {**batch, erasing.KEY: erasing.draw_erasing(seed, i)}
@@ -66,8 +68,13 @@ class Classification(Task):
             for i, batch in enumerate(found)
         )
 
+    def steps(self, split: str) -> int:
+        """The number of batches of one epoch; one at least, however small."""
+        whole = self.data.size(split) // self.batch_size
+        return max(whole, 1) if self.settings.drop_last else super().steps(split)
+
     def plain_batches(self, split: str, seed: int | None) -> Iterator[Batch]:
-        """The batches without mixup and cutmix: what methods calibrate on."""
+        """All batches, without mixup and cutmix: what methods calibrate on."""
         source = self._split(split, training=True)
         labels = torch.from_numpy(np.array(self.data.labels(split)))
         return batches(source, labels, self.batch_size, seed, settings=self.settings)
