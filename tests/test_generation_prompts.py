@@ -157,7 +157,7 @@ def test_photographs_stand_upright_and_have_eight_bits(tmp_path: Path) -> None:
         prepare("dog6", spec(root), tmp_path / "deep")
     for name in ("01.jpg", "02.png"):
         (root / "dog6" / name).unlink()
-    with pytest.raises(UserError, match="has one photograph in .*add another"):
+    with pytest.raises(UserError, match=r"has one photograph in .*add another"):
         prepare("dog6", spec(root), tmp_path / "one")
 
 

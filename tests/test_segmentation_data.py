@@ -93,6 +93,21 @@ def test_kvasirs_own_lists_are_used(root: Path, tmp_path: Path) -> None:
         prepared(root, tmp_path)
 
 
+def test_lists_of_another_folder_mean_nothing_unless_they_are_named(
+    root: Path, tmp_path: Path
+) -> None:
+    """Many data sets hold a val.txt that validates; only Kvasir-SEG's own is tested on."""
+    (root / "train.txt").write_text("image01\n")
+    (root / "val.txt").write_text("image00\n")
+    assert sources(spec(root))[2:] == [root / "train.txt", root / "val.txt"]
+    own = spec(root, kind="image-mask")
+    assert sources(own) == [root / "images", root / "masks"]
+    prepare("mine", own, tmp_path / "mine")
+    assert Prepared.open(tmp_path / "mine").size("train") > 1
+    named = spec(root, kind="image-mask", train_list="train.txt", test_list="val.txt")
+    assert sources(named) == sources(spec(root))
+
+
 def test_released_split_trains_on_all_and_says_so(root: Path, tmp_path: Path) -> None:
     (root / "sessile.txt").write_text("image03\nimage04\n")
     data = prepared(root, tmp_path, split="released", released_test="sessile.txt")

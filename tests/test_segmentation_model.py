@@ -224,6 +224,25 @@ def test_collapse_on_the_validation_split_is_warned_about(
     assert scores["dice"].value == 0.0 and "collapsed" in scores["dice"].warnings[0]
 
 
+def test_nan_and_lack_of_memory_in_prediction_say_what_to_do(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN would pass for an empty mask."""
+    segmentation = task(data)
+    model = model_of(segmentation)
+    with torch.no_grad():
+        model.mask_decoder.output_upscaling[3].bias.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"predicts NaN: half precision.*`precision: bf16`"):
+        segmentation.predict(model, "val", tmp_path / "nan")
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("snella.tasks.segmentation.task.mask_logits", full)
+    with pytest.raises(torch.OutOfMemoryError, match="while predicting 32 images of 32 pix"):
+        segmentation.predict(model, "val", tmp_path / "oom")
+
+
 def test_stored_masks_are_the_models(data: Prepared, tmp_path: Path) -> None:
     from snella.models.sam import upsample
     from snella.tasks.segmentation.predictions import read_predictions

@@ -191,6 +191,18 @@ def test_the_threshold_is_chosen_on_the_validation_split(data: Prepared, tmp_pat
         scorer(data, threshold="val").score(tmp_path / "alone" / "test", "test")
 
 
+def test_a_trial_of_a_search_chooses_its_threshold_on_its_own_images(
+    data: Prepared, tmp_path: Path
+) -> None:
+    """Validation images play its test split; there are no others that it may see."""
+    trial = Prepared.open(data.folder, "val")
+    faint = [(disc(size) * 80).astype(np.uint8) for size in [(32, 32)] * len(SIZES)]
+    empty = [np.zeros(size, bool) for size in SIZES]
+    folder = predict(tmp_path / "test", empty, faint)
+    assert scorer(trial).score(folder, "test")["dice"].value == 0.0
+    assert scorer(trial, threshold="val").score(folder, "test")["dice"].value > 0.6
+
+
 def _small(size: tuple[int, int]) -> np.ndarray:
     from PIL import Image
 

@@ -139,7 +139,8 @@ class SegmentationScorer(Scorer):
         threshold = self.settings.threshold
         if threshold == 0.5:
             return None
-        chosen = threshold == "val" and split != "val"
+        # in a search's trial the validation images play the test split, and there are no others
+        chosen = threshold == "val" and split != "val" and self.data.scored != "val"
         place = predictions.parent / "val" if chosen else predictions
         if not place.is_dir() or not read_index(place).map_size:
             raise UserError(
@@ -147,13 +148,15 @@ class SegmentationScorer(Scorer):
                 "there; train with probabilities: true"
                 + (" and train_split: train." if chosen else ".")
             )
-        return self._best(place) if threshold == "val" else float(threshold)
+        if threshold == "val":
+            return self._best(place, "val" if chosen else split)
+        return float(threshold)
 
     @cache  # noqa: B019 - a scorer lives as long as one scoring
-    def _best(self, place: Path) -> float:
-        """The threshold with the best mean Dice on the validation split, nearest to 0.5."""
+    def _best(self, place: Path, split: str) -> float:
+        """The threshold with the best mean Dice of the split in ``place``, nearest to 0.5."""
         totals = np.zeros(len(THRESHOLDS))
-        for prediction, truth in self._pairs(place, "val"):
+        for prediction, truth in self._pairs(place, split):
             assert prediction.probabilities is not None
             level = enlarged(prediction.probabilities, truth.shape)
             totals += [Counts.of(level > t, truth).dice for t in THRESHOLDS]
