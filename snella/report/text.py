@@ -125,16 +125,26 @@ def headings(table: Table) -> tuple[Heading, ...]:
     )
 
 
+def origin(table: Table) -> str:
+    """The table and its suites, by which a generated file is known."""
+    return f"Table {table.name}, suite {', '.join(suite.name for suite in table.suites)};"
+
+
 def comments(table: Table) -> tuple[str, ...]:
     """What a generated file says about itself."""
     counts = ", ".join(f"{n} {status}" for status, n in table.results.counts().items())
-    suites = ", ".join(suite.name for suite in table.suites)
     lines: Iterable[str] = (
         table.banner,
-        f"Table {table.name}, suite {suites}; generated from run records, do not edit.",
+        f"{origin(table)} generated from run records, do not edit.",
         f"Runs: {counts or 'none'}. Selection: {table.results.selection}.",
     )
     return tuple(line for line in lines if line)
+
+
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign; nothing is plus or minus zero."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 MARKDOWN = {"": "{}", "best": "**{}**", "tied": "<u>{}</u>"}
@@ -149,10 +159,10 @@ def to_markdown(grid: Grid) -> str:
         for h in grid.headings
     ]
     lines = [f"**{escape_markdown(grid.caption)}**", ""]
-    lines += [_row([grid.first, *heads]), _row(["---", *["---:"] * len(heads)])]
+    lines += [markdown_row([grid.first, *heads]), markdown_row(["---", *["---:"] * len(heads)])]
     for section in grid.sections:
         if section.title:
-            lines.append(_row([f"*{escape_markdown(section.title)}*", *[""] * len(heads)]))
+            lines.append(markdown_row([f"*{escape_markdown(section.title)}*", *[""] * len(heads)]))
         lines += [_markdown_line(grid, line) for line in section.lines]
     lines += ["", *[f"{escape_markdown(remark)}  " for remark in grid.remarks]]
     lines += [
@@ -161,14 +171,15 @@ def to_markdown(grid: Grid) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _row(cells: list[str]) -> str:
+def markdown_row(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
 def _markdown_line(grid: Grid, line: Line) -> str:
     label = escape_markdown(line.label) + _markdown_note(grid, line.note)
     cells = [_markdown_cell(grid, cell) for cell in line.cells]
-    return _row([f"<sub>{label}</sub>" if line.continued else label, *cells])
+    return markdown_row([f"<sub>{label}</sub>" if line.continued else label, *cells])
 
 
 def _markdown_cell(grid: Grid, cell: Cell) -> str:
