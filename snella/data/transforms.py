@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from snella.data.auto_augment import AutoAugment
+from snella.data.buffers import Buffers
 from snella.data.epoch import epoch_order, lazy_images
 from snella.data.images import ArrayImages, JoinedImages
 from snella.data.pixels import PixelSettings
@@ -34,6 +35,7 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 RANDOM_CROPS = ("random-resized-crop", "timm")
 MATERIALISE_BYTES = 1 << 29
+BUFFERS = Buffers()
 LARGE_NUMBERS = 1 << 15
 """Numbers of an image beyond which a step over one image costs more than its call."""
 
@@ -208,7 +210,7 @@ def take(images: Tensor, index: Tensor, settings: PixelSettings) -> Tensor:
     if numbers < LARGE_NUMBERS or torch.get_num_threads() > 1:  # threads would meet at each image
         return normalise(images[index], settings)
     mean, std = (part.numpy() for part in _constants(settings.normalisation, images.device))
-    out = torch.empty((len(index), *images.shape[1:]), dtype=torch.float32)
+    out = BUFFERS.empty((len(index), *images.shape[1:]))
     pixels = images.numpy()
     for row, number in zip(out.numpy(), index.tolist(), strict=True):
         np.divide(pixels[number], 255, out=row, dtype=np.float32)
