@@ -46,7 +46,7 @@ def check(name: str, spec: DatasetSpec) -> None:
         raise UserError(f"`datasets.{name}.options.prompts` must be a list of templates.")
     for number, template in enumerate(own or ()):
         check_template(str(template), f"datasets.{name}.options.prompts")
-        if template in own[:number]:
+        if template in (own or ())[:number]:
             raise UserError(
                 f"`datasets.{name}.options.prompts` has {template!r} twice; remove one."
             )
