@@ -12,10 +12,10 @@ from report_support import record
 from snella.jobs.tables import suite_info
 from snella.report.columns import VALUES
 from snella.report.frame import tidy
+from snella.report.published.versus import compare_published, versus_grid
 from snella.report.spec import parse_spec
 from snella.report.statistics import statistics_grid, table_statistics
 from snella.report.table import Table, build_table
-from snella.report.versus import compare_published, versus_grid
 from snella.report.write import cells
 from snella.suite import plan
 from snella.suite.config import load

@@ -30,10 +30,10 @@ from snella.report.page import (
     scatter,
 )
 from snella.report.page.view import view
-from snella.report.run_details import describe, repeat
+from snella.report.published.audit import audit
+from snella.report.runs.details import describe, repeat
 from snella.report.table import Table
 from snella.report.text import table_grid
-from snella.report.verdicts import audit
 from snella.tasks import Gallery, GalleryLine
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,8 +14,8 @@ import report_support as support
 
 from snella.cli import main
 from snella.jobs.runs import find_run
-from snella.report.compare import compare, compare_records
-from snella.report.run_details import describe, repeat
+from snella.report.runs.details import describe, repeat
+from snella.report.runs.diff import compare, compare_records
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"suite": "smoke", "seed": 0, "method": {"name": "lora-8"}, "results": "results"}

@@ -224,13 +224,14 @@ def test_a_table_says_where_its_numbers_differ_in_origin():
     runs = records(methods=["full"], provenance={"commit": "aaaaaaaaaa"})
     runs += records(methods=["linear"], provenance={"commit": "bbbbbbbbbb", "torch": "2.9.0"})
     runs[0]["identity"] = {"code": "of another commit"}
-    runs[1]["warnings"] = ["two images occur twice"]
+    runs[1]["warnings"] = ["two images occur twice", "no settings; the fixed ones were used"]
     runs[2]["stale"] = "code changed"
     said = " ".join(make(runs).remarks)
     assert "different commits: aaaaaaa (5), bbbbbbb (5)" in said
     assert "differ in torch: 2.8.0 (5), 2.9.0 (5)" in said
     assert "made by different code: full" in said
     assert "Warning of 1 of 10 runs: two images occur twice." in said
+    assert "Warning of 1 of 10 runs: no settings; the fixed ones were used." in said
     assert "1 of 10 runs do not fit the current configuration" in said
     assert "stale: code changed" in make(runs).cells["full", "natural"].note
     one = " ".join(make(records()).remarks)

@@ -8,9 +8,11 @@ import pytest
 from report_support import VTAB, make, record, records
 
 from snella.errors import UserError
-from snella.report import audit, tidy
+from snella.report import tidy
 from snella.report.figures import cliques, critical_difference, lr_sweep, sweep
-from snella.report.published import read_table
+from snella.report.published import audit_texts as texts
+from snella.report.published.audit import VERDICTS, audit, totals
+from snella.report.published.papers import read_table
 from snella.report.statistics import table_statistics
 
 TASKS = [task for group in VTAB.values() for task in group]
@@ -90,8 +92,8 @@ def one(found, **where):
 
 
 def test_every_published_number_has_a_verdict():
-    found = audit.audit(tidy(published_runs()))
-    assert len(found) == 2466 and set(found["verdict"]) <= set(audit.VERDICTS)
+    found = audit(tidy(published_runs()))
+    assert len(found) == 2466 and set(found["verdict"]) <= set(VERDICTS)
     cell = one(found, source="snella", table=13, row=20, dataset="svhn")
     assert (cell["verdict"], cell["seeds"]) == ("reproduced", 3)
     assert cell["ours"] == pytest.approx(cell["printed"])
@@ -110,7 +112,7 @@ def test_every_published_number_has_a_verdict():
 
 
 def test_a_number_beyond_noise_is_explained_or_refuted():
-    found = audit.audit(tidy(published_runs(shift=-0.05)))
+    found = audit(tidy(published_runs(shift=-0.05)))
     cell = one(found, source="snella", table=13, row=20, dataset="svhn")
     assert cell["verdict"] == "explained" and "best-test" in cell["why"]
     runs = published_runs(shift=-0.05)
@@ -124,13 +126,13 @@ def test_a_number_beyond_noise_is_explained_or_refuted():
             "hyperparameters": "released",
         }
         run["metrics"]["best-test"] = run["metrics"].pop("last")
-    found = audit.audit(tidy(runs))
+    found = audit(tidy(runs))
     cell = one(found, source="snella", table=13, row=20, dataset="svhn")
     assert cell["verdict"] == "refuted" and "no known difference" in cell["why"]
 
 
 def test_the_audit_is_written_in_every_format(tmp_path):
-    paths = audit.write(tidy(published_runs()), tmp_path)
+    paths = texts.write(tidy(published_runs()), tmp_path)
     names = {p.name for p in paths}
     assert {"audit.csv", "audit.md", "audit.html", "audit.tex"} <= names
     assert ("audit.pdf" in names) == (shutil.which("pdflatex") is not None)
@@ -140,12 +142,12 @@ def test_the_audit_is_written_in_every_format(tmp_path):
     assert page.count("<tr data-verdict=") == 2466 and "http" not in page.split("<body>")[1]
     assert "<!--" not in page.replace("<!doctype", "")
     again = tmp_path / "again"
-    audit.write(tidy(published_runs()), again)
+    texts.write(tidy(published_runs()), again)
     assert (again / "audit.html").read_bytes() == (tmp_path / "audit.html").read_bytes()
 
 
 def test_without_runs_everything_is_open():
-    found = audit.audit(tidy([]))
+    found = audit(tidy([]))
     assert set(found["verdict"]) == {"open"}
-    totals = audit.totals(found)
-    assert int(totals["numbers"].sum()) == int(totals["open"].sum()) == 2466
+    counted = totals(found)
+    assert int(counted["numbers"].sum()) == int(counted["open"].sum()) == 2466

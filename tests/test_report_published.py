@@ -15,7 +15,9 @@ from report_support import FGVC, METHODS, PAPER, QUICK, REAL, VTAB, record, reco
 
 from snella.errors import UserError
 from snella.report import build_table, parse_spec, tidy, write_table
-from snella.report.published import (
+from snella.report.published.audit import _command as command_for
+from snella.report.published.audit import audit
+from snella.report.published.papers import (
     backbone_of,
     match_rows,
     our_method,
@@ -24,9 +26,7 @@ from snella.report.published import (
     sources,
     tables,
 )
-from snella.report.verdicts import _command as command_for
-from snella.report.verdicts import audit
-from snella.report.versus import compare_published, judge, mismatches
+from snella.report.published.versus import compare_published, judge, mismatches
 from snella.suite.config import load
 
 CONFIG = Path(__file__).parent.parent / "config"

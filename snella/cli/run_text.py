@@ -9,15 +9,15 @@ from typing import Any
 
 from snella.cli.lists import console
 from snella.errors import plain
-from snella.report.compare import CellChanges, Change, Comparison, shown
-from snella.report.run_details import shown_metrics
+from snella.report.runs.details import shown_metrics
+from snella.report.runs.diff import CellChanges, Change, Comparison, shown
 
 BARS = "▁▂▃▄▅▆▇█"
 CELLS, OTHERS = 40, 8
 
 
 def print_run(details: Mapping[str, Any]) -> None:
-    """Print what :func:`~snella.report.run_details.describe` found."""
+    """Print what :func:`~snella.report.runs.details.describe` found."""
     run = details["run"]
     _say(f"{run['method']} on {run['dataset']}, seed {run['seed']}")
     _lines({

@@ -29,7 +29,7 @@ def show(options: argparse.Namespace) -> None:
         _show_table(config, options)
         return
     from snella.jobs.runs import find_run
-    from snella.report.run_details import describe
+    from snella.report.runs.details import describe
 
     if "/" not in options.name and not Path(options.name).exists():
         _check_table(options.name, list(config.tables))
@@ -72,7 +72,7 @@ def diff(options: argparse.Namespace) -> int:
     Status 0 if the same was run and the same came out, 1 if not. Times and memory are not compared.
     """
     from snella.jobs.runs import find_run, read_tree
-    from snella.report.compare import compare
+    from snella.report.runs.diff import compare
 
     results = Path(load(options).results)
     places = [Path(name) if Path(name).is_dir() else find_run(results, name)

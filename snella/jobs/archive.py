@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snella import __version__
 from snella.errors import UserError
-from snella.report import crate
+from snella.report.runs import crate
 from snella.results import record_folders
 from snella.suite.config import CHECKOUT, DEFAULT, Config, locate
 

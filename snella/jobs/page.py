@@ -12,10 +12,10 @@ from snella.jobs import tables
 from snella.jobs.figures import examples
 from snella.report.page import Content, PageRun, PageSuite, PageTable, render
 from snella.report.page.content import RunKey
-from snella.report.published import read_paper
-from snella.report.run_details import describe
+from snella.report.published.audit import audit
+from snella.report.published.papers import read_paper
+from snella.report.runs.details import describe
 from snella.report.table import Table
-from snella.report.verdicts import audit
 from snella.runs.run import Run
 from snella.suite import plan
 from snella.suite.config import Config

@@ -80,9 +80,9 @@ def write_statistics(
 
 def write_audit(config: Config) -> list[Path]:
     """Write ``audit.{csv,md,html,tex,pdf}``: every published number and what became of it."""
-    from snella.report import audit
+    from snella.report.published import audit_texts
 
-    return audit.write(results.frame(config.results), Path(config.results))
+    return audit_texts.write(results.frame(config.results), Path(config.results))
 
 
 def show(config: Config, name: str, stale: bool = False) -> None:

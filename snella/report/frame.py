@@ -8,6 +8,8 @@ that whoever counts rows sees it.
 from __future__ import annotations
 
 import json
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Record = Mapping[str, Any]
+Seeds = Mapping[tuple[str, str, str], Mapping[int, float]]
+"""Numbers by (suite, method, data set) and seed."""
 NOT_RUN = "not run"
 RUN = ("suite", "backbone", "dataset", "method", "seed")
 """What names a run; the protocol is a property of it."""
@@ -68,6 +72,7 @@ def tidy(
     ``unit`` is "%"); ``subset`` is empty for the whole test set, and with ``subsets`` there are
     further rows for every group of the record (class, subject, test set). A record may carry
     ``folder`` and ``stale`` (why it does not fit the configuration) beside its own fields.
+    ``warnings`` are one a line.
     ``labels`` name methods, ``groups`` give a data set's group by suite.
     """
     import pandas as pd
@@ -98,6 +103,22 @@ def tidy(
     for name in NUMBERS:
         frame[name] = pd.to_numeric(frame[name], errors="coerce")
     return frame
+
+
+def as_text(value: object) -> str:
+    """A value of the frame as it was recorded: pandas makes integers beside gaps floats."""
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]
+
+
+def seeds_of(rows: pd.DataFrame, number: str = "value") -> Seeds:
+    """The finite numbers of a column by (suite, method, data set), and by seed in these."""
+    found: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
+    columns = [rows[name] for name in ("suite", "method", "dataset", "seed", number)]
+    for suite, method, dataset, seed, value in zip(*columns, strict=True):
+        if math.isfinite(value):
+            found[suite, method, dataset][int(seed)] = float(value)
+    return dict(found)
 
 
 def _missing(run: Missing) -> dict[str, Any]:
@@ -131,7 +152,7 @@ def _run(record: Record) -> dict[str, Any]:
         "cpu": hardware.get("cpu"),
         "gpu": hardware.get("gpu"),
         "schema": record.get("schema"),
-        "warnings": "; ".join(record.get("warnings") or ()),
+        "warnings": "\n".join(" ".join(w.split()) for w in record.get("warnings") or ()),
         "folder": str(record.get("folder", "")),
     }
     result |= {n: get("parameters", n) for n in PARAMETERS} | {n: get("cost", n) for n in COST}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from snella.errors import UserError
 from snella.report.columns import Column, Quantity
-from snella.report.frame import NOT_RUN
+from snella.report.frame import NOT_RUN, Seeds, as_text, seeds_of
 from snella.report.noise import NOTHING, Noise, measure
 from snella.report.spec import CONSTANT
 
@@ -82,7 +82,7 @@ class Results:
         keep = ["suite", "method", "dataset", "seed", "status", "reason", "stale", "run"]
         for run in self.runs[keep].itertuples():
             self._index[run.suite, run.method, run.dataset][int(run.seed)] = run
-        self._values: dict[tuple[str, str], dict[tuple[str, str, str], dict[int, float]]] = {}
+        self._values: dict[tuple[str, str], Seeds] = {}
         self._common: dict[tuple[str, str | None], str] = {}
         self._noise: dict[tuple[str, str, str, str], Noise] = {}
 
@@ -99,9 +99,7 @@ class Results:
         found = Counter(self.runs["status"])
         return {status: found[status] for status in STATUSES if found[status]}
 
-    def values(
-        self, quantity: Quantity, subset: str
-    ) -> dict[tuple[str, str, str], dict[int, float]]:
+    def values(self, quantity: Quantity, subset: str) -> Seeds:
         """The finite numbers of ``quantity`` by (suite, method, data set) and seed."""
         key = (quantity.source or f"metric {quantity.name}", subset)
         if key not in self._values:
@@ -110,12 +108,7 @@ class Results:
                 rows, number = self._rows(quantity.name, subset), "value"
             if not quantity.after_failure:
                 rows = rows[rows["status"] == "ok"]
-            found: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
-            columns = [rows[c] for c in ("suite", "method", "dataset", "seed", number)]
-            for suite, method, dataset, seed, value in zip(*columns, strict=True):
-                if math.isfinite(value):
-                    found[suite, method, dataset][int(seed)] = float(value)
-            self._values[key] = found
+            self._values[key] = seeds_of(rows, number)
         return self._values[key]
 
     @cached_property
@@ -209,7 +202,7 @@ class Results:
                 )
         warned: Counter[str] = Counter()
         for texts, n in _tallied(self.made, "warnings").items():
-            warned.update(dict.fromkeys(set(texts.split("; ")) - {AT_CHANCE}, n))
+            warned.update({text: n for text in texts.split("\n") if text != AT_CHANCE})
         notes += [f"Warning of {n} of {len(self.made)} runs: {t}." for t, n in warned.most_common()]
         stale = int((self.made["stale"] != "").sum())
         if stale:
@@ -300,8 +293,7 @@ def _tallied(runs: pd.DataFrame, column: str) -> Counter[str]:
     if column in runs.columns:
         for value, count in runs[column].value_counts().items():
             if value != "":
-                whole = isinstance(value, float) and value.is_integer()
-                found[str(int(value)) if whole else str(value)] += int(count)
+                found[as_text(value)] += int(count)
     return found
 
 

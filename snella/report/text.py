@@ -137,6 +137,12 @@ def comments(table: Table) -> tuple[str, ...]:
     return tuple(line for line in lines if line)
 
 
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign; nothing is plus or minus zero."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
 MARKDOWN = {"": "{}", "best": "**{}**", "tied": "<u>{}</u>"}
 
 
@@ -149,10 +155,10 @@ def to_markdown(grid: Grid) -> str:
         for h in grid.headings
     ]
     lines = [f"**{escape_markdown(grid.caption)}**", ""]
-    lines += [_row([grid.first, *heads]), _row(["---", *["---:"] * len(heads)])]
+    lines += [markdown_row([grid.first, *heads]), markdown_row(["---", *["---:"] * len(heads)])]
     for section in grid.sections:
         if section.title:
-            lines.append(_row([f"*{escape_markdown(section.title)}*", *[""] * len(heads)]))
+            lines.append(markdown_row([f"*{escape_markdown(section.title)}*", *[""] * len(heads)]))
         lines += [_markdown_line(grid, line) for line in section.lines]
     lines += ["", *[f"{escape_markdown(remark)}  " for remark in grid.remarks]]
     lines += [
@@ -161,14 +167,15 @@ def to_markdown(grid: Grid) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _row(cells: list[str]) -> str:
+def markdown_row(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
 def _markdown_line(grid: Grid, line: Line) -> str:
     label = escape_markdown(line.label) + _markdown_note(grid, line.note)
     cells = [_markdown_cell(grid, cell) for cell in line.cells]
-    return _row([f"<sub>{label}</sub>" if line.continued else label, *cells])
+    return markdown_row([f"<sub>{label}</sub>" if line.continued else label, *cells])
 
 
 def _markdown_cell(grid: Grid, cell: Cell) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from snella.files import atomic
 from snella.report.latex import to_latex
+from snella.report.published.versus import compare_published, versus_frame, versus_grid
 from snella.report.statistics import (
     Statistics,
     mean_interval,
@@ -17,7 +18,6 @@ from snella.report.statistics import (
 )
 from snella.report.table import Table
 from snella.report.text import Grid, print_grid, table_grid, to_markdown
-from snella.report.versus import compare_published, versus_frame, versus_grid
 
 if TYPE_CHECKING:
     import pandas as pd

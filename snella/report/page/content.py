@@ -21,7 +21,7 @@ RunKey = tuple[str, str, str, int]
 class PageRun:
     """A planned run: its state, why, and what its folder holds, if anything.
 
-    ``details`` are those of :func:`~snella.report.run_details.describe`.
+    ``details`` are those of :func:`~snella.report.runs.details.describe`.
     """
 
     suite: str
@@ -65,7 +65,7 @@ class Content:
     """All that a page shows.
 
     ``skipped`` says which tables could not be built, and why; ``audit`` is the frame of
-    :func:`~snella.report.verdicts.audit`.
+    :func:`~snella.report.published.audit.audit`.
     """
 
     suites: Sequence[PageSuite] = ()

@@ -12,17 +12,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from snella.report.audit import HEADS, LEGEND, number_cells, total_rows
 from snella.report.columns import VALUES, Column, value
 from snella.report.page import scatter
 from snella.report.page.content import Content, PageRun, PageTable, RunKey
 from snella.report.page.pictures import views
+from snella.report.published.audit import TITLES, VERDICTS, summary
+from snella.report.published.audit_texts import HEADS, LEGEND, number_cells, total_rows
+from snella.report.published.versus import Pair, compare_published
 from snella.report.results import column_outcome
-from snella.report.run_details import shown_metrics
+from snella.report.runs.details import shown_metrics
 from snella.report.table import Cell, Table
-from snella.report.text import Grid, table_grid
-from snella.report.verdicts import TITLES, VERDICTS, summary
-from snella.report.versus import Pair, compare_published, signed
+from snella.report.text import Grid, signed, table_grid
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from snella.report.published import (
+from snella.report.frame import Seeds, seeds_of
+from snella.report.published.papers import (
     COST_UNITS,
     COSTS,
     SCALES,
@@ -37,7 +37,7 @@ from snella.report.published import (
     sources,
     tables,
 )
-from snella.report.versus import judge, mismatches, protocol_of
+from snella.report.published.versus import judge, mismatches, protocol_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,66 +52,65 @@ TITLES = {
 COLUMNS: dict[str, tuple[str, ...]] = {name: (column,) for column, name in COSTS.items()} | {
     "params": ("with_head", "trainable")
 }
+COST_COLUMNS = frozenset(column for names in COLUMNS.values() for column in names)
+Place = tuple[str, str]
 TIMES = frozenset(("train_time_per_image", "train_time_per_epoch", "inference_time_per_epoch"))
 MEMORY = frozenset(("memory_train", "memory_inference", "memory_increment_ratio"))
 OF_HARDWARE = TIMES | MEMORY | {"transform_time"}
 COUNTED = 0.01  # relative difference of parameter and operation counts that is a convention
 
 
-@dataclass
 class Ours:
-    """Our finished runs, indexed by what papers call their backbone and data sets.
+    """The finished runs of the frame whose backbone a paper knows, data sets named as there.
 
-    ``values`` maps (backbone, pretraining, suite of ours, method, metric) to data sets to seeds.
+    A place is what papers call a backbone: (backbone, pretraining). ``names`` are our own names by
+    suite and name there: of two data sets of one name there the first counts.
     """
 
-    frame: pd.DataFrame
-    values: dict[tuple[str, ...], dict[str, dict[int, float]]] = field(default_factory=dict)
-    costs: dict[tuple[str, ...], dict[str, dict[str, float]]] = field(default_factory=dict)
-    suites: dict[tuple[str, str], set[str]] = field(default_factory=dict)
-    protocols: dict[tuple[str, str], dict[str, set[str]]] = field(default_factory=dict)
-    names: dict[tuple[str, str], str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, frame: pd.DataFrame) -> Ours:
-        """Index the runs whose backbone a paper knows."""
+    def __init__(self, frame: pd.DataFrame) -> None:
         rows = frame[
             (frame["status"] == "ok") & frame["selected"].eq(True) & (frame["subset"] == "")
         ]
-        known = {b: found for b in rows["backbone"].unique() if (found := backbone_of(b))}
+        known = {b: place for b in rows["backbone"].unique() if (place := backbone_of(b))}
         rows = rows[rows["backbone"].isin(list(known))]
-        ours = cls(rows)
-        columns = ["backbone", "suite", "method", "metric", "dataset", "seed", "value"]
-        costs = sorted({column for names in COLUMNS.values() for column in names})
-        for suite, dataset in sorted(set(zip(rows["suite"], rows["dataset"], strict=True))):
-            ours.names.setdefault((suite, slug(dataset)), dataset)  # the form without -tfds first
-        for run in rows[[*columns, *costs]].to_dict("records"):
-            place = known[run["backbone"]]
-            if ours.names[run["suite"], slug(run["dataset"])] != run["dataset"]:
-                continue
-            ours.suites.setdefault(place, set()).add(run["suite"])
-            key, dataset = (*place, run["suite"], run["method"]), slug(run["dataset"])
-            numbers = ours.values.setdefault((*key, run["metric"]), {})
-            numbers.setdefault(dataset, {})[int(run["seed"])] = float(run["value"])
-            spent = ours.costs.setdefault(key, {})
-            spent[dataset] = {name: run[name] for name in costs if math.isfinite(run[name])}
-        return ours
+        self.names: dict[tuple[str, str], str] = {}
+        ours = list(zip(rows["suite"], rows["dataset"], strict=True))
+        for suite, name in sorted(set(ours)):
+            self.names.setdefault((suite, slug(name)), name)  # the form without -tfds first
+        rows = rows.loc[[self.names[suite, slug(name)] == name for suite, name in ours]]
+        self.frame = rows.assign(dataset=rows["dataset"].map(slug))
+        self._at = self.frame["backbone"].map(known)
+        self.suites: dict[Place, list[str]] = {
+            place: sorted(self.frame.loc[self._at == place, "suite"].unique())
+            for place in set(known.values())
+        }
+        datasets = self.frame.groupby("suite")["dataset"].unique()
+        self.datasets: dict[str, list[str]] = {str(s): list(ds) for s, ds in datasets.items()}
+        self._numbers: dict[tuple[Place, str], Seeds] = {}
+        self._protocols: dict[tuple[str, str], dict[str, set[str]]] = {}
+
+    def numbers(self, place: Place, name: str) -> Seeds:
+        """The numbers of a metric, or of a cost, which is a column of the frame."""
+        if (place, name) not in self._numbers:
+            rows, cost = self.frame[self._at == place], name in COST_COLUMNS
+            rows = rows if cost else rows[rows["metric"] == name]
+            self._numbers[place, name] = seeds_of(rows, name if cost else "value")
+        return self._numbers[place, name]
 
     def protocol(self, suite: str, method: str) -> dict[str, set[str]]:
         """The protocol fields of a method's runs in a suite, with all their values."""
-        if (suite, method) not in self.protocols:
-            f = self.frame
-            runs = f[(f["suite"] == suite) & (f["method"] == method)]
+        if (suite, method) not in self._protocols:
+            runs = self.frame[(self.frame["suite"] == suite) & (self.frame["method"] == method)]
             selections = ", ".join(sorted(set(runs["selection"])))
-            self.protocols[suite, method] = protocol_of(runs, selections)
-        return self.protocols[suite, method]
+            self._protocols[suite, method] = protocol_of(runs, selections)
+        return self._protocols[suite, method]
 
 
 def audit(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per published number with our number, verdict, reason and command."""
     import pandas as pd
 
-    ours = Ours.of(frame)
+    ours = Ours(frame)
     rows = []
     for source in sources():
         paper = read_paper(source)
@@ -162,12 +161,13 @@ def _score(
 ) -> dict[str, Any]:
     choices = []
     scale = 1 / SCALES.get(line["unit"], 1.0)
-    for suite in sorted(ours.suites.get((line["backbone"], line["pretraining"]), ())):
-        key = (line["backbone"], line["pretraining"], suite, method, our_metric(line["metric"]))
-        found = ours.values.get(key, {})
-        values = [scale * v for v in _mean(found, members(line, found, tasks))]
+    place = line["backbone"], line["pretraining"]
+    for suite in ours.suites.get(place, ()):
+        found = ours.numbers(place, our_metric(line["metric"]))
+        groups = members(line, ours.datasets[suite], tasks)
+        cells = [[found.get((suite, method, name), {}) for name in group] for group in groups]
+        values = [scale * v for v in _mean(cells)]
         if values:
-            groups = members(line, found, tasks)
             stored = pixels_of(ours.names[suite, name] for group in groups for name in group)
             causes = mismatches(paper.facts(line), ours.protocol(suite, method) | stored)
             choices.append((len(causes), suite, values, causes))
@@ -182,16 +182,14 @@ def _score(
             "our_suite": suite, "verdict": verdict, "why": why}  # fmt: skip
 
 
-def _mean(found: Mapping[str, Mapping[int, float]], groups: Sequence[Sequence[str]]) -> list[float]:
+def _mean(groups: Sequence[Sequence[Mapping[int, float]]]) -> list[float]:
     """The mean over the groups' means per seed that all data sets have; empty without one."""
-    names = [name for group in groups for name in group]
-    if not names or not all(name in found for name in names):
-        return []
-    seeds = sorted(set.intersection(*(set(found[name]) for name in names)))
+    cells = [seeds for group in groups for seeds in group]
+    shared = set.intersection(*(set(seeds) for seeds in cells)) if cells else set()
     return [
-        math.fsum(math.fsum(found[n][s] for n in group) / len(group) for group in groups)
+        math.fsum(math.fsum(seeds[s] for seeds in group) / len(group) for group in groups)
         / len(groups)
-        for s in seeds
+        for s in sorted(shared)
     ]
 
 
@@ -203,10 +201,11 @@ def _cost(line: Printed, method: str, ours: Ours) -> dict[str, Any]:
     place = (line["backbone"], line["pretraining"])
     found: list[float] = []
     for column in COLUMNS.get(line["metric"], ()):
-        for suite in sorted(ours.suites.get(place, ())):
-            spent = ours.costs.get((*place, suite, method), {})
-            numbers = [costs[column] for costs in spent.values() if column in costs]
-            found += [math.fsum(numbers) / len(numbers) / base] if numbers else []
+        for suite in ours.suites.get(place, ()):
+            cells = ours.numbers(place, column).items()
+            spent = [v for (s, m, _), seeds in cells if (s, m) == (suite, method)
+                     for v in seeds.values()]  # fmt: skip
+            found += [math.fsum(spent) / len(spent) / base] if spent else []
     if not found:
         return {"verdict": "open", "why": "not yet run"}
     mean = min(found, key=lambda number: abs(number - printed))

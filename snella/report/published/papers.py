@@ -12,8 +12,10 @@ import yaml
 
 from snella.errors import UserError, unknown
 from snella.report.columns import Column
+from snella.report.frame import as_text
 from snella.validation import Strict
 
+FOLDER = files("snella.report.published")
 Printed = Mapping[str, str]
 """One line of a published table's CSV file: one printed number."""
 VTAB: Mapping[str, frozenset[str]] = {
@@ -56,7 +58,7 @@ class Fact(Strict):
 
     def fits(self, ours: str) -> bool:
         """Whether our value (as text) is one of the published ones."""
-        return any(ours == _plain(value) for value in self.values)
+        return any(ours == as_text(value) for value in self.values)
 
 
 class RowFacts(Strict):
@@ -167,8 +169,7 @@ class Paper(Strict):
 @cache
 def sources() -> tuple[str, ...]:
     """The papers there are."""
-    folder = files("snella.report") / "published"
-    names = (f.name for f in folder.iterdir() if f.name.endswith(".yaml"))
+    names = (f.name for f in FOLDER.iterdir() if f.name.endswith(".yaml"))
     return tuple(sorted(n.removesuffix(".yaml") for n in names if n != "names.yaml"))
 
 
@@ -183,21 +184,19 @@ def read_paper(source: str) -> Paper:
 @cache
 def tables(source: str) -> tuple[int, ...]:
     """The numbers of a paper's tables."""
-    folder = files("snella.report") / "published"
     start = f"{source}_table"
-    names = (f.name for f in folder.iterdir() if f.name.startswith(start))
+    names = (f.name for f in FOLDER.iterdir() if f.name.startswith(start))
     return tuple(sorted(int(n.removeprefix(start).removesuffix(".csv")) for n in names))
 
 
 @cache
 def read_table(source: str, number: int) -> tuple[Printed, ...]:
     """All lines of a published table; raises UserError for one that is not in the package."""
-    folder = files("snella.report") / "published"
     name = f"{source}_table{number:02d}.csv"
-    known = sorted(f.name for f in folder.iterdir() if f.name.endswith(".csv"))
+    known = sorted(f.name for f in FOLDER.iterdir() if f.name.endswith(".csv"))
     if name not in known:
         raise unknown("published table", name, known)
-    text = (folder / name).read_text(encoding="utf-8")
+    text = (FOLDER / name).read_text(encoding="utf-8")
     return tuple(csv.DictReader(text.splitlines()))
 
 
@@ -252,7 +251,7 @@ def our_method(line: Printed, methods: Iterable[str] | None = None) -> str | Non
 
 @cache
 def _yaml(name: str) -> dict[str, Any]:
-    text = (files("snella.report") / "published" / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     content: dict[str, Any] = yaml.safe_load(text)
     return content
 
@@ -429,8 +428,3 @@ def slug(dataset: str) -> str:
 def pixels_of(datasets: Iterable[str]) -> dict[str, set[str]]:
     """Whether any of our data sets has the pixels of TFDS, as if it were a protocol field."""
     return {"stored": {"as TFDS has them"}} if any(d.endswith(TFDS) for d in datasets) else {}
-
-
-def _plain(value: object) -> str:
-    whole = isinstance(value, float) and value.is_integer()
-    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]

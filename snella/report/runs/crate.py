@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from snella.errors import UserError
 from snella.files import atomic, atomic_folder
 from snella.records import FAILURE, FINISHED, RECORD, Record, read_record
-from snella.report.run_details import RUN_FILES
+from snella.report.runs.details import RUN_FILES
 
 if TYPE_CHECKING:
     from rocrate.rocrate import ROCrate

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import html as escaping
 import math
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snella.report.latex import escape
 from snella.report.pdf import compile_document
-from snella.report.published import read_paper
-from snella.report.text import escape_markdown
-from snella.report.verdicts import TITLES, VERDICTS, audit, decided, summary, totals
-from snella.report.versus import signed
+from snella.report.published.audit import TITLES, VERDICTS, audit, decided, summary, totals
+from snella.report.published.papers import FOLDER, read_paper
+from snella.report.text import escape_markdown, markdown_row, signed
 from snella.report.write import to_csv, write_texts
 
 if TYPE_CHECKING:
@@ -107,16 +105,12 @@ def markdown(found: pd.DataFrame) -> str:
 
 
 def _row(cells: list[str]) -> str:
-    return (
-        "| "
-        + " | ".join(c if c.startswith(("`", "-")) else escape_markdown(c) for c in cells)
-        + " |"
-    )
+    return markdown_row(c if c.startswith(("`", "-")) else escape_markdown(c) for c in cells)
 
 
 def html(found: pd.DataFrame) -> str:
     """One self-contained page with all numbers, filtered by verdict, table and text."""
-    template = (files("snella.report") / "published" / "audit.html").read_text(encoding="utf-8")
+    template = (FOLDER / "audit.html").read_text(encoding="utf-8")
     heads = ["Table", *[TITLES[v] for v in VERDICTS], "numbers"]
     body = [
         "<tr data-verdict='{}' title='{}'>{}</tr>".format(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from snella.errors import UserError
 from snella.report.columns import Column, Unit
-from snella.report.published import (
+from snella.report.frame import as_text
+from snella.report.published.papers import (
     COST_UNITS,
     SCALES,
     Paper,
@@ -34,7 +35,7 @@ from snella.report.published import (
 from snella.report.results import some
 from snella.report.spec import PublishedTable, SuiteInfo
 from snella.report.table import Cell, Table
-from snella.report.text import Grid, Line, Section, comments, headings
+from snella.report.text import Grid, Line, Section, comments, headings, signed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -237,13 +238,8 @@ def protocol_of(runs: pd.DataFrame, selection: str) -> dict[str, set[str]]:
         if name == column or name == "selection":
             continue
         values = runs[column].dropna().unique()
-        found[name] = {_text(v) for v in values} if len(runs) else set()
+        found[name] = {as_text(v) for v in values} if len(runs) else set()
     return found
-
-
-def _text(value: object) -> str:
-    whole = isinstance(value, float) and value.is_integer()
-    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]
 
 
 def mismatches(facts: RowFacts, ours: Mapping[str, set[str]]) -> list[str]:
@@ -356,12 +352,6 @@ def _printed(versus: Versus, pair: Pair, digits: int, shared: str) -> Cell:
     note = pair.printed["note"].replace(shared, "") if shared else pair.printed["note"]
     doubts = "; ".join(filter(None, (note, *versus.paper.doubts(pair.printed))))
     return Cell(f"{pair.value:.{digits}f}", spread, note=doubts)
-
-
-def signed(value: float, digits: int) -> str:
-    """A difference with its sign; nothing is plus or minus zero."""
-    text = f"{value:+.{digits}f}"
-    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 def versus_frame(versus: Versus) -> pd.DataFrame:
