@@ -38,7 +38,7 @@ def frame(
     how it ended (status, reason), the number (selection, epoch, subset, metric, title, value,
     unit, higher_is_better, lower, upper, chance, primary, selected), parameters, costs, where it
     comes from (commit, versions, hardware, identities), warnings (one a line), folder, and every
-    protocol field as ``protocol.<field>``. ``value`` is as recorded: a fraction where the unit is "%".
+    protocol field as ``protocol.<field>``. ``value`` is as recorded: a fraction for the unit "%".
     ``selected`` rows are of the selection that the run's protocol names. A failed run has one
     row without a value. With ``subsets`` there are further rows for the groups of a record.
 

@@ -13,6 +13,7 @@ from report_support import record, schema1, write_run
 
 import snella.results
 from snella.errors import UserError
+from snella.jobs import tables
 from snella.report.frame import COLUMNS
 from snella.suite import config as configuration
 
@@ -80,3 +81,29 @@ def test_the_example_of_the_documentation_runs(tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "2 runs, 2 methods" in done.stdout and (tmp_path / "frame.png").stat().st_size > 5_000
+
+
+def test_the_plain_files_of_a_table_are_of_one_suite(tmp_path):
+    def of(suite: str):
+        return configuration.load(overrides={"suite": suite, "results": str(tmp_path)})
+
+    def plain() -> set[str]:
+        return {p.name for p in tmp_path.glob("table1*")}
+
+    tables.write_statistics(of("smoke"), "table1")
+    ranks = {"table1_ranks.pdf", "table1_ranks.png"}
+    statistics = {f"table1_statistics.{kind}" for kind in ("tex", "csv", "md")}
+    table = {"table1.tex", "table1.csv", "table1.md", "table1_cells.csv"}
+    tables.write(of("smoke"), "table1")
+    assert plain() == table | statistics | ranks  # the table leaves its own suite's companions
+    kept = (tmp_path / "smoke" / "table1.tex").read_bytes()
+    assert (tmp_path / "table1.tex").read_bytes() == kept
+    (tmp_path / "table1.pdf").touch()
+    tables.write_statistics(of("quick"), "table1")
+    assert plain() == statistics | ranks
+    assert "suite quick;" in (tmp_path / "table1_statistics.tex").read_text()
+    tables.write(of("smoke"), "table1")
+    assert plain() == table | statistics  # nothing of the other suite stays
+    assert "suite smoke;" in (tmp_path / "table1_statistics.tex").read_text()
+    assert (tmp_path / "quick" / "table1_statistics.tex").exists()
+    assert (tmp_path / "smoke" / "table1.tex").read_bytes() == kept

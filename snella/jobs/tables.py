@@ -22,6 +22,7 @@ from snella.report import (
 from snella.report.columns import expand_columns
 from snella.report.frame import tidy
 from snella.report.table import Table
+from snella.report.text import origin
 from snella.report.write import statistics_texts, versus_texts, write_texts
 from snella.runs.run import Run
 from snella.suite import plan
@@ -41,24 +42,15 @@ def write(config: Config, name: str, stale: bool = False) -> list[Path]:
     other settings, code or data than planned), or with ``stale`` it is shown and marked.
     """
     table, results = build(config, name, stale), Path(config.results)
-    return _publish(write_table(table, results / table.suite.name), results, name)
-
-
-def _publish(written: list[Path], results: Path, name: str) -> list[Path]:
-    """Copy a suite's files of a table to ``results``; remove companions that it does not have."""
-    for old in results.glob(f"{name}_*.*"):
-        if old.stem.removeprefix(f"{name}_") in COMPANIONS:
-            old.unlink()
-    for path in written:
-        with atomic(results / path.name) as temporary:
-            shutil.copyfile(path, temporary)
-    return [results / path.name for path in written]
+    for old in (results / f"{name}.pdf", results / f"{name}.png"):  # compiled from an older text
+        old.unlink(missing_ok=True)
+    return _publish(table, results, write_table(table, results / table.suite.name))
 
 
 def write_versus(config: Config, name: str, stale: bool = False) -> list[Path]:
     """Write ``<name>_vs_published.{tex,csv,md}`` alone; none where there is nothing to compare."""
-    table = build(config, name, stale)
-    return write_texts(Path(config.results), versus_texts(table))
+    table, results = build(config, name, stale), Path(config.results)
+    return _publish(table, results, write_texts(results / table.suite.name, versus_texts(table)))
 
 
 def write_statistics(
@@ -71,11 +63,28 @@ def write_statistics(
     from snella.report.figures import critical_difference
     from snella.report.statistics import table_statistics
 
-    table = build(config, name, stale)
+    table, results = build(config, name, stale), Path(config.results)
     found = table_statistics(table, reference or table.spec.reference or table.methods[0])
-    out = Path(config.results)
+    out = results / table.suite.name
     paths = write_texts(out, statistics_texts(found))
-    return paths + critical_difference(found, out / f"{name}_ranks")
+    return _publish(table, results, paths + critical_difference(found, out / f"{name}_ranks"))
+
+
+def _publish(table: Table, results: Path, written: list[Path]) -> list[Path]:
+    """Copy files of a table from its suite's folder to ``results``.
+
+    There another suite's files of the table make way: all, so that no companion of it stays.
+    """
+    stems = [table.name, *(f"{table.name}_{part}" for part in COMPANIONS)]
+    texts = [results / f"{stem}.tex" for stem in stems]
+    own = origin(table)
+    if not all(own in text.read_text(encoding="utf-8") for text in texts if text.exists()):
+        for old in (file for stem in stems for file in results.glob(f"{stem}.*")):
+            old.unlink(missing_ok=True)
+    for path in written:
+        with atomic(results / path.name) as temporary:
+            shutil.copyfile(path, temporary)
+    return [results / path.name for path in written]
 
 
 def write_audit(config: Config) -> list[Path]:

@@ -125,13 +125,17 @@ def headings(table: Table) -> tuple[Heading, ...]:
     )
 
 
+def origin(table: Table) -> str:
+    """The table and its suites, by which a generated file is known."""
+    return f"Table {table.name}, suite {', '.join(suite.name for suite in table.suites)};"
+
+
 def comments(table: Table) -> tuple[str, ...]:
     """What a generated file says about itself."""
     counts = ", ".join(f"{n} {status}" for status, n in table.results.counts().items())
-    suites = ", ".join(suite.name for suite in table.suites)
     lines: Iterable[str] = (
         table.banner,
-        f"Table {table.name}, suite {suites}; generated from run records, do not edit.",
+        f"{origin(table)} generated from run records, do not edit.",
         f"Runs: {counts or 'none'}. Selection: {table.results.selection}.",
     )
     return tuple(line for line in lines if line)
