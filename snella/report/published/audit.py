@@ -63,7 +63,8 @@ COUNTED = 0.01  # relative difference of parameter and operation counts that is 
 class Ours:
     """The finished runs of the frame whose backbone a paper knows, data sets named as there.
 
-    A place is what papers call a backbone: (backbone, pretraining).
+    A place is what papers call a backbone: (backbone, pretraining). ``names`` are our own names by
+    suite and name there: of two data sets of one name there the first counts.
     """
 
     def __init__(self, frame: pd.DataFrame) -> None:
