@@ -107,6 +107,190 @@ def test_a_step_that_the_scaler_skips_is_no_wrong_order() -> None:
         model.on_step_end()
 
 
+def loss_of(model: nn.Module) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(IMAGES), LABELS)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_skipped_for_another_gradient_is_no_wrong_order(fused: bool) -> None:
+    """The scaler of fp16 finds an infinite gradient in the head alone."""
+    model = adapted()
+    update = torch.optim.AdamW(trainable(model), lr=1e-3, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    head = next(p for n, p in model.named_parameters() if "head" in n and p.requires_grad)
+    model.on_epoch_start(0, 2)
+    for step in range(4):
+        update.zero_grad()
+        scaler.scale(loss_of(model)).backward()
+        if step == 2:
+            head.grad.fill_(float("inf"))
+        scaler.step(update)
+        scaler.update()
+        model.on_step_end()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_scores_are_of_gradients_that_are_not_scaled(optimizer: dict[str, bool]) -> None:
+    scores = []
+    for scale in (1.0, 2.0**12):
+        model = adapted(target_sparsity=0.7)
+        update = torch.optim.AdamW(trainable(model), lr=1e-3, **optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        model.on_epoch_start(0, 2)
+        for _ in range(2):
+            update.zero_grad()
+            scaler.scale(loss_of(model)).backward()
+            scaler.step(update)
+            scaler.update()
+            model.on_step_end()
+        scores.append(torch.cat(layers(model)[0].allocators["default"].importance.scores()))
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-12)
+
+
+def test_an_optimizer_per_layer() -> None:
+    model = adapted(target_sparsity=0.7)
+    groups = [[p for p in layer.parameters() if p.requires_grad] for layer in layers(model)]
+    updates = [torch.optim.AdamW(group, lr=1e-3) for group in groups]
+    for epoch in range(2):
+        model.on_epoch_start(epoch, 2)
+        for _ in range(2):
+            model.zero_grad()
+            loss_of(model).backward()
+            for update in updates:
+                update.step()
+            model.on_step_end()
+    with pytest.raises(UserError, match="two calls that were never made"):
+        for _ in range(8):
+            model.zero_grad()
+            loss_of(model).backward()
+            for update in updates:
+                update.step()
+
+
+def test_a_batch_that_needs_no_adapter() -> None:
+    """As a batch of texts for a model of images and texts."""
+    model = adapted(target_sparsity=0.7)
+    update = torch.optim.AdamW(trainable(model), lr=1e-3)
+    for epoch in range(2):
+        model.on_epoch_start(epoch, 2)
+        for step in range(4):
+            update.zero_grad()
+            if step == 2:
+                model.get_base_model().head(torch.ones(4, 24)).sum().backward()
+            else:
+                loss_of(model).backward()
+            update.step()
+            model.on_step_end()
+    assert sum(budgets(model)) == int(
+        0.3 * sum(layer.slice_size * layer.slices for layer in layers(model))
+    )
+
+
+def test_weights_that_move_and_return_within_a_step() -> None:
+    """Sharpness-aware minimisation: the second gradient is taken elsewhere, the step is here."""
+    model = adapted(target_sparsity=0.7)
+    update = torch.optim.SGD(trainable(model), lr=1e-2)
+    for epoch in range(2):
+        model.on_epoch_start(epoch, 2)
+        for _ in range(2):
+            update.zero_grad()
+            loss_of(model).backward()
+            here = [p.data.clone() for p in trainable(model)]
+            for p in trainable(model):
+                p.data.add_(p.grad, alpha=0.05)
+            update.zero_grad()
+            loss_of(model).backward()
+            for p, value in zip(trainable(model), here, strict=True):
+                p.data = value
+            update.step()
+            model.on_step_end()
+    for layer in layers(model):
+        kept = (layer.get_delta_weight("default").view(layer.slices, -1) != 0).sum(1)
+        assert kept.tolist() == layer.snella_budget["default"].tolist()
+
+
+def test_one_epoch_is_too_few(tmp_path: Any) -> None:
+    """The first budget is also the last; per step it falls."""
+    model = adapted(target_sparsity=0.7)
+    with pytest.warns(UserWarning, match=r"With 1 update.*interval=\"step\""):
+        model.on_epoch_start(0, 1)
+    with pytest.warns(UserWarning, match=r"not the [\d,]+ of target_sparsity=0.7"):
+        model.save_pretrained(str(tmp_path))
+    model = adapted(target_sparsity=0.7, interval="step")
+    update = torch.optim.SGD(trainable(model), lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.on_epoch_start(0, 1, steps_per_epoch=3)
+        for _ in range(3):
+            update.zero_grad()
+            loss_of(model).backward()
+            update.step()
+            model.on_step_end()
+        model.save_pretrained(str(tmp_path))
+
+
+def freeze(model: nn.Module, block: int, frozen: bool = True) -> None:
+    for name, parameter in model.named_parameters():
+        if f"blocks.{block}." in name and "snella_" in name:
+            parameter.requires_grad_(not frozen)
+
+
+def kept(model: nn.Module, block: int) -> tuple[int, int]:
+    """Entries that the layers of a block keep, and those they have."""
+    found = [layer for layer in layers(model) if f"blocks.{block}." in layer.key]
+    entries = sum(layer.slice_size * layer.slices for layer in found)
+    return sum(int(layer.snella_budget["default"].sum()) for layer in found), entries
+
+
+def epochs(model: nn.Module, first: int, last: int, of: int) -> None:
+    update = torch.optim.SGD(trainable(model), lr=1e-2)
+    for epoch in range(first, last):
+        on_epoch_start(model, epoch, of)
+        for _ in range(2):
+            update.zero_grad()
+            loss_of(model).backward()
+            update.step()
+            on_step_end(model)
+
+
+def test_frozen_layers_keep_their_budget(tmp_path: Any) -> None:
+    model = adapted(target_sparsity=0.7)
+    freeze(model, 0)
+    before, _ = kept(model, 0)
+    epochs(model, 0, 3, 3)
+    others, entries = kept(model, 1)
+    assert kept(model, 0)[0] == before and others == int(0.3 * entries)
+    assert len({int(b) for b in budgets(model)}) > 2, "the others compete"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_layers_that_train_later_are_not_lost(resumed: bool) -> None:
+    """They have no gradients yet when they join: in that epoch they share evenly."""
+    model = adapted(target_sparsity=0.7)
+    freeze(model, 0)
+    epochs(model, 0, 2, 4)
+    if resumed:
+        state = copy.deepcopy(training_state(model))
+        load_training_state(model, state)
+    freeze(model, 0, False)
+    on_epoch_start(model, 2, 4)
+    joined = [layer for layer in layers(model) if "blocks.0." in layer.key]
+    shares = [int(b) / layer.slice_size for layer in joined for b in layer.snella_budget["default"]]
+    asked = layers(model)[0].allocators["default"].schedule(layers(model)).budget(2, 4)
+    everything = kept(model, 0)[1] + kept(model, 1)[1]
+    assert max(shares) - min(shares) < 0.01
+    assert abs(shares[0] - asked / everything) < 0.01
+    assert 0 <= asked - sum(budgets(model)) <= 1
+    loss_of(model).backward()
+    torch.optim.SGD(trainable(model), lr=1e-2).step()
+    on_step_end(model)
+    epochs(model, 3, 4, 4)
+    assert sum(budgets(model)) == int(0.3 * everything)
+
+
 def test_a_denser_adapter_than_asked_for_is_reported(tmp_path: Any) -> None:
     model = adapted(target_sparsity=0.7)
     with warnings.catch_warnings():

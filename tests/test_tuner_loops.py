@@ -23,6 +23,7 @@ from snella.errors import UserError
 Forward = Callable[[nn.Module], Tensor]
 OPTIMIZERS = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 SPARSITY = 0.6
+CPU = torch.device("cpu")
 
 
 def made(name: str, rank: int = 4) -> tuple[PeftModel, Callable[[], nn.Module], Forward]:
@@ -187,6 +188,33 @@ def test_the_trainer_resumes_exactly(at: int, tmp_path: Path) -> None:
     assert all(value.equal(expected[name]) for name, value in state_of(found).items())
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Examples without a length; they end before training does, and start anew."""
+
+    def __iter__(self) -> Any:
+        return iter(trainer(Path(), 1, []).train_dataset[:8])
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_the_trainer_on_data_without_a_length(interval: str, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    settings = {"rank": 4, "modules_to_save": ["classifier"], "target_sparsity": SPARSITY}
+    model = get_peft_model(classifier(), SnellaConfig(**settings, interval=interval))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=6, per_device_train_batch_size=2, save_strategy="no",
+        report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    used = Trainer(model, arguments, train_dataset=Stream(), callbacks=[SnellaCallback()])
+    if interval == "epoch":
+        with pytest.raises(UserError, match='interval="step"'):
+            used.train()
+        return
+    used.train()
+    total = sum(layer.slice_size for layer in layers(model))
+    assert sum(budgets(model)) == int((1 - SPARSITY) * total)
+
+
 def test_the_callback_twice_counts_once(tmp_path: Path) -> None:
     once, twice = (trainer(tmp_path, 100, [SnellaCallback()] * n) for n in (1, 2))
     once.train()
@@ -320,7 +348,43 @@ def _in_parallel(rank: int, port: int, folder: str) -> None:
     entries = sum(layer.slice_size * layer.slices for layer in layers(model))
     assert sum(budgets(model)) == int((1 - SPARSITY) * entries)
     torch.save((budgets(model), model.state_dict()), Path(folder) / f"{rank}.pt")
+    _fully_sharded(rank, Path(folder))
     dist.destroy_process_group()
+
+
+def _fully_sharded(rank: int, folder: Path) -> None:
+    """Parameters in parts (FSDP2): hooks, saving and refusals; and FSDP's flat pieces."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    model, again, forward = made("ViT")
+    for block in (*model.get_base_model().blocks, model):
+        fully_shard(block, mesh=mesh)
+    update = torch.optim.AdamW(trainable(model), lr=1e-3)
+    generator = torch.Generator().manual_seed(rank)
+    for epoch in range(3):
+        on_epoch_start(model, epoch, 3)
+        for _ in range(2):
+            update.zero_grad()
+            model(torch.randn(2, 3, 16, 16, generator=generator)).square().mean().backward()
+            update.step()
+            on_step_end(model)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    with torch.no_grad():
+        live = forward(model.eval())
+    with pytest.raises(UserError, match="fully_shard has left a part"):
+        model.merge_adapter()
+    if rank == 0:
+        model.save_pretrained(str(folder / "adapter"), state_dict=state)
+        whole = PeftModel.from_pretrained(again(), str(folder / "adapter"))
+        with torch.no_grad():
+            torch.testing.assert_close(forward(whole.eval()), live)
+        assert budgets(whole) == budgets(model) and len(set(budgets(whole))) > 1
+    flat = FullyShardedDataParallel(made("ViT")[0], use_orig_params=True, device_id=CPU)
+    with pytest.raises(UserError, match="set allocation=False"):
+        on_epoch_start(flat, 0, 3)
 
 
 def test_data_parallel_processes_agree(tmp_path: Path) -> None:

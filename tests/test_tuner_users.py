@@ -201,12 +201,3 @@ def test_files_of_another_backbone_are_noticed(tmp_path: Path) -> None:
     del model.blocks[1]
     with pytest.warns(UserWarning, match="layers that this model does not adapt"):
         PeftModel.from_pretrained(model, str(tmp_path))
-
-
-def test_frozen_layers_are_noticed() -> None:
-    model = adapted()
-    for name, parameter in model.named_parameters():
-        if "blocks.0" in name:
-            parameter.requires_grad_(False)
-    with pytest.warns(UserWarning, match="4 of 8 SNELLA layers are frozen"):
-        model.on_epoch_start(0, 2)

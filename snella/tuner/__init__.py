@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from snella.tuner.allocator import (
+from snella.tuner.config import SnellaConfig
+from snella.tuner.export import LoraExport, convert_to_lora
+from snella.tuner.hooks import (
     TrainingState,
     load_training_state,
     on_epoch_start,
     on_step_end,
     training_state,
 )
-from snella.tuner.config import SnellaConfig
-from snella.tuner.export import LoraExport, convert_to_lora
 from snella.tuner.importing import LoraImport, convert_from_lora
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.linear import SnellaLinear

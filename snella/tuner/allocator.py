@@ -1,17 +1,16 @@
-"""The two hooks of training: importance after every step, budgets at every epoch (paper Fig. 6b).
+"""The competition of an adapter's layers: importance after every step, budgets at every epoch.
 
-The allocator of an adapter is shared by its layers, so it is found again from any wrapper of the
-model, and copied and saved with it.
+Paper Fig. 6b. Layers that are frozen keep their budget and do not compete.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable
+from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from snella.equations.allocation import Importance, Schedule, allocate, allocate_released
 from snella.equations.sparsify import budget_from_sparsity
@@ -28,6 +27,11 @@ NO_GRADIENTS = (
 MERGED = (
     "The SNELLA adapter {!r} is merged into the weights and cannot train: call unmerge_adapter() "
     "first."
+)
+FLAT = (
+    "FullyShardedDataParallel keeps a flat piece of every factor, which does not tell SNELLA the "
+    "importance of layers: use torch's fully_shard (FSDP2) or DistributedDataParallel, or set "
+    "allocation=False."
 )
 ALL_ZERO = (
     "All gradients that on_step_end() saw were zero: call it before zero_grad(), which also clears "
@@ -51,7 +55,9 @@ class Allocator:
         self.steps_per_epoch: int | None = None
         self.step = 0
         self.reported = 0
-        self.start: float | None = None
+        self.start: list[int] | None = None  # entries kept by every layer when it trained on
+        self.frozen: set[int] = set()  # layers that do not train, by their place
+        self.late: set[int] = set()  # that trained again later, and have had no gradient yet
         self.resumed = False
         self.expected = False  # a denser adapter than asked for may be saved now
         self.before: list[Tensor] = []
@@ -70,6 +76,10 @@ class Allocator:
             )
         if self.config.interval == "step" and steps is None:
             raise UserError('interval="step" needs on_epoch_start(epoch, epochs, steps_per_epoch).')
+        if any(factor.ndim != 4 for factor in _factors(layers, name)):
+            raise UserError(FLAT)
+        frozen = {i for i, layer in enumerate(layers) if not trains(layer, name)}
+        self.late, self.frozen = (self.late | self.frozen) - frozen, frozen
         if self.resumed and epoch == self.epoch:  # in mid-epoch: its budgets are shared out already
             self.epochs, self.steps_per_epoch, self.resumed = epochs, steps, False
             return
@@ -78,15 +88,14 @@ class Allocator:
         seen, self.resumed = self.step, False
         self.watch.on_epoch_start()
         self.epoch, self.epochs, self.steps_per_epoch, self.step = epoch, epochs, steps, 0
-        self._follow(_factors(layers, name))
-        if self.config.sensitivity_at == "before-step":
-            self.before = [factor.detach().clone() for factor in _factors(layers, name)]
+        self._remember(layers, name)
         self._report()
         if self.config.allocation:
-            _warn_of_frozen(layers, name)
+            if epoch == 0:
+                self._warn_of_no_fall(layers)
             self._update(layers, name, steps_seen=seen)
 
-    def _continued(self, layers: list[SnellaLayer], name: str) -> float | None:
+    def _continued(self, layers: list[SnellaLayer], name: str) -> list[int] | None:
         """Entries at which a sparse adapter that trains on starts; None for a fresh one (b_0).
 
         A trained adapter must not grow dense again before it gets sparse.
@@ -94,10 +103,36 @@ class Allocator:
         rule, sparsity = str(self.config.budget_rule), self.config.sparsity_at_start
         fresh = sum(
             layer.slices * budget_from_sparsity(sparsity, layer.slice_size, rule)
-            for layer in layers
+            for layer in self.competing(layers)
         )
-        kept = kept_entries(layers, name)
-        return float(kept) if kept < fresh else None
+        kept = [kept_entries([layer], name) for layer in layers]
+        return kept if kept_entries(self.competing(layers), name) < fresh else None
+
+    def _rivals(self, layers: list[SnellaLayer]) -> set[int]:
+        return set(range(len(layers))) - self.frozen
+
+    def competing(self, layers: list[SnellaLayer]) -> list[SnellaLayer]:
+        """Those of ``layers``, all of the adapter, that are not frozen."""
+        return [layers[i] for i in sorted(self._rivals(layers))]
+
+    def _warn_of_no_fall(self, layers: list[SnellaLayer]) -> None:
+        """A single epoch, say, leaves no update between the first budget and the last."""
+        schedule, updates = self.schedule(layers), self.updates
+        first, last = (schedule.budget(update, updates) for update in (0, updates - 1))
+        if last >= first > schedule.target:
+            warnings.warn(
+                f"With {updates} update(s) of the budget SNELLA stays at its first, {first:,} "
+                f"entries, and does not reach target_sparsity={self.config.target_sparsity}: "
+                'train for more epochs, or set interval="step".',
+                stacklevel=5,
+            )
+
+    def _remember(self, layers: list[SnellaLayer], name: str) -> None:
+        """The weights before the next step."""
+        factors = values(_factors(layers, name))
+        self._follow(factors)
+        if self.config.sensitivity_at == "before-step":
+            self.before = [factor.clone() for factor in factors]
 
     def _follow(self, factors: list[Tensor]) -> None:
         """Keep the averages where the factors are, in their precision."""
@@ -125,47 +160,74 @@ class Allocator:
         factors = _factors(layers, name)
         grads = [factor.grad for factor in factors]
         if all(grad is None for grad in grads):
+            if self.watch.passed_by:
+                return
             raise UserError(NO_GRADIENTS)
-        self.watch.on_step_end(grads)
+        if not self.watch.on_step_end(grads):
+            return
+        self.late -= {i // 2 for i, grad in enumerate(grads) if grad is not None}
+        factors = values(factors)
         self._follow(factors)
         if self.config.score == "sensitivity":
-            self.importance.update(
-                self.before or [factor.detach() for factor in factors],
-                [
-                    torch.zeros_like(factor) if grad is None else grad
-                    for factor, grad in zip(factors, grads, strict=True)
-                ],
-            )
+            zeros = [
+                torch.zeros_like(f) if g is None else g for f, g in zip(factors, grads, strict=True)
+            ]
+            self.importance.update(self.before or factors, values(zeros))
         if self.before:
             torch._foreach_copy_(self.before, factors)
 
+    @property
+    def updates(self) -> int:
+        """Updates of the budget in the whole training."""
+        per_epoch = self.steps_per_epoch if self.config.interval == "step" else 1
+        return self.epochs * (per_epoch or 1)
+
     def _update(self, layers: list[SnellaLayer], name: str, steps_seen: int = 0) -> None:
-        update, updates = self.epoch or 0, self.epochs
+        update = self.epoch or 0
         if self.config.interval == "step" and self.steps_per_epoch is not None:
             update = update * self.steps_per_epoch + self.step
-            updates *= self.steps_per_epoch
         schedule = self.schedule(layers)
-        if schedule.reallocates(update, updates):
-            share = allocate if self.config.sharing == "exact" else allocate_released
-            sizes = [layer.slice_size for layer in layers for _ in range(layer.slices)]
-            scores = self.scores(layers, name)
-            if steps_seen > 1 and self._all_zero(scores) and kept_entries(layers, name):
-                raise UserError(ALL_ZERO)
-            granted = iter(share(scores, sizes, schedule.budget(update, updates)))
-            for layer in layers:
-                layer.set_budget(name, [next(granted) for _ in range(layer.slices)])
+        if not schedule.reallocates(update, self.updates):
+            return
+        scores = self.scores(layers, name)
+        if steps_seen > 1 and self._all_zero(scores) and kept_entries(layers, name):
+            raise UserError(ALL_ZERO)
+        flat = iter(scores)
+        by_layer = [list(islice(flat, layer.slices)) for layer in layers]
+        # Without gradients so far, those that come late would lose everything to the others.
+        for places in (self._rivals(layers) - self.late, self.late):
+            self._share_out(layers, name, sorted(places), by_layer, update)
+
+    def _share_out(
+        self,
+        layers: list[SnellaLayer],
+        name: str,
+        places: list[int],
+        scores: list[list[float]],
+        update: int,
+    ) -> None:
+        """The budget of the layers at these places, by their scores."""
+        share = allocate if self.config.sharing == "exact" else allocate_released
+        sizes = [layers[i].slice_size for i in places for _ in range(layers[i].slices)]
+        budget = self.schedule(layers, places).budget(update, self.updates)
+        granted = iter(share([s for i in places for s in scores[i]], sizes, budget))
+        for i in places:
+            layers[i].set_budget(name, list(islice(granted, layers[i].slices)))
 
     def _all_zero(self, scores: list[float]) -> bool:
         """Whether steps were taken in, none left out, and yet no gradient was seen."""
         seen = self.config.score == "sensitivity" and bool(self.importance.sensitivity)
         return seen and not self.importance.skipped and not any(scores)
 
-    def schedule(self, layers: list[SnellaLayer]) -> Schedule:
-        """The budget over time, for the adapted weights of this model."""
-        config = self.config
-        total = sum(layer.slice_size * layer.slices for layer in layers)
+    def schedule(self, layers: list[SnellaLayer], places: Iterable[int] | None = None) -> Schedule:
+        """The budget over time of ``layers`` at these places; None: of all that compete."""
+        config, places = self.config, self._rivals(layers) if places is None else places
+        total = sum(layers[i].slice_size * layers[i].slices for i in places)
+        start = (1 - float(config.initial_sparsity or 0)) * total
+        if self.start is not None:
+            start = float(sum(self.start[i] for i in places))
         return Schedule(
-            (1 - float(config.initial_sparsity or 0)) * total if self.start is None else self.start,
+            start,
             (1 - config.target_sparsity) * total,
             config.schedule,
             config.warmup_updates,
@@ -180,7 +242,7 @@ class Allocator:
         if self.config.score == "weight-magnitude":
             scores = [_weight_magnitude(layer, name) for layer in layers]
         elif self.config.score == "magnitude":
-            means = [factor.abs().flatten(1).mean(1) for factor in _factors(layers, name)]
+            means = [factor.abs().flatten(1).mean(1) for factor in values(_factors(layers, name))]
             scores = [a + b for a, b in zip(means[::2], means[1::2], strict=True)]
         elif self.importance.sensitivity:
             means = self.importance.scores()
@@ -202,24 +264,25 @@ class Allocator:
     def state_dict(self) -> dict[str, Tensor]:
         """What an interrupted training needs to go on; the budgets are part of the adapter."""
         counters = [-1 if self.epoch is None else self.epoch, self.epochs, self.step, self.reported]
-        start = torch.tensor(-1.0 if self.start is None else self.start, dtype=torch.float64)
-        state = {"counters": torch.tensor(counters), "start": start}
+        state = {
+            "counters": torch.tensor(counters),
+            "start": torch.tensor(self.start or [], dtype=torch.long),
+            "frozen": torch.tensor(sorted(self.frozen | self.late), dtype=torch.long),
+        }
         return state | self.importance.state_dict()
 
     def load_state_dict(
         self, state: dict[str, Tensor], layers: list[SnellaLayer], name: str
     ) -> None:
         """Restore ``state_dict`` into an allocator of the same model and adapter."""
-        epoch, self.epochs, self.step, self.reported = map(int, state["counters"])
+        state = dict(state)
+        epoch, self.epochs, self.step, self.reported = map(int, state.pop("counters"))
         self.epoch = None if epoch < 0 else epoch
-        start = float(state.get("start", -1.0))
-        self.start = None if start < 0 else start
+        self.start = state.pop("start").tolist() or None
+        self.frozen, self.late = set(state.pop("frozen").tolist()), set()
         self.resumed = self.epoch is not None and self.step > 0
-        factors = _factors(layers, name)
-        rest = {key: value for key, value in state.items() if key not in ("counters", "start")}
-        self.importance.load_state_dict(rest, factors)
-        if self.config.sensitivity_at == "before-step":
-            self.before = [factor.detach().clone() for factor in factors]
+        self.importance.load_state_dict(state, values(_factors(layers, name)))
+        self._remember(layers, name)
 
 
 def _factors(layers: list[SnellaLayer], name: str) -> list[Tensor]:
@@ -227,16 +290,15 @@ def _factors(layers: list[SnellaLayer], name: str) -> list[Tensor]:
     return [p for layer in layers for p in (layer.snella_A[name], layer.snella_B[name])]
 
 
-def _warn_of_frozen(layers: list[SnellaLayer], name: str) -> None:
-    """Whoever freezes part of an adapter hardly wants its entries given to the others."""
-    frozen = [layer.key for layer in layers if not layer.snella_A[name].requires_grad]
-    if frozen:
-        warnings.warn(
-            f"{len(frozen)} of {len(layers)} SNELLA layers are frozen ({frozen[0]}, ...): without "
-            "gradients their importance is 0, and their budget goes to the others. Leave them out "
-            "with exclude_modules, or set allocation=False.",
-            stacklevel=4,
-        )
+def values(tensors: list[Tensor]) -> list[Tensor]:
+    """Plain tensors, whole where ``fully_shard`` has left a part of each on every process."""
+    plain = [tensor.detach() for tensor in tensors]
+    return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in plain]
+
+
+def trains(layer: SnellaLayer, name: str) -> bool:
+    """Whether the layer's adapter of this name is not frozen."""
+    return any(factor.requires_grad for factor in _factors([layer], name))
 
 
 def _weight_magnitude(layer: SnellaLayer, name: str) -> Tensor:
@@ -245,137 +307,6 @@ def _weight_magnitude(layer: SnellaLayer, name: str) -> Tensor:
     return delta.sum(1) / (delta > 0).sum(1).clamp_min(1)
 
 
-def snella_layers(model: nn.Module, adapter_name: str) -> list[SnellaLayer]:
-    """The adapted layers of ``model`` that hold this adapter, in the model's order."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, SnellaLayer) and adapter_name in module.snella_A
-    ]
-
-
-def attach(model: nn.Module, adapter_name: str) -> None:
-    """Give the layers of a new adapter their common allocator."""
-    layers = snella_layers(model, adapter_name)
-    if layers:
-        allocator = Allocator(layers[0].settings[adapter_name])
-        for layer in layers:
-            layer.allocators[adapter_name] = allocator
-
-
-# The layers of models in training: going through all modules after every step takes longer than
-# what is done then. Found anew in every epoch.
-_layers: weakref.WeakKeyDictionary[nn.Module, list[SnellaLayer]] = weakref.WeakKeyDictionary()
-
-
-def _allocators(
-    model: nn.Module, again: bool = True
-) -> Iterator[tuple[str, list[SnellaLayer], Allocator]]:
-    """The allocators of all SNELLA adapters of ``model`` that train; ``again``: look for layers."""
-    if again or model not in _layers:
-        _layers[model] = [m for m in model.modules() if isinstance(m, SnellaLayer)]
-    found = _layers[model]
-    if not found:
-        raise UserError("The model has no SNELLA layer: adapt it with get_peft_model first.")
-    trained = False
-    for name in sorted({name for layer in found for name in layer.active_adapters}):
-        layers = [layer for layer in found if name in layer.snella_A]
-        if not any(factor.requires_grad for factor in _factors(layers, name)):
-            continue
-        trained = True
-        yield name, layers, layers[0].allocators[name]
-    if not trained:
-        raise UserError(
-            "No active SNELLA adapter of the model trains: load it with is_trainable=True, "
-            "activate it with set_adapter, and switch adapters on (enable_adapter_layers)."
-        )
-
-
-def trained_adapters(model: nn.Module) -> list[tuple[str, Allocator]]:
-    """Names and allocators of the adapters that train."""
-    return [(name, allocator) for name, _, allocator in _allocators(model)]
-
-
 def kept_entries(layers: list[SnellaLayer], name: str) -> int:
     """Entries that an adapter may keep, over all layers."""
     return sum(sum(layer.snella_budget[name].tolist()) for layer in layers)
-
-
-def check_density(model: nn.Module, adapter_name: str) -> None:
-    """Warn if an adapter that was trained here keeps more entries than its schedule ends with."""
-    layers = snella_layers(model, adapter_name)
-    allocator = layers[0].allocators.get(adapter_name) if layers else None
-    if allocator is None or allocator.epoch is None or allocator.expected:
-        return
-    config, total = allocator.config, sum(layer.slice_size * layer.slices for layer in layers)
-    if not config.allocation or layers[0].snella_budget[adapter_name].is_meta:
-        return
-    updates = allocator.epochs * (
-        (allocator.steps_per_epoch or 1) if config.interval == "step" else 1
-    )
-    asked = allocator.schedule(layers).budget(updates - 1, updates)
-    kept = kept_entries(layers, adapter_name)
-    if kept > asked + sum(layer.slices for layer in layers):  # sharing may round up
-        warnings.warn(
-            f"The SNELLA adapter {adapter_name!r} keeps {kept:,} of {total:,} entries, not the "
-            f"{asked:,} of target_sparsity={config.target_sparsity}: training is in epoch "
-            f"{allocator.epoch} of 0 … {allocator.epochs - 1}. That is as it should be for a "
-            "checkpoint; after early stopping, or if on_epoch_start() is not called before every "
-            "epoch, the adapter stays denser than asked.",
-            stacklevel=4,
-        )
-
-
-def on_epoch_start(
-    model: nn.Module, epoch: int, epochs: int, steps_per_epoch: int | None = None
-) -> None:
-    """Call before epoch ``epoch`` of 0 … ``epochs`` − 1, with the adapted model or its wrapper."""
-    for name, layers, allocator in _allocators(model):
-        allocator.on_epoch_start(layers, name, epoch, epochs, steps_per_epoch)
-
-
-def on_step_end(model: nn.Module) -> None:
-    """Call after each ``optimizer.step()``, before the gradients are cleared."""
-    for name, layers, allocator in _allocators(model, again=False):
-        allocator.on_step_end(layers, name)
-
-
-def training_state(model: nn.Module) -> dict[str, Tensor]:
-    """Allocator state for a training checkpoint; not part of the adapter."""
-    return {
-        f"{name}/{key}": value
-        for name, _, allocator in _allocators(model)
-        for key, value in allocator.state_dict().items()
-    }
-
-
-def load_training_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Restore ``training_state``; call after the adapter's weights are loaded.
-
-    A training that was left in mid-epoch goes on at its ``on_epoch_start`` without sharing the
-    budget out again. Raises ``UserError`` for adapters that the model does not train.
-    """
-    found = {name: (layers, allocator) for name, layers, allocator in _allocators(model)}
-    for name in sorted({key.rpartition("/")[0] for key in state}):
-        if name not in found:
-            raise UserError(
-                f"The training state is of adapter {name!r}, which the model does not train; it "
-                f"trains {', '.join(map(repr, found))}."
-            )
-        layers, allocator = found[name]
-        prefix = f"{name}/"
-        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        allocator.load_state_dict(own, layers, name)
-
-
-class TrainingState:
-    """``training_state`` as an object, e.g. for ``accelerator.register_for_checkpointing``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return training_state(self.model)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        load_training_state(self.model, state)

@@ -21,16 +21,22 @@ _ARITHMETIC = {"mul", "rmul", "add", "radd", "sub", "rsub", "div", "truediv", "l
 _COPIES = {"detach", "clone", "to", "cpu", "cuda", "contiguous"}
 
 
+_SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
 class Budget(Tensor):
     """Integers; arithmetic yields the operand that it is not written to."""
 
     _sources: list[Tensor]
+    _plain: Tensor | None = None  # the tensor of the layer that this is a view of
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = getattr(func, "__name__", "")
+        if func == _SET_DATA and args[0]._plain is not None:  # FSDP moves buffers so
+            args[0]._plain.data = args[1].as_subclass(Tensor)
         if name == "copy_" and hasattr(args[1], "_sources"):
             return _take(args[0], args[1]._sources)
         if name.removeprefix("_foreach_").strip("_") not in _ARITHMETIC:
@@ -86,21 +92,40 @@ def _take(target: Tensor, sources: list[Tensor]) -> Tensor:
 
 
 class _Entries(dict[str, Tensor]):
-    """Plain tensors; those who iterate (averaging wrappers, ``state_dict``) see budgets."""
+    """Plain tensors; those who iterate (averaging wrappers, ``state_dict``) see budgets.
+
+    They see the same ones every time, as they would see plain tensors (``DataParallel`` looks
+    buffers up by identity).
+    """
+
+    _views: dict[str, Budget]
+
+    def __new__(cls) -> _Entries:  # not __init__, which copies do not call
+        self = super().__new__(cls)
+        self._views = {}
+        return self
 
     def items(self) -> Any:
-        return [(name, _budget(value)) for name, value in super().items()]
+        return [(name, self._view(name, value)) for name, value in super().items()]
 
     def values(self) -> Any:
-        return [_budget(value) for value in super().values()]
+        return [value for _, value in self.items()]
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         super().__setitem__(name, value.as_subclass(Tensor) if type(value) is Budget else value)
 
+    def __getstate__(self) -> None:
+        """Views are made anew in a copy."""
 
-def _budget(value: Tensor) -> Tensor:
-    """A view of a plain tensor as a budget; not of those that stand in for it in an export."""
-    return value.as_subclass(Budget) if type(value) is Tensor else value
+    def _view(self, name: str, value: Tensor) -> Tensor:
+        """A budget that shares its memory; not of tensors that stand in for it in an export."""
+        if type(value) is not Tensor:
+            return value
+        view = self._views.get(name)
+        if view is None or view._plain is not value:
+            view = self._views[name] = value.as_subclass(Budget)
+            view._plain = value
+        return view
 
 
 class Budgets(BufferDict):

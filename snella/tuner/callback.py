@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from snella.errors import UserError
-from snella.tuner.allocator import (
+from snella.tuner.hooks import (
     load_training_state,
     on_epoch_start,
     on_step_end,
@@ -79,9 +80,21 @@ class SnellaCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Lower the budget and share it out."""
-        epochs = max(1, math.ceil(state.num_train_epochs))
-        steps = math.ceil(state.max_steps / epochs)
-        on_epoch_start(kwargs["model"], min(int(state.epoch or 0), epochs - 1), epochs, steps)
+        model = kwargs["model"]
+        if state.num_train_epochs < sys.maxsize:
+            epochs = max(1, math.ceil(state.num_train_epochs))
+            steps = math.ceil(state.max_steps / epochs)
+            on_epoch_start(model, min(int(state.epoch or 0), epochs - 1), epochs, steps)
+        elif not getattr(state, "snella_begun", False):  # data without a length: one long epoch
+            if any(
+                allocator.config.interval == "epoch" for _, allocator in trained_adapters(model)
+            ):
+                raise UserError(
+                    "The Trainer does not know how long an epoch of this data set is, so SNELLA's "
+                    'budget would never fall: set interval="step" in SnellaConfig.'
+                )
+            state.snella_begun = True  # type: ignore[attr-defined]
+            on_epoch_start(model, 0, 1, state.max_steps)
 
     def on_optimizer_step(
         self,

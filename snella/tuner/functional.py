@@ -139,7 +139,7 @@ def merged_linear(
     its type, the merge does not.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast spares
         x = x.to(torch.get_autocast_dtype(device))
     tensors = x, weight, bias, a, b, scalars, budgets
     y: Tensor

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from snella.backends.update import Update
 from snella.equations import sparsify
 from snella.equations.kernels import Kernel, initial_factor
+from snella.errors import UserError
 from snella.tuner.budget import Budgets
 from snella.tuner.config import SnellaConfig
 from snella.tuner.fold import Fold
@@ -97,9 +98,18 @@ class SnellaLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The sparse update S, shape (out, in), differentiable; in the adapter's own precision."""
+        self._refuse_shards(adapter_name)
         delta = merged_weight(None, *self._tensors(adapter_name), self._update(adapter_name))
         gate = self._gate(adapter_name)
         return delta if gate is None else delta * self._per_output(gate).unsqueeze(1)
+
+    def _refuse_shards(self, adapter_name: str) -> None:
+        if hasattr(self.snella_A[adapter_name], "full_tensor"):
+            raise UserError(
+                f"{self.key}: fully_shard has left a part of the adapter on every process. Load "
+                "the whole state into a plain model (get_model_state_dict with "
+                "full_state_dict=True), and read or merge it there."
+            )
 
     def _gate(self, adapter_name: str) -> Tensor | None:
         """The learned factor on S of every slice, of adapters that start at the identity."""
@@ -135,9 +145,11 @@ class SnellaLayer(BaseTunerLayer):
 
     def _watch(self, adapter_name: str) -> None:
         """Note a forward pass in training, for an adapter whose allocation needs the hooks."""
-        factor, allocator = self.snella_A[adapter_name], self.allocators.get(adapter_name)
-        if allocator is not None and allocator.config.allocation and factor.requires_grad:
-            allocator.watch.on_forward(factor)
+        allocator = self.allocators.get(adapter_name)
+        if allocator is None or not allocator.config.allocation:
+            return
+        if self.snella_A[adapter_name].requires_grad:
+            allocator.watch.on_forward(self, adapter_name)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the update by ``scale`` (1 is as trained)."""

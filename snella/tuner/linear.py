@@ -167,13 +167,17 @@ class SnellaLinear(nn.Module, SnellaLayer):
         return [name for name in self.active_adapters if name in self.snella_A]
 
     def _folds(self, names: list[str]) -> bool:
-        """Whether one plain matrix does: no gradient for the update, and no dropout on it."""
+        """Whether one plain matrix does: no gradient for W or the update, and no dropout on it."""
         if torch.compiler.is_compiling() or any(self._drops(name) for name in names):
             return False
         tensors = [tensor for name in names for tensor in self._tensors(name)]
         if any(map(is_functorch_wrapped_tensor, tensors)):
             return False  # which is refused
         if torch.is_grad_enabled():
+            tensors += [
+                self._base_matrix(),
+                *(g for n in names if (g := self._gate(n)) is not None),
+            ]
             return not any(tensor.requires_grad for tensor in tensors)
         # Training without gradients is a checkpointed forward; keeping matrices would undo it.
         return not self.training
@@ -216,6 +220,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.snella_A:
                 continue
+            self._refuse_shards(name)
             weight = self._readable()
             if self._gate(name) is None:
                 merged, _ = effective_weight(self._update(name), weight, *self._tensors(name))
@@ -249,6 +254,11 @@ class SnellaLinear(nn.Module, SnellaLayer):
     def _readable(self) -> Tensor:
         """The frozen weight as a matrix, of a quantised layer dequantised."""
         if not self._hidden():
+            if self.parameter not in self.base_layer._parameters:
+                raise UserError(
+                    f"{self.key}: its {self.parameter} has come under a parametrization, which an "
+                    "update cannot be written to: remove that first."
+                )
             return self._base_matrix()
         backend = self.quantization_backend
         if backend is None or not backend.supports_merge:

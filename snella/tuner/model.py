@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import types
 from collections import Counter
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
@@ -19,13 +21,15 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from snella.errors import UserError
-from snella.tuner import allocator, saving
+from snella.tuner import hooks, saving
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.layers import create_layer, slices_of
 from snella.tuner.linear import SnellaLinear
-from snella.tuner.shapes import is_attention
 from snella.tuner.targets import COMPILED, check_layer_index, default_targets
+
+# Where an adapter of another method is around a layer (inject_adapter_in_model).
+_WRAPPED = re.compile(r"\.base_layer(?=\.snella_)")
 
 
 class SnellaModel(BaseTuner):
@@ -57,7 +61,7 @@ class SnellaModel(BaseTuner):
         if _will_be_written_to(config.target_modules):
             self.peft_config[adapter_name] = copy.deepcopy(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        allocator.attach(model, adapter_name)
+        hooks.attach(model, adapter_name)
         if hasattr(type(model), "save_lora_adapter"):
             # Bound, so that copies of the model have a method of their own.
             bound = types.MethodType(saving.save_lora_adapter, model)
@@ -113,7 +117,7 @@ class SnellaModel(BaseTuner):
             for name, part in module._modules.items()
             if part is child
         ]
-        if is_attention(new_module):  # unloaded: PEFT would look for its weight
+        if isinstance(child, BaseTunerLayer) and new_module is child.get_base_layer():  # unloaded
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -121,10 +125,17 @@ class SnellaModel(BaseTuner):
             module._modules[name] = new_module
 
     def _check_merge_allowed(self) -> None:
-        """Give layers that share their weight (tied embeddings) their own: only they are adapted.
+        """Refuse what would not be the live model; give layers that share a weight their own.
 
-        PEFT warns that the others would change.
+        Of tied embeddings only the adapted ones change (PEFT warns that the others would).
         """
+        for wrapper in self._wrappers():
+            if not isinstance(wrapper, LoraLayer) or wrapper.lora_variant:
+                raise UserError(
+                    f"{wrapper.base_layer.key!r} also carries an adapter of "
+                    f"{type(wrapper).__module__} that is more than a sum with SNELLA's: they "
+                    "cannot be merged together."
+                )
         modules = list(self.model.modules())
         holders = Counter(id(p) for module in modules for p in module._parameters.values())
         for layer in modules:
@@ -133,13 +144,39 @@ class SnellaModel(BaseTuner):
                 if weight is not None and holders[id(weight)] > 1:
                     layer.untie()
 
+    def _wrappers(self) -> list[Any]:
+        """Layers of other methods around SNELLA's (``inject_adapter_in_model``)."""
+        return [
+            module
+            for module in self.model.modules()
+            if isinstance(module, BaseTunerLayer)
+            and isinstance(getattr(module, "base_layer", None), SnellaLinear)
+        ]
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        """PEFT sees only the outermost of several adapter layers."""
+        if merge:
+            self._check_merge_allowed()
+            for wrapper in self._wrappers():
+                wrapper.base_layer.merge(safe_merge, adapter_names)
+        unloaded: Any = super()._unload_and_optionally_merge(
+            merge, progressbar, safe_merge, adapter_names
+        )
+        return unloaded
+
     def on_epoch_start(self, epoch: int, epochs: int, steps_per_epoch: int | None = None) -> None:
         """Lower the budget for this epoch (0 … ``epochs`` − 1) and share it out among layers."""
-        allocator.on_epoch_start(self.model, epoch, epochs, steps_per_epoch)
+        hooks.on_epoch_start(self.model, epoch, epochs, steps_per_epoch)
 
     def on_step_end(self) -> None:
         """Take in the gradients of the step just made; call before they are cleared."""
-        allocator.on_step_end(self.model)
+        hooks.on_step_end(self.model)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -151,7 +188,7 @@ class SnellaModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """What PEFT saves of this adapter; warns of what the file will not tell."""
-        allocator.check_density(model, adapter_name)
+        saving.check_density(model, adapter_name)
         saving.check_scale(model, adapter_name)
         state: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -160,9 +197,9 @@ class SnellaModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """Names in files do not tell whether the model was compiled."""
+        """Names in files do not tell whether the model was compiled, or what wraps its layers."""
         name: str = super()._remove_adapter_name_from_key(key, adapter_name)
-        return name.replace(COMPILED, "")
+        return _WRAPPED.sub("", name.replace(COMPILED, ""))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

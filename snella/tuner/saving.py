@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snella.errors import UserError
+from snella.tuner.allocator import kept_entries
 from snella.tuner.config import SnellaConfig
+from snella.tuner.hooks import snella_layers
 from snella.tuner.layer import SnellaLayer
 
 PREFIX = "base_model.model."
@@ -39,6 +41,32 @@ def check_origin(model: nn.Module, state: dict[str, Tensor], prefix: str) -> Non
             f"The SNELLA file has {len(strange)} tensors of layers that this model does not adapt, "
             f"{strange[0]!r} for one: is it of another backbone? They are left out.",
             stacklevel=5,
+        )
+
+
+def check_density(model: nn.Module, adapter_name: str) -> None:
+    """Warn if an adapter that was trained here keeps more entries than its schedule ends with."""
+    layers = snella_layers(model, adapter_name)
+    allocator = layers[0].allocators.get(adapter_name) if layers else None
+    if allocator is None or allocator.epoch is None or allocator.expected:
+        return
+    config, schedule = allocator.config, allocator.schedule(layers)
+    if not config.allocation or layers[0].snella_budget[adapter_name].is_meta:
+        return
+    asked = schedule.budget(allocator.updates - 1, allocator.updates)
+    if asked >= int(schedule.start):  # it never falls
+        asked = int(schedule.target)
+    layers = allocator.competing(layers)
+    total = sum(layer.slice_size * layer.slices for layer in layers)
+    kept = kept_entries(layers, adapter_name)
+    if kept > asked + sum(layer.slices for layer in layers):  # sharing may round up
+        warnings.warn(
+            f"The SNELLA adapter {adapter_name!r} keeps {kept:,} of {total:,} entries, not the "
+            f"{asked:,} of target_sparsity={config.target_sparsity}: training is in epoch "
+            f"{allocator.epoch} of 0 … {allocator.epochs - 1}. That is as it should be for a "
+            "checkpoint; after early stopping, or if on_epoch_start() is not called before every "
+            "epoch, the adapter stays denser than asked.",
+            stacklevel=4,
         )
 
 

@@ -90,6 +90,8 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _is_matrix(module: nn.Module) -> bool:
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, SnellaLayer):
+        module = module.get_base_layer()  # of another method; refused later, not left out here
     if isinstance(module, nn.Conv2d):  # ConvNeXt with conv_mlp, which writes its MLP so
         return module.kernel_size == (1, 1) and module.groups == 1
     return isinstance(module, _TYPES) and not _is_attention(module)

@@ -9,6 +9,7 @@ nothing is seen, nothing is concluded.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +17,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from snella.errors import UserError
 
-# Steps without a hook before the hooks are taken to be forgotten; a loaded state or a learning-rate
-# finder may step a few times before training begins.
+# Steps of one optimizer without a hook before the hooks are taken to be forgotten; a loaded state
+# or a learning-rate finder may step a few times before training begins.
 PATIENCE = 3
 # Factors known, beyond which those of deleted models are looked for.
 _MANY = 10_000
@@ -39,8 +40,13 @@ TOO_OFTEN = (
 )
 TWICE = "SNELLA's on_step_end() was called twice for one step: call it once per optimizer.step()."
 
-# By the id of a trained factor: itself (it may be gone, and the id be another's) and its adapter's.
-_watched: dict[int, tuple[weakref.ref[Tensor], Watch]] = {}
+# By the id of a trained factor: the layer and the name of the adapter that hold it (it may be gone,
+# and the id be another's), and its adapter's watch. Not the factor itself: tensors with weak
+# references cannot be swapped (torch.__future__.set_swap_module_params_on_conversion).
+_watched: dict[int, tuple[weakref.ref[Any], str, Watch]] = {}
+# Optimizers that have stepped. Watches are copied and saved with their model, optimizers not.
+_optimizers: weakref.WeakKeyDictionary[Watch, weakref.WeakSet[Optimizer]]
+_optimizers = weakref.WeakKeyDictionary()
 
 
 class Watch:
@@ -49,42 +55,66 @@ class Watch:
     def __init__(self) -> None:
         self.forwards_ever = self.steps_ever = False
         self.forward = self.hooked = False  # an F since the last H; an H at all
+        self.right = False  # an H after an S was seen: what follows does not mistake the order
         self.steps = 0  # S since the last H
-        self.unseen = 0  # S since any hook
+        self.unseen: Counter[int] = Counter()  # S since any hook, by optimizer
 
-    def on_forward(self, factor: Tensor) -> None:
-        """F of a layer with this trained factor."""
+    def on_forward(self, layer: Any, name: str) -> None:
+        """F of a layer whose adapter of this name trains."""
         self.forward = self.forwards_ever = True
+        factor = layer.snella_A[name]
         known = _watched.get(id(factor))
-        if known is None or known[1] is not self or known[0]() is not factor:
+        if known is None or known[2] is not self or known[0]() is not layer:
             if len(_watched) > _MANY:
-                for key in [key for key, (alive, _) in _watched.items() if alive() is None]:
+                for key in [key for key, (alive, _, _) in _watched.items() if alive() is None]:
                     del _watched[key]
-            _watched[id(factor)] = weakref.ref(factor), self
+            _watched[id(factor)] = weakref.ref(layer), name, self
 
-    def on_step(self) -> None:
-        """S of an optimizer that holds a factor of the adapter; raises ``UserError``."""
+    def on_step(self, optimizer: Optimizer) -> None:
+        """S of an optimizer that holds factors with gradients; raises ``UserError``."""
+        _optimizers.setdefault(self, weakref.WeakSet()).add(optimizer)
         self.steps_ever = True
         self.steps += 1
-        self.unseen += 1
-        if self.unseen > PATIENCE:
+        self.unseen[id(optimizer)] += 1
+        if self.unseen[id(optimizer)] > PATIENCE:
             raise UserError(FORGOTTEN)
-        if self.hooked and self.forwards_ever and not self.forward and self.steps == 1:
+        early = self.hooked and self.forwards_ever and not self.forward and self.steps == 1
+        if early and not self.right:
             raise UserError(TOO_EARLY)
 
     def on_epoch_start(self) -> None:
         """The other hook: training calls hooks."""
-        self.unseen = 0
+        self.unseen.clear()
 
-    def on_step_end(self, grads: list[Tensor | None]) -> None:
-        """H, with the step's gradients; raises ``UserError`` if the events before it are wrong."""
+    @property
+    def passed_by(self) -> bool:
+        """Whether forwards are seen, and the last step had none: its batch needs no adapter."""
+        return self.forwards_ever and not self.forward
+
+    def on_step_end(self, grads: list[Tensor | None]) -> bool:
+        """H, with the step's gradients: whether a step was made that counts.
+
+        A scaler leaves out the steps of an optimizer that has a gradient which is not finite,
+        though it need not be one of the adapter. Raises ``UserError`` if the events before are
+        wrong.
+        """
+        counts = True
         if self.hooked and self.forwards_ever and self.steps == 0:
-            # A scaler skips the steps whose gradients are not finite.
-            if self.forward and self.steps_ever and _finite(grads):
-                raise UserError(TOO_OFTEN)
+            if self.forward and self.steps_ever:
+                if _finite(grads + self._other_gradients()):
+                    raise UserError(TOO_OFTEN)
+                counts = not _finite(grads)  # the scores count and report steps of this kind
             if not self.forward and all(g is None or g.device.type == "cpu" for g in grads):
                 raise UserError(TWICE)  # elsewhere it may be a captured graph
-        self.hooked, self.forward, self.steps, self.unseen = True, False, 0, 0
+        self.right |= self.steps > 0
+        self.hooked, self.forward, self.steps = True, False, 0
+        self.unseen.clear()
+        return counts
+
+    def _other_gradients(self) -> list[Tensor | None]:
+        """Of everything that the adapter's optimizers train."""
+        optimizers = _optimizers.get(self, ())
+        return [p.grad for o in optimizers for group in o.param_groups for p in group["params"]]
 
 
 def _finite(grads: list[Tensor | None]) -> bool:
@@ -98,10 +128,15 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             known = _watched.get(id(parameter))
-            if known is not None and known[0]() is parameter:
-                found[id(known[1])] = known[1]
+            if known is not None and parameter.grad is not None and _holds(known, parameter):
+                found[id(known[2])] = known[2]
     for watch in found.values():
-        watch.on_step()
+        watch.on_step(optimizer)
+
+
+def _holds(known: tuple[weakref.ref[Any], str, Watch], parameter: Tensor) -> bool:
+    layer, name = known[0](), known[1]
+    return layer is not None and name in layer.snella_A and layer.snella_A[name] is parameter
 
 
 register_optimizer_step_post_hook(_after_step)
