@@ -89,10 +89,8 @@ def atomic_folder(folder: Path, *, bytes_needed: int = 0, purpose: str = "") -> 
                 f"No space left in {folder.parent}: {purpose or 'this'} needs about "
                 f"{bytes_needed:,} bytes. Free some or choose another folder; nothing was written."
             ) from error
-        own = (error.errno or 0) in REMEDIES and str(error.filename) in (
-            str(partial),
-            str(partial.parent),
-        )
+        places = (str(partial), str(partial.parent))
+        own = (error.errno or 0) in REMEDIES and str(error.filename) in places
         if own or error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
             remedy = REMEDIES[error.errno or 0]
             raise UserError(f"Cannot write {folder}: {error.strerror}; {remedy}.") from error
