@@ -61,6 +61,7 @@ REMEDIES = {
     errno.ENOTDIR: "a part of the path is a file; correct it",
     errno.EEXIST: "a file stands where a folder is needed; move it or choose another place",
     errno.ENAMETOOLONG: "shorten the name",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f) or choose another place",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 

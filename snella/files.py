@@ -40,7 +40,8 @@ def atomic(path: Path) -> Iterator[Path]:
             f"Cannot write {str(path)[:300]}: {error.strerror or error}; {remedy}."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which would hide what was wrong
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -88,8 +89,10 @@ def atomic_folder(folder: Path, *, bytes_needed: int = 0, purpose: str = "") -> 
                 f"No space left in {folder.parent}: {purpose or 'this'} needs about "
                 f"{bytes_needed:,} bytes. Free some or choose another folder; nothing was written."
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            remedy = REMEDIES[error.errno]
+        places = (str(partial), str(partial.parent))
+        own = (error.errno or 0) in REMEDIES and str(error.filename) in places
+        if own or error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            remedy = REMEDIES[error.errno or 0]
             raise UserError(f"Cannot write {folder}: {error.strerror}; {remedy}.") from error
         raise
     finally:

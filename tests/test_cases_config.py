@@ -340,6 +340,44 @@ def test_a_folder_without_write_access(tmp_path, capsys):
     assert "locked" in message
 
 
+def test_what_cannot_be_written_is_named_and_not_the_file_beside_it(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/x", "x" * 300):
+        message = says(capsys, "schema", "--out", tmp_path / place)
+        assert "Cannot write" in message and ".config.schema" not in message, message
+
+
+def test_folders_of_plug_ins_must_be_there(capsys):
+    for key in ("tasks", "baselines"):
+        message = says(capsys, "methods", "--config", f"{key}=/nowhere")
+        assert "no folder /nowhere" in message and key in message
+
+
+def test_a_package_that_a_method_imports_is_missed_when_runs_are_planned(tmp_path, caplog):
+    (tmp_path / "mine.py").write_text("import no_such_package.part\nimport helper\n")
+    (tmp_path / "helper.py").write_text("")
+    entry = {"methods": {"mine": {"file": f"{tmp_path}/mine.py"}}}
+    path = write(tmp_path, {**entry, "suites": {"mine": {**SUITE, "methods": ["mine"]}}})
+    plan.plan(configuration.load(Path(path)))
+    assert "imports no_such_package, which is not installed" in caplog.text
+    assert "helper" not in caplog.text
+
+
+def test_streams_that_are_closed_are_no_error():
+    command = f"{sys.executable} -m snella.cli methods <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["-v"], ["--versio"], ["help", "plna"], ["data"]])
+def test_words_before_a_verb(capsys, arguments):
+    assert "Unknown" in (message := says(capsys, *arguments)) or "required" in message
+
+
+def test_download_takes_its_options_in_any_order(tmp_path, capsys):
+    for arguments in (["--to", str(tmp_path), "svhm"], ["svhm", "--to", str(tmp_path)]):
+        assert "Did you mean 'svhn'" in says(capsys, "data", "download", *arguments)
+
+
 def test_the_traceback_is_in_the_log_alone(tmp_path, monkeypatch, capsys):
     def broken(*arguments):
         raise ZeroDivisionError("1 / 0")

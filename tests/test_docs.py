@@ -337,3 +337,4 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "snella.results.frame" in (tmp_path / "s/api/index.html").read_text()
+    assert (tmp_path / "s/step_time_gpu.png").is_file()  # pictures that pages show lie in docs/

@@ -16,6 +16,7 @@ from snella.cli import main
 from snella.jobs.runs import find_run
 from snella.report.runs.details import describe, repeat
 from snella.report.runs.diff import compare, compare_records
+from snella.suite.status import is_running
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"suite": "smoke", "seed": 0, "method": {"name": "lora-8"}, "results": "results"}
@@ -308,3 +309,13 @@ def test_the_public_validator_accepts_the_crate(results, tmp_path):
     )  # fmt: skip
     found = json.loads((tmp_path / "found.json").read_text())
     assert done.returncode == 0 and found["passed"], found["issues"]
+
+
+def test_a_pipe_where_a_file_was_does_not_stop_the_look(results):
+    folder = next(results.glob("runs/*/*/*/*/*/record.json")).parent
+    for name in ("config.json", "history.csv", "log.txt", ".lock"):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+    found = describe(folder)
+    assert (found["settings"], found["curve"], found["log"]) == (None, {}, [])
+    assert not is_running(folder)

@@ -23,6 +23,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; whatever ends it is one line on stderr, and a traceback is in the log only."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _open_streams()
     _speakable()
     try:
         if given[:2] == WARM and (done := _hand_over(given)) is not None:
@@ -78,6 +79,13 @@ def _check_environment() -> None:
             raise UserError(
                 f"{name}={value!r} is no number of threads; unset it, or set it to 1 or more."
             )
+
+
+def _open_streams() -> None:
+    """Python has no object for a standard stream that was closed (`>&-`): give it a sink."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _speakable() -> None:

@@ -50,6 +50,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     subs = _verbs_of(parser)
     name = arguments[0]
+    if name == "help":
+        arguments, name = [*arguments[1:2], "--help"], "--help"
+    if name.startswith("-") and name not in (known := _options_of(parser, deep=False)):
+        raise unknown("option of `snella`", name, known)
     if not name.startswith("-") and name not in subs:
         raise unknown("verb", name, subs)
     if name in subs:
@@ -65,11 +69,12 @@ def _end_of_options(arguments: Sequence[str]) -> int:
     return list(arguments).index("--") if "--" in arguments else len(arguments)
 
 
-def _options_of(parser: argparse.ArgumentParser) -> set[str]:
-    """The options of a verb and of its parts."""
+def _options_of(parser: argparse.ArgumentParser, deep: bool = True) -> set[str]:
+    """The options of a verb and, if ``deep``, of its parts."""
     shown = (action for action in parser._actions if action.help != argparse.SUPPRESS)
     own = {option for action in shown for option in action.option_strings}
-    return own.union(*(_options_of(part) for part in _verbs_of(parser).values()))
+    parts = _verbs_of(parser).values() if deep else ()
+    return own.union(*map(_options_of, parts))
 
 
 def _verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -89,10 +89,11 @@ def forget_failures(
         if is_running(folder):
             busy.append(folder)
             continue
-        (folder / FAILURE).unlink(missing_ok=True)
         record = read_record(folder) if diverged else None
-        if record is not None and record["status"] == "diverged":
-            for name in (RECORD, FINISHED):
-                (folder / name).unlink(missing_ok=True)
-        cleared.append(folder)
+        names = (RECORD, FINISHED) if record and record["status"] == "diverged" else ()
+        marks = [mark for name in (FAILURE, *names) if (mark := folder / name).exists()]
+        for mark in marks:
+            mark.unlink(missing_ok=True)
+        if marks:
+            cleared.append(folder)
     return cleared, busy

@@ -151,7 +151,7 @@ class WorkflowPlan:
         names = [f"{name}.tex" for name in self.config.tables]
         names += [f"{name}.pdf" for name in self.config.figures]
         names += [f"{name}/search.yaml" for name in self.config.suites]
-        names += ["report.html", "audit.tex"]
+        names += ["report.html", "audit.html"]
         own = target.removeprefix(f"{results}/")
         tries = (own if own != target else "", Path(target).name, f"{Path(target).stem}.tex")
         close = next(filter(None, (closest(name, names) for name in tries)), None)

@@ -234,13 +234,15 @@ class _Declared(Strict):
 def declared(file: str, changed: int) -> type[BaseModel] | None:
     """The typed fields of a method file's one class, or None where its text does not tell."""
     try:
-        tree = ast.parse(Path(file).read_bytes())
+        tree = ast.parse(Path(file).read_bytes(), Path(file).name)
     except SyntaxError as error:
         raise UserError(
             f"Method file {file} does not import: {one_line(error)}; correct the file."
         ) from error
     except (OSError, ValueError, RecursionError):
         return None  # the job says what is wrong
+    for package in packages.lacking(tree, Path(file).parent):
+        log.warning("Method file %s imports %s, which is not installed here.", file, package)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     own = [node for node in classes.values() if node.name[0] != "_" and _family(node, classes)]
     if len(own) != 1:

@@ -360,7 +360,18 @@ def _merged(
         merged["methods"] = {name: _row(name, row) for name, row in merged["methods"].items()}
     config = validate(Config, merged, "configuration", origins)
     config._origins = origins
+    _check_folders(config)
     return config
+
+
+def _check_folders(config: Config) -> None:
+    """Folders of plug-ins that a user names must be there; the default ones may be left out."""
+    for key in ("baselines", "tasks"):
+        name = getattr(config, key)
+        default = name == type(config).model_fields[key].default
+        if not (default or Path(name).is_dir() or (CHECKOUT / name).is_dir()):
+            place = config.where((key,)) or "configuration"
+            raise UserError(f"{place}: there is no folder {name} (`{key}:`); correct the path.")
 
 
 def _shipped(path: Path, origins: Origins) -> dict[str, Any]:

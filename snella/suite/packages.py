@@ -39,6 +39,20 @@ def is_architecture(name: str) -> bool:
     return not text or b"def %b(" % word in text or b"'%b'" % word in text
 
 
+def lacking(tree: ast.Module, folder: Path) -> list[str]:
+    """Packages that a file imports at its start and that are not found, nor beside it."""
+    names = [alias.name for node in tree.body if isinstance(node, ast.Import)
+             for alias in node.names]  # fmt: skip
+    names += [node.module for node in tree.body
+              if isinstance(node, ast.ImportFrom) and node.module and not node.level]  # fmt: skip
+    tops = dict.fromkeys(name.partition(".")[0] for name in names)
+    return [
+        top for top in tops
+        if not any((folder / f"{top}{ending}").exists() for ending in ("", ".py"))
+        if find_spec(top) is None
+    ]  # fmt: skip
+
+
 @cache
 def arguments(arch: str) -> dict[str, str] | None:
     """What a timm architecture can be built with: names, each with its annotation's text.

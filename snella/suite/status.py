@@ -91,10 +91,15 @@ def _digest_in(manifest: str, changed: int) -> str:
     return str(json.loads(Path(manifest).read_text(encoding="utf-8"))["digest"])
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting for a writer, should a pipe stand there."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def is_running(folder: Path) -> bool:
     """Whether a process holds the run's lock."""
     try:
-        with open(f"{folder}/.lock") as lock:
+        with open(f"{folder}/.lock", opener=_at_once) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # NFS: an exclusive one needs writing
     except BlockingIOError:
         return True

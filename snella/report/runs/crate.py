@@ -7,6 +7,9 @@ times, how it ended, and why. https://www.researchobject.org/workflow-run-crate/
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +62,15 @@ def write(sources: Sources, out: Path, version: str, *, adapters: bool = False) 
     if (out.is_dir() and any(out.iterdir())) or (out.is_file() and out.suffix != ".zip"):
         raise UserError(f"{out} exists; name a new folder or a .zip file.")
     crate = build(sources, version, adapters=adapters)
+    files = [Path(part.source) for part in crate.data_entities if getattr(part, "source", None)]
+    needed = sum(file.stat().st_size for file in files if file.is_file())
     if out.suffix == ".zip":
         with atomic(out) as temporary:
+            if shutil.disk_usage(temporary.parent).free < needed:  # else rocrate prints a traceback
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             crate.write_zip(temporary)
     else:
-        with atomic_folder(out, purpose="the crate") as folder:
+        with atomic_folder(out, bytes_needed=needed, purpose="the crate") as folder:
             crate.write(folder)
     return out
 

@@ -6,6 +6,7 @@ Everything comes from the run's own folder, so that it reads the same on another
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import shlex
@@ -74,17 +75,23 @@ def _unfinished(settings: Mapping[str, Any]) -> Record:
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """The run's resolved settings, if the folder has them in a readable form."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(_text(folder / "config.json"))
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
 
+def _text(path: Path) -> str:
+    """A text file's content; raises ``OSError`` for anything else, which could block."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return path.read_bytes().decode("utf-8")
+
+
 def read_curve(folder: Path) -> dict[str, list[float | None]]:
     """The columns of ``history.csv``, one value per epoch; None where there is no number."""
     try:
-        with (folder / "history.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(_text(folder / "history.csv"), newline="")))
     except (OSError, ValueError, csv.Error):
         return {}
     names = [name for name in (rows[0] if rows else {}) if name]
@@ -102,6 +109,8 @@ def _number(text: Any) -> float | None:
 def log_tail(folder: Path, lines: int = LOG_LINES) -> list[str]:
     """The last lines of the run's log, without characters that would move a cursor."""
     try:
+        if not (folder / "log.txt").is_file():
+            return []
         with (folder / "log.txt").open("rb") as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - LOG_CHARACTERS))
