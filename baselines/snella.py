@@ -85,7 +85,7 @@ class Snella(Method):
         )
 
     def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
-        on_epoch_start(model, epoch, epochs)
+        on_epoch_start(model, epoch, epochs, self.steps_per_epoch)
 
     def on_step_end(self, model: nn.Module) -> None:
         on_step_end(model)

@@ -121,6 +121,7 @@ def _optimise(
             if parameter.grad is not None and bool(parameter.grad.any()):
                 live.add(name)
 
+    method.steps_per_epoch = STEPS
     for epoch in range(EPOCHS):
         seed_everything(3 + epoch)
         model.train()

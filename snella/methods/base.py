@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from torch import Tensor, nn
 
 from snella.errors import CannotMerge, Unsupported, UserError, one_line, unknown
@@ -57,6 +57,17 @@ class Method(BaseModel):
     """Order of the training images that :meth:`calibrate` sees."""
     calibration_views: ClassVar[int] = 0
     """Augmented views per image in the key ``views`` (B, n, 3, H, W) of calibration batches."""
+
+    _steps_per_epoch: int | None = PrivateAttr(None)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps of an epoch; who trains sets it before the first one."""
+        return self._steps_per_epoch
+
+    @steps_per_epoch.setter
+    def steps_per_epoch(self, steps: int) -> None:
+        self._steps_per_epoch = steps
 
     def adapt(self, model: nn.Module) -> None:
         """Change the frozen ``model`` in place and set ``requires_grad`` on what trains."""

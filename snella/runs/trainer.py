@@ -101,6 +101,7 @@ class Trainer:
         steps = task.steps(protocol.train_split)
         self.steps = -(-steps // protocol.accumulation)
         self.epochs = protocol.total_epochs(self.steps)
+        method.steps_per_epoch = self.steps
         fp16 = protocol.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type) if fp16 else None
 
