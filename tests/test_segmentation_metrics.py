@@ -128,6 +128,21 @@ def test_boundary_f_by_hand() -> None:
     assert boundary_f(far, true, 1) == pytest.approx(within / len(near))
 
 
+@pytest.mark.parametrize("tolerance", [0.5, 1.0, 2**0.5, 3.3, 10.0])
+def test_boundary_f_is_that_of_a_distance_map(tolerance: float) -> None:
+    """As DAVIS's evaluation finds it: the distance of every pixel to the other boundary."""
+    from scipy.ndimage import binary_erosion, distance_transform_edt
+
+    rng = np.random.default_rng(0)
+    for share in (0.02, 0.3, 0.7):
+        ours, true = rng.random((2, 29, 41)) < share
+        a, b = (mask & ~binary_erosion(mask, border_value=1) for mask in (ours, true))
+        precision = (distance_transform_edt(~b)[a] <= tolerance).mean()
+        recall = (distance_transform_edt(~a)[b] <= tolerance).mean()
+        expected = 2 * precision * recall / (precision + recall)
+        assert boundary_f(ours, true, tolerance) == pytest.approx(expected, rel=1e-12)
+
+
 def _ring(mask: np.ndarray) -> np.ndarray:
     from scipy.ndimage import binary_erosion
 

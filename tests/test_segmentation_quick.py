@@ -309,6 +309,18 @@ def test_the_figure_is_drawn_from_files(tmp_path: Path) -> None:
     assert f"missing or damaged: {first.method}." in left.text
 
 
+def test_the_suites_search_tries_four_rates_for_every_row() -> None:
+    from snella.suite import plan
+    from snella.suite.config import load
+
+    runs = plan.search_runs(load(overrides={"suite": "quick_segmentation"}))
+    rates: dict[str, set[float]] = {}
+    for run in runs:
+        assert run.dataset.scored == "val" and run.protocol.train_split == "train"
+        rates.setdefault(run.method.name, set()).add(run.protocol.lr)
+    assert len(runs) == 4 * 30 and all(len(found) == 4 for found in rates.values())
+
+
 def test_table_and_figure_come_from_the_quick_segmentation_suite(tmp_path: Path) -> None:
     from snella.errors import UserError
     from snella.jobs import figures

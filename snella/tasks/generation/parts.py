@@ -136,7 +136,7 @@ def _check_fit(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> None:
         pairs.append((*tokens, "text encoders' hidden_size together", joined))
     for name, encoder in (("tokenizer", first), ("tokenizer_2", second)):
         length, most = parts[name].get("model_max_length"), encoder.get("max_position_embeddings")
-        if length is not None and most is not None and length > most:
+        if isinstance(length, int) and isinstance(most, int) and length > most:
             pairs.append((f"{name}'s model_max_length", length, "text encoder's positions", most))
     for here, one, there, other in pairs:
         if None not in (one, other) and one != other:

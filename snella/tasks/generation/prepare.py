@@ -44,9 +44,10 @@ def check(name: str, spec: DatasetSpec) -> None:
     own = spec.options.get("prompts")
     if own is not None and (not isinstance(own, list) or not own):
         raise UserError(f"`datasets.{name}.options.prompts` must be a list of templates.")
-    for number, template in enumerate(own or ()):
+    templates = list(own or ())
+    for number, template in enumerate(templates):
         check_template(str(template), f"datasets.{name}.options.prompts")
-        if template in (own or ())[:number]:
+        if template in templates[:number]:
             raise UserError(
                 f"`datasets.{name}.options.prompts` has {template!r} twice; remove one."
             )
