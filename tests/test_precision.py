@@ -69,4 +69,6 @@ def test_parameters_that_cannot_be_fused_are_stepped_plainly() -> None:
     meta = nn.Parameter(torch.empty(3, device="meta"))
     optimizer = build_optimizer("adamw", [{"params": [meta]}], 0.1)
     assert not optimizer.defaults["fused"]
+    real = [{"params": [nn.Parameter(torch.zeros(3))]}]
+    assert not build_optimizer("adamw", real, 0.1, fused=False).defaults["fused"]
     assert "fused" not in build_optimizer("rprop", [{"params": [meta]}], 0.1).defaults

@@ -24,13 +24,18 @@ def optimizer_names() -> dict[str, str]:
 
 
 def build_optimizer(
-    name: str, groups: list[dict[str, Any]], lr: float, momentum: float = 0.9
+    name: str,
+    groups: list[dict[str, Any]],
+    lr: float,
+    momentum: float = 0.9,
+    fused: bool = True,
 ) -> torch.optim.Optimizer:
     """The optimizer ``name`` on parameter ``groups``; ``momentum`` is used by SGD and RMSprop.
 
     Fused where torch offers it: one pass over all parameters, which on small models saves several
-    per cent of a step. Raises :class:`~snella.errors.UserError` for an unknown name, or 8-bit
-    without bitsandbytes.
+    per cent of a step; not with ``fused=False``, for a fused optimizer hides from its hooks which
+    steps a gradient scaler left out. Raises :class:`~snella.errors.UserError` for an unknown name,
+    or 8-bit without bitsandbytes.
     """
     names = optimizer_names()
     if name not in names:
@@ -40,7 +45,7 @@ def build_optimizer(
     cls = getattr(torch.optim, names[name])
     known = inspect.signature(cls).parameters
     extra: dict[str, Any] = {"momentum": momentum} if "momentum" in known else {}
-    if "fused" in known and all(map(_fusible, (p for g in groups for p in g["params"]))):
+    if fused and "fused" in known and all(map(_fusible, (p for g in groups for p in g["params"]))):
         extra["fused"] = True
     built: torch.optim.Optimizer = cls(groups, lr=lr, **extra)
     return built

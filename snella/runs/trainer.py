@@ -140,7 +140,9 @@ class Trainer:
     def _optimizer(self) -> torch.optim.Optimizer:
         protocol = self.protocol
         groups = self.method.parameter_groups(self.model, protocol.lr, protocol.weight_decay)
-        optimizer = build_optimizer(protocol.optimizer, groups, protocol.lr, protocol.momentum)
+        optimizer = build_optimizer(
+            protocol.optimizer, groups, protocol.lr, protocol.momentum, fused=self.scaler is None
+        )
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         if protocol.ema_decay:
             self.ema = {n: p.detach().clone() for n, p in trainable(self.model).items()}
