@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from scipy.stats import rankdata
 
 from snella.errors import UserError
 from snella.report import tidy
-from snella.report.noise import Noise, holm, leading, measure, p_value
+from snella.report.noise import Noise, holm, leading, measure, p_value, read_scores
 from snella.report.statistics import (
     average_ranks,
     bootstrap,
@@ -156,6 +157,23 @@ def test_one_seed_of_right_and_wrong_is_mcnemars_exact_test(tmp_path):
     expected = pytest.approx(stats.binomtest(10, 13).pvalue, rel=1e-12)
     assert p_value([(1.0, 0.07, noise)], "a", "b") == expected
     assert p_value([(1.0, 0.0, noise)], "a", "a") == 1.0
+
+
+@pytest.mark.parametrize("kind", ["noise", "npy", "text", "square", "cut"])
+def test_damaged_scores_are_said_and_not_compared(tmp_path, caplog, kind):
+    path = tmp_path / "scores.npz"
+    arrays = {"text": np.array(["a", "b"]), "square": np.ones((2, 2))}
+    np.savez(path, **{"last/top1": arrays.get(kind, np.ones(4, np.float32))})
+    data = {"noise": b"\xff" * 99, "cut": path.read_bytes()[:-30]}.get(kind, path.read_bytes())
+    path.write_bytes(data)
+    if kind == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.ones(4))
+    run = SimpleNamespace(
+        folder=tmp_path, scores="scores.npz", selection="last", metric="top1", value=1.0
+    )
+    assert read_scores(run) is None
+    assert "scores.npz is damaged" in caplog.text
 
 
 def test_other_scores_are_the_paired_t_test(tmp_path):

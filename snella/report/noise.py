@@ -10,6 +10,7 @@ with the squared weights of the mean; the data sets themselves are taken as give
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snella.errors import one_line
+
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+log = logging.getLogger("snella")
 ALPHA = 0.05
 AGREE = 1e-3  # a metric is a mean over images if its scores average to it within this
 
@@ -102,11 +106,18 @@ def read_scores(run: Any) -> np.ndarray | None:
     path = Path(run.folder) / str(run.scores)
     if not run.scores or not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        key = f"{run.selection}/{run.metric}"
-        if key not in arrays:
-            return None
-        scores = arrays[key]
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            key = f"{run.selection}/{run.metric}"
+            if key not in arrays:
+                return None
+            scores = arrays[key]
+        if scores.ndim != 1 or scores.dtype.kind not in "fiub":
+            raise ValueError(f"{scores.dtype} of shape {scores.shape}")
+    except Exception as error:  # whatever zipfile, zlib and NumPy make of a damaged file
+        log.warning("%s is damaged (%s), so its row is not compared with others; run it again.",
+                    path, one_line(error))  # fmt: skip
+        return None
     mean = float(np.mean(scores, dtype=np.float64)) if scores.size else math.nan
     return scores if abs(mean - run.value) <= AGREE * max(1.0, abs(run.value)) else None
 

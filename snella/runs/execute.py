@@ -108,6 +108,8 @@ def _make(folder: Path) -> None:
         (folder / ".lock").touch()
     except OSError as error:
         raise UserError(f"Cannot write results in {folder}: {error.strerror or error}.") from error
+    if not (folder / ".lock").is_file():
+        raise UserError(f"{folder / '.lock'} is no regular file; remove it.")
 
 
 def _score(run: Run, data: Prepared, training: dict[str, Any], folder: Path) -> Record:
