@@ -37,7 +37,7 @@ def make(polyps: Path, results: Path) -> Run:
         "method": {"name": "snella", "file": (ROOT / "baselines" / "snella.py").as_posix(),
                    "hyperparameters": {"rank": 4}},
         "protocol_name": "test",
-        "protocol": {"epochs": 4, "batch_size": 24, "train_split": "train", "warmup_epochs": 0},
+        "protocol": {"epochs": 2, "batch_size": 24, "train_split": "train", "warmup_epochs": 0},
         "settings": {"image_size": 32, "threshold": "val"},
         "results": results.as_posix(),
     })  # fmt: skip
