@@ -40,7 +40,7 @@ def state(run: Run) -> State:
 
     Raises :class:`~snella.errors.UserError` for a record that cannot be read or was changed.
     """
-    folder = run.folder
+    folder = run.place
     record = read_record(folder)
     if is_running(folder):
         return State("running", whereabouts(folder), record)
@@ -91,7 +91,7 @@ def _digest_in(manifest: str, changed: int) -> str:
     return str(json.loads(Path(manifest).read_text(encoding="utf-8"))["digest"])
 
 
-def is_running(folder: Path) -> bool:
+def is_running(folder: Path | str) -> bool:
     """Whether a process holds the run's lock."""
     try:
         with open(f"{folder}/.lock") as lock:
@@ -103,10 +103,10 @@ def is_running(folder: Path) -> bool:
     return False
 
 
-def whereabouts(folder: Path) -> str:
+def whereabouts(folder: Path | str) -> str:
     """Where a run is at work, as its process noted in the lock: host, process, SLURM job."""
     try:
-        noted = json.loads((folder / ".lock").read_text(encoding="utf-8"))
+        noted = json.loads(Path(folder, ".lock").read_text(encoding="utf-8"))
         job = f", SLURM job {noted['slurm']}" if "slurm" in noted else ""
         return f"on {noted['host']}, process {noted['pid']}{job}"
     except (OSError, ValueError, KeyError, TypeError):
