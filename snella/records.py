@@ -123,7 +123,7 @@ def sign(record: Record) -> Record:
     return {**content, "digest": sha256(json_text(content).encode())}
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Path | str) -> Record | None:
     """The record of a run's folder, a failure's if there is no finished one, or None.
 
     Raises :class:`~snella.errors.UserError` for a file that is unreadable, of an unknown schema,
@@ -135,7 +135,7 @@ def read_record(folder: Path) -> Record | None:
     return None
 
 
-def read_failure(folder: Path) -> Record | None:
+def read_failure(folder: Path | str) -> Record | None:
     """How the last try of a run broke, if it did after its last finished result."""
     path = f"{folder}/{FAILURE}"
     return read_file(path) if os.path.exists(path) else None

@@ -80,7 +80,7 @@ def run_list(runs: Iterable[Run]) -> list[dict[str, Any]]:
             "state": name,
             "reason": reason,
             "seconds": ((record or {}).get("cost") or {}).get("train_seconds"),
-            "folder": run.folder.as_posix(),
+            "folder": run.place,
         })  # fmt: skip
     return found
 

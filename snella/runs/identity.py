@@ -45,6 +45,7 @@ _SHARED: dict[str, Any] = {
     "dataset": {"task"},
 }
 _digests: dict[str, str] = {}
+_latest: list[tuple[tuple[object, ...], str]] = []
 ALWAYS = ("numpy", "torch")
 DISTRIBUTIONS = {
     "PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml",
@@ -116,11 +117,19 @@ def _merge_code(file: str, changed: int) -> str:
 
 def settings_digest(run: Run) -> str:
     """SHA-256 of the resolved settings; what a row's runs share of them is digested once."""
-    key = run.model_dump_json(include=_SHARED)
-    if key not in _digests:
-        _digests[key] = digest_json(run.shared())
     dataset = run.dataset.model_dump(exclude={"prepared"}, exclude_defaults=True)
-    return digest_json([_digests[key], dataset, run.base_seed, run.seed])
+    return digest_json([_shared_digest(run), dataset, run.base_seed, run.seed])
+
+
+def _shared_digest(run: Run) -> str:
+    """The seeds of a cell follow each other and have these objects in common."""
+    parts = (run.backbone, run.method, run.protocol, run.settings, run.dataset, run.tasks)
+    if not (_latest and all(a is b for a, b in zip(parts, _latest[0][0], strict=True))):
+        key = run.model_dump_json(include=_SHARED)
+        if key not in _digests:
+            _digests[key] = digest_json(run.shared())
+        _latest[:] = [(parts, _digests[key])]
+    return _latest[0][1]
 
 
 def training_key(run: Run) -> dict[str, object]:

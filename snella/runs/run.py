@@ -67,9 +67,14 @@ class Run(Strict):
         return "/".join((*names, f"seed{self.seed}"))
 
     @property
+    def place(self) -> str:
+        """Where the run's files lie, as text: of ten thousand runs no path is needed."""
+        return f"{self.results}/runs/{self.key}"
+
+    @property
     def folder(self) -> Path:
         """Where the run's files lie."""
-        return _path(f"{self.results}/runs/{self.key}")
+        return _path(self.place)
 
     @property
     def record(self) -> Path:

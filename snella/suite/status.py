@@ -40,7 +40,7 @@ def state(run: Run) -> State:
 
     Raises :class:`~snella.errors.UserError` for a record that cannot be read or was changed.
     """
-    folder = run.folder
+    folder = run.place
     record = read_record(folder)
     if is_running(folder):
         return State("running", whereabouts(folder), record)
@@ -96,7 +96,7 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def is_running(folder: Path) -> bool:
+def is_running(folder: Path | str) -> bool:
     """Whether a process holds the run's lock."""
     try:
         with open(f"{folder}/.lock", opener=_at_once) as lock:
@@ -108,10 +108,10 @@ def is_running(folder: Path) -> bool:
     return False
 
 
-def whereabouts(folder: Path) -> str:
+def whereabouts(folder: Path | str) -> str:
     """Where a run is at work, as its process noted in the lock: host, process, SLURM job."""
     try:
-        noted = json.loads((folder / ".lock").read_text(encoding="utf-8"))
+        noted = json.loads(Path(folder, ".lock").read_text(encoding="utf-8"))
         job = f", SLURM job {noted['slurm']}" if "slurm" in noted else ""
         return f"on {noted['host']}, process {noted['pid']}{job}"
     except (OSError, ValueError, KeyError, TypeError):
