@@ -90,8 +90,10 @@ def test_every_row_passes_on_the_families_it_claims(name: str, monkeypatch) -> N
         supported.append(kind)
         found = examine(subject, without=["parameters, full"])
         assert [f for f in found if f.status == "failed"] == []
-    # A row for a large model may need larger matrices than the tiny ViT has, and then says so.
-    assert "vit" in supported or any("the product is 9216" in reason for reason in reasons)
+    # A row for a large model may need larger matrices or more blocks than the tiny ViT has, and then
+    # says so.
+    small = ("the product is 9216", "is beyond 3")
+    assert "vit" in supported or any(words in r for r in reasons for words in small)
 
 
 def test_a_sound_method_passes_every_check(tmp_path: Path) -> None:

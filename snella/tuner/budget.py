@@ -98,13 +98,6 @@ class _Entries(dict[str, Tensor]):
     buffers up by identity).
     """
 
-    _views: dict[str, Budget]
-
-    def __new__(cls) -> _Entries:  # not __init__, which copies do not call
-        self = super().__new__(cls)
-        self._views = {}
-        return self
-
     def items(self) -> Any:
         return [(name, self._view(name, value)) for name, value in super().items()]
 
@@ -121,9 +114,10 @@ class _Entries(dict[str, Tensor]):
         """A budget that shares its memory; not of tensors that stand in for it in an export."""
         if type(value) is not Tensor:
             return value
-        view = self._views.get(name)
+        views: dict[str, Budget] = self.__dict__.setdefault("views", {})  # copies begin without
+        view = views.get(name)
         if view is None or view._plain is not value:
-            view = self._views[name] = value.as_subclass(Budget)
+            view = views[name] = value.as_subclass(Budget)
             view._plain = value
         return view
 
