@@ -90,8 +90,8 @@ def test_every_row_passes_on_the_families_it_claims(name: str, monkeypatch) -> N
         supported.append(kind)
         found = examine(subject, without=["parameters, full"])
         assert [f for f in found if f.status == "failed"] == []
-    # A row for a large model may need larger matrices or more blocks than the tiny ViT has, and says
-    # so then.
+    # A row for a large model may need larger matrices or more blocks than the tiny ViT has; then it
+    # says so.
     small = ("the product is 9216", "is beyond 3")
     assert "vit" in supported or any(words in r for r in reasons for words in small)
 
