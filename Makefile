@@ -12,9 +12,8 @@ SNAKEMAKE := snakemake --cores $(CORES) --quiet rules host reason
 .PHONY: table1 table5 table6 report test lint unit smoke slurm environment requirements docs pretrain clean
 
 table1: environment
-	$(SNAKEMAKE) -- results/table1.tex
-	@if command -v pdflatex >/dev/null; then $(SNAKEMAKE) -- results/table1.pdf; \
-	else echo "No LaTeX here: results/table1.pdf is left out."; fi
+	$(SNAKEMAKE) -- results/table1.tex $$(command -v pdflatex >/dev/null && echo results/table1.pdf)
+	@command -v pdflatex >/dev/null || echo "No LaTeX here: results/table1.pdf is left out."
 	@snella show table1
 
 # Quick segmentation: Table 5 and its examples, Figure 8

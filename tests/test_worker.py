@@ -175,3 +175,17 @@ def wait_for(path, seconds: float = 60) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("serving", "job", "started"), [(0, 0, 1), (1, 0, 0), (0, 1, 0)])
+def test_a_server_is_started_early_once_and_not_in_a_cluster_job(
+    monkeypatch, serving: int, job: int, started: int
+) -> None:
+    spawned: list[int] = []
+    monkeypatch.setattr(worker, "_serving", lambda: bool(serving))
+    monkeypatch.setattr(worker, "_spawn", lambda: spawned.append(1))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    worker.start_early()
+    assert len(spawned) == started

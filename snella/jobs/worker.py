@@ -63,6 +63,12 @@ def start_in_job(command: Sequence[str]) -> None:
             _spawn()
 
 
+def start_early() -> None:
+    """Start a server before the first job asks for it, while data are prepared."""
+    if available() and not _in_job() and not _serving():
+        _spawn()
+
+
 def _is_value(argument: str) -> bool:
     return not argument.startswith("-")
 

@@ -174,6 +174,8 @@ class WorkflowPlan:
             self._require_inputs(jobs)
             records = [str(job.output[0]) for job in jobs if job.rule.name == "run"]
             cells.begin(records)
+            if records and self.warm and not workflow.non_local_exec:
+                worker.start_early()
             chosen = retries.Retries(records, name)
             retries.install(chosen, _say)
             if name:
