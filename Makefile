@@ -7,13 +7,14 @@ VENV := .venv
 # Let Python keep its compiled bytecode: start-up takes three times as long without.
 unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+LATEX := $(shell command -v pdflatex)
 SNAKEMAKE := snakemake --cores $(CORES) --quiet rules host reason
 
 .PHONY: table1 table5 table6 report test lint unit smoke slurm environment requirements docs pretrain clean
 
 table1: environment
-	$(SNAKEMAKE) -- results/table1.tex $$(command -v pdflatex >/dev/null && echo results/table1.pdf)
-	@command -v pdflatex >/dev/null || echo "No LaTeX here: results/table1.pdf is left out."
+	$(SNAKEMAKE) -- results/table1.tex $(if $(LATEX),results/table1.pdf)
+	$(if $(LATEX),,@echo "No LaTeX here: results/table1.pdf is left out.")
 	@snella show table1
 
 # Quick segmentation: Table 5 and its examples, Figure 8
@@ -53,8 +54,7 @@ smoke: environment
 	$(SNAKEMAKE) --config suite=smoke results=results/smoke -- results/smoke/table1.tex
 	snakemake --cores 1 --config suite=smoke results=results/smoke \
 	  --quiet host -- results/smoke/table1.tex 2>&1 | grep "Nothing to be done"
-	@if command -v pdflatex >/dev/null; then \
-	  $(SNAKEMAKE) --config suite=smoke results=results/smoke -- results/smoke/table1.pdf; fi
+	$(if $(LATEX),$(SNAKEMAKE) --config suite=smoke results=results/smoke -- results/smoke/table1.pdf)
 	$(SNAKEMAKE) --config suite=smoke_segmentation results=results/smoke \
 	  -- results/smoke/table5.tex results/smoke/figure8.pdf
 	@snella show table1 --config suite=smoke results=results/smoke
