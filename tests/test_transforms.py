@@ -384,15 +384,16 @@ def test_transforms_pickle_after_use():
     assert torch.equal(again(image), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", list(NORMALISATIONS))
-def test_large_images_are_normalised_alike_one_by_one(name):
+def test_large_images_are_normalised_alike(name, threads):
     settings = PixelSettings(normalisation=name)
     images = torch.randint(0, 256, (5, 3, 112, 112), dtype=torch.uint8)
     index = torch.tensor([3, 0, 3])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         for given in (images, images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
             assert torch.equal(take(given, index, settings), normalise(given[index], settings))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
