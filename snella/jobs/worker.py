@@ -12,6 +12,7 @@ Inside a cluster job, whose limits must hold, only a server of that very job is 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -31,7 +32,15 @@ from snella.files import try_lock
 
 IDLE_SECONDS = 20
 START_SECONDS = 90
-PRELOAD = ("torch", "timm", "peft", "snella.runs.execute")
+PRELOAD = (
+    "torch",
+    "torch.utils.flop_counter",
+    "timm",
+    "peft",
+    "snella.cli.parser",
+    "snella.jobs.cells",
+    "snella.runs.execute",
+)
 MESSAGE_BYTES = 2**20
 SHORT_PLACES = ("/tmp", "/var/tmp")
 LONGEST_PLACE = 72
@@ -166,11 +175,7 @@ def serve(command: Command) -> None:
     with open(address.with_suffix(".lock"), "w") as lock:
         if try_lock(lock) is False:
             return
-        for name in PRELOAD:
-            __import__(name)
-        from snella.runs import identity
-
-        identity.preload()
+        _preload()
         address.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(address))
@@ -179,6 +184,21 @@ def serve(command: Command) -> None:
                 _loop(listener, lock, command)
             finally:
                 address.unlink(missing_ok=True)
+
+
+def _preload() -> None:
+    """Import and read what every job would, before the first is forked off."""
+    for name in PRELOAD:
+        __import__(name)
+    from snella.runs import identity
+    from snella.tasks import find_task, task_names
+
+    identity.preload()
+    for name in task_names():
+        info = find_task(name)
+        info.task_class()
+        info.scorer_class()
+    gc.freeze()  # children would copy the pages on which a collection marks what they share
 
 
 def _loop(listener: socket.socket, lock: IO[str], command: Command) -> None:
