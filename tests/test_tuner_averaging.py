@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from test_tuner import IMAGES, LABELS, adapted, budgets, layers, logits, trainable
+from test_tuner import IMAGES, LABELS, adapted, backbone, budgets, layers, logits, trainable
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
@@ -76,3 +78,24 @@ def test_budgets_are_plain_integers_elsewhere() -> None:
     moved = copy.deepcopy(model).double().float()
     assert budgets(moved) == budgets(model)
     assert logits(moved).equal(logits(model))
+
+
+def test_an_average_of_the_parameters_alone_is_reported(tmp_path: Path) -> None:
+    """As in many a training script: its budgets are those of the moment when it was copied."""
+    model = adapted(target_sparsity=0.7)
+    average = copy.deepcopy(model)
+
+    def update() -> None:
+        for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
+            mean.data.lerp_(parameter.data, 0.5)
+
+    train(model, update)
+    with pytest.warns(UserWarning, match=r"keeps .* not the .*never called for it.*buffers\(\)"):
+        average.save_pretrained(str(tmp_path))
+    for mine, budget in zip(average.buffers(), model.buffers(), strict=True):
+        mine.copy_(budget)
+    assert budgets(average) == budgets(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        average.save_pretrained(str(tmp_path))
+        PeftModel.from_pretrained(backbone(), str(tmp_path)).save_pretrained(str(tmp_path))

@@ -105,6 +105,31 @@ def loaded(model: nn.Module) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def foreach(model: nn.Module) -> None:
+    torch._foreach_mul_([p.data for p in trained(model)], 1.5)
+
+
+@torch.no_grad()
+def other_storage(model: nn.Module) -> None:
+    exchange(model, lambda p, value: p.set_(value))
+
+
+def swapped(model: nn.Module) -> None:
+    exchange(model, lambda p, value: torch.utils.swap_tensors(p, nn.Parameter(value)))
+
+
+def one_vector(model: nn.Module) -> None:
+    """Every parameter a stretch of the same memory, at an odd place."""
+    vector = nn.utils.parameters_to_vector(trained(model)).detach() * 1.5
+    nn.utils.vector_to_parameters(torch.cat([torch.zeros(1), vector])[1:], trained(model))
+
+
+def assigned(model: nn.Module) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state |= {name: value * 1.5 for name, value in state.items() if "snella_A" in name}
+    model.load_state_dict(state, assign=True)
+
+
 def one_entry(model: nn.Module) -> None:
     layers(model)[0].snella_A["default"].data.view(-1)[5] += 1
 
@@ -130,6 +155,7 @@ def scaled(model: nn.Module) -> None:
 
 CHANGES = [
     *(in_place, by_data, replaced_data, by_numpy, loaded, one_entry),
+    *(foreach, other_storage, swapped, one_vector, assigned),
     *(base_weight, base_rows, budgets, scaled),
 ]
 
@@ -197,14 +223,33 @@ def test_backward_keeps_the_entries_of_its_forward() -> None:
     assert gradients[0].equal(gradients[1])
 
 
+# Edits that a sum over neighbours may not tell: of signs in pairs, and of the order.
+EDITS: list[Callable[[Tensor], Any]] = [
+    lambda w: w[0, :2].neg_(),
+    lambda w: w[0, 1:4:2].neg_(),
+    lambda w: w[0, 3:8:4].neg_(),
+    lambda w: w[5].neg_(),
+    lambda w: w[:, 1].neg_(),
+    lambda w: w[:8, :8].neg_(),
+    lambda w: w[3].copy_(w[3].roll(8)),
+    lambda w: w[:, 1].copy_(w[:, 1].roll(1)),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_fingerprints_tell_weights_apart(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    for shape in ((7, 3), (640, 96)):
+    for shape in ((7, 9), (640, 96), (96, 1024), (20_000, 2)):
         weight = torch.randn(shape, dtype=dtype)
         expected = fingerprint(weight)
         assert fingerprint(weight.clone()).equal(expected)
+        shifted = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(shape)
+        assert fingerprint(shifted).equal(expected)
         for other in (weight.flip(0), weight.flip(1), weight * 2, -weight):
+            assert not fingerprint(other).equal(expected)
+        for edit in EDITS if shape == (640, 96) else ():
+            other = weight.clone()
+            edit(other)
             assert not fingerprint(other).equal(expected)
         for place in range(0, weight.numel(), weight.numel() // 20):
             other = weight.clone()

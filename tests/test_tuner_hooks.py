@@ -111,22 +111,44 @@ def loss_of(model: nn.Module) -> torch.Tensor:
     return nn.functional.cross_entropy(model(IMAGES), LABELS)
 
 
+@pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_step_skipped_for_another_gradient_is_no_wrong_order(fused: bool) -> None:
-    """The scaler of fp16 finds an infinite gradient in the head alone."""
+def test_a_step_skipped_for_another_gradient_is_left_out(fused: bool, variant: str) -> None:
+    """The scaler of fp16 finds an infinite gradient in the head alone; the others stay scaled."""
+    scores = []
+    for skipped in (True, False):
+        model = adapted(variant=variant, dropout=0.0, drop_path=0.0)
+        update = torch.optim.AdamW(trainable(model), lr=1e-3, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        head = next(p for n, p in model.named_parameters() if "head" in n and p.requires_grad)
+        model.on_epoch_start(0, 2)
+        for step in range(4):
+            update.zero_grad()
+            scaler.scale(loss_of(model)).backward()
+            if step == 2:
+                if not skipped:
+                    continue
+                head.grad.fill_(float("inf"))
+            scaler.step(update)
+            scaler.update()
+            model.on_step_end()
+        scores.append(torch.cat(layers(model)[0].allocators["default"].importance.scores()))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model.on_epoch_start(1, 2)
+        assert any("left 1 step(s) out" in str(warning.message) for warning in said) == skipped
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-12)
+
+
+def test_missing_hooks_of_a_compiled_model_are_noticed() -> None:
     model = adapted()
-    update = torch.optim.AdamW(trainable(model), lr=1e-3, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    head = next(p for n, p in model.named_parameters() if "head" in n and p.requires_grad)
-    model.on_epoch_start(0, 2)
-    for step in range(4):
-        update.zero_grad()
-        scaler.scale(loss_of(model)).backward()
-        if step == 2:
-            head.grad.fill_(float("inf"))
-        scaler.step(update)
-        scaler.update()
-        model.on_step_end()
+    compiled = torch.compile(model, backend="eager")
+    update = torch.optim.AdamW(trainable(model), lr=1e-3)
+    with pytest.raises(UserError, match="two calls that were never made"):
+        for _ in range(6):
+            update.zero_grad()
+            loss_of(compiled).backward()
+            update.step()
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -369,6 +391,15 @@ def test_resuming_in_mid_epoch_keeps_the_shares() -> None:
                 step(resumed, update)
     assert budgets(resumed) == budgets(through)
     assert logits(resumed).equal(logits(through))
+
+
+def test_resuming_without_the_state_is_an_error(tmp_path: Any) -> None:
+    """It would replace the saved shares by even ones."""
+    loop("FSHZ").save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(backbone(), str(tmp_path), is_trainable=True)
+    with pytest.raises(UserError, match="no importance scores for epoch 1 of 0 … 2"):
+        on_epoch_start(again, 1, 3)
+    on_epoch_start(adapted(score="magnitude"), 1, 3)  # which needs none
 
 
 def test_a_state_of_another_adapter_is_refused() -> None:

@@ -173,19 +173,26 @@ class Importance:
         self._skipped: Tensor | None = None
 
     @torch.no_grad()
-    def update(self, factors: list[Tensor], grads: list[Tensor]) -> None:
-        """Take in one optimizer step: matrices and their gradients, always in the same order."""
+    def update(
+        self, factors: list[Tensor], grads: list[Tensor], left_out: Tensor | bool = False
+    ) -> None:
+        """Take in one optimizer step: matrices and their gradients, always in the same order.
+
+        left_out: whether the optimizer left the step out; it then counts as skipped.
+        """
         if not self.sensitivity:
             self._start(factors)
         assert self._started is not None and self._skipped is not None
-        if self._whole is not None:
-            self._update_whole(self._whole, factors, grads)
-            return
         usable = torch.ones_like(self._started)
+        if left_out is not False:
+            usable &= ~torch.as_tensor(left_out, device=usable.device)
+        if self._whole is not None:
+            self._update_whole(self._whole, factors, grads, usable)
+            return
         if self.skip_nonfinite:
             norms = torch._foreach_norm(grads, float("inf"))
-            usable = torch.stack([norm.to(usable.device) for norm in norms]).isfinite().all()
-            self._skipped += ~usable
+            usable &= torch.stack([norm.to(usable.device) for norm in norms]).isfinite().all()
+        self._skipped += ~usable
         current = list(torch._foreach_mul(factors, grads))
         torch._foreach_abs_(current)
         for value in current:
@@ -198,15 +205,18 @@ class Importance:
         self._started |= usable
 
     def _update_whole(
-        self, whole: tuple[Tensor, Tensor], factors: list[Tensor], grads: list[Tensor]
+        self,
+        whole: tuple[Tensor, Tensor],
+        factors: list[Tensor],
+        grads: list[Tensor],
+        usable: Tensor,
     ) -> None:
         """The same where all averages lie in one piece of memory: few operations for all."""
         assert self._started is not None and self._skipped is not None
         current = _flatten(factors).mul_(gradient := _flatten(grads)).abs_()
-        usable = torch.ones_like(self._started)
         if self.skip_nonfinite:
-            usable = gradient.isfinite().all()
-            self._skipped += ~usable
+            usable = usable & gradient.isfinite().all()
+        self._skipped += ~usable
         current.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         rate1, rate2 = self._rates(usable)
         whole[0].add_((current - whole[0]).mul_(rate1))

@@ -33,6 +33,11 @@ FLAT = (
     "importance of layers: use torch's fully_shard (FSDP2) or DistributedDataParallel, or set "
     "allocation=False."
 )
+NO_STATE = (
+    "SNELLA has no importance scores for epoch {} of 0 … {}, the first that starts here: to resume "
+    "a training, give back what training_state(model) returned by load_training_state(model, "
+    "state); otherwise count epochs from 0."
+)
 ALL_ZERO = (
     "All gradients that on_step_end() saw were zero: call it before zero_grad(), which also clears "
     "them with set_to_none=False; or nothing depends on the adapter."
@@ -61,6 +66,7 @@ class Allocator:
         self.resumed = False
         self.expected = False  # a denser adapter than asked for may be saved now
         self.before: list[Tensor] = []
+        self.drawn: list[float] = []  # sums of the factors of a fresh adapter
         self.watch = Watch()
 
     def on_epoch_start(
@@ -69,6 +75,8 @@ class Allocator:
         """Lower the budget and let the layers compete for it."""
         if not 0 <= epoch < epochs:
             raise UserError(f"epoch must lie in [0, {epochs}), got {epoch}.")
+        if epoch > 0 and self.epoch is None and self._scored:
+            raise UserError(NO_STATE.format(epoch, epochs - 1))
         if self.epoch is not None and epoch > self.epoch and self.step == 0:
             raise UserError(
                 "SNELLA saw no optimizer step since the last epoch started: call on_step_end() "
@@ -94,6 +102,11 @@ class Allocator:
             if epoch == 0:
                 self._warn_of_no_fall(layers)
             self._update(layers, name, steps_seen=seen)
+
+    @property
+    def _scored(self) -> bool:
+        """Whether budgets depend on the gradients so far."""
+        return self.config.allocation and self.config.score == "sensitivity"
 
     def _continued(self, layers: list[SnellaLayer], name: str) -> list[int] | None:
         """Entries at which a sparse adapter that trains on starts; None for a fresh one (b_0).
@@ -163,8 +176,7 @@ class Allocator:
             if self.watch.passed_by:
                 return
             raise UserError(NO_GRADIENTS)
-        if not self.watch.on_step_end(grads):
-            return
+        left_out = self.watch.on_step_end(grads)
         self.late -= {i // 2 for i, grad in enumerate(grads) if grad is not None}
         factors = values(factors)
         self._follow(factors)
@@ -172,7 +184,7 @@ class Allocator:
             zeros = [
                 torch.zeros_like(f) if g is None else g for f, g in zip(factors, grads, strict=True)
             ]
-            self.importance.update(self.before or factors, values(zeros))
+            self.importance.update(self.before or factors, values(zeros), left_out)
         if self.before:
             torch._foreach_copy_(self.before, factors)
 
@@ -181,6 +193,22 @@ class Allocator:
         """Updates of the budget in the whole training."""
         per_epoch = self.steps_per_epoch if self.config.interval == "step" else 1
         return self.epochs * (per_epoch or 1)
+
+    def remember_draw(self, layers: list[SnellaLayer], name: str) -> None:
+        """Keep the sums of the factors of a fresh adapter, by which it is known."""
+        factors = [layer.snella_A[name].detach() for layer in layers]
+        if not any(factor.is_meta for factor in factors):
+            self.drawn = [float(factor.double().sum()) for factor in factors]
+
+    def is_fresh(self, layers: list[SnellaLayer], name: str) -> bool:
+        """Whether the factors are still those that were drawn, as far as can be told."""
+        for layer, drawn in zip(layers, self.drawn, strict=False):
+            factor = layer.snella_A[name].detach()
+            if factor.ndim == 4 and not hasattr(factor, "full_tensor"):
+                rounding = torch.finfo(factor.dtype).eps * float(factor.double().abs().sum())
+                if abs(float(factor.double().sum()) - drawn) > rounding:
+                    return False
+        return True
 
     def _update(self, layers: list[SnellaLayer], name: str, steps_seen: int = 0) -> None:
         update = self.epoch or 0

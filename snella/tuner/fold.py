@@ -1,12 +1,13 @@
 """W + S as one plain matrix for evaluation, kept for as long as its contents prove it right.
 
 Versions and addresses of tensors prove nothing: fused optimizers, ``.data`` and CUDA graphs write
-without a trace. So the small tensors are compared with copies, and of the frozen weight the sums of
-short stretches of its words, in one pass over memory.
+without a trace. So the small tensors are compared with copies, and of the frozen weight sums of its
+words, in one pass over memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from snella.backends.dispatch import effective_weight
 from snella.backends.update import Factors, Update
 
-# Words of eight bytes per sum. Prime, so that no row or column of a matrix is one stretch.
-STRETCH = 61
+# Words of eight bytes per sum. Odd, so that the signs of all of them do not change unseen.
+WORDS = 61
 # A weight up to so many words is as quickly copied.
 SMALL = 2**13
 
@@ -25,14 +26,22 @@ Part = tuple[Update, Factors, Tensor | None]
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """Sums that change with any word of a weight, or if words leave their stretch."""
+    """Sums that change with any word of a weight, and with edits of several.
+
+    The words of a sum lie a sixtieth of the weight apart, and in other rows and columns, so that
+    edits of neighbours, of a row or of a column do not cancel, as their order and signs would.
+    """
     data = weight.detach().contiguous().view(-1).view(torch.uint8)
     if data.numel() <= 8 * SMALL:
         return data.clone()
+    if data.storage_offset() % 8:
+        data = data.clone()
     words = data[: data.numel() // 8 * 8].view(torch.int64)
-    whole = words.numel() // STRETCH * STRETCH
-    rest = data[8 * whole :].long()
-    return torch.cat([words[:whole].view(-1, STRETCH).sum(1), rest])
+    sums, row = words.numel() // WORDS, max(1, weight[0].nbytes // 8)
+    while math.gcd(sums, row) > 1:
+        sums -= 1
+    whole = WORDS * sums
+    return torch.cat([words[:whole].view(WORDS, sums).sum(0), data[8 * whole :].long()])
 
 
 class Fold:

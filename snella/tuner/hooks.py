@@ -30,8 +30,11 @@ def attach(model: nn.Module, adapter_name: str) -> None:
     layers = snella_layers(model, adapter_name)
     if layers:
         allocator = Allocator(layers[0].settings[adapter_name])
+        allocator.remember_draw(layers, adapter_name)
         for layer in layers:
             layer.allocators[adapter_name] = allocator
+            if allocator.config.allocation:  # a compiled model shows no forward
+                allocator.watch.know(layer, adapter_name)
 
 
 # The layers of models in training: going through all modules after every step takes longer than

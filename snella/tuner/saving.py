@@ -18,6 +18,17 @@ from snella.tuner.layer import SnellaLayer
 
 PREFIX = "base_model.model."
 
+# Why an adapter that keeps too many entries does so.
+_BEGUN = (
+    "training is in epoch {} of 0 … {}. That is as it should be for a checkpoint; after early "
+    "stopping, or if on_epoch_start() is not called before every epoch, the adapter stays denser "
+    "than asked."
+)
+_NEVER_BEGUN = (
+    "on_epoch_start() was never called for it. If it is an average over the parameters() of a "
+    "model in training, copy that model's buffers() too, which hold the budgets."
+)
+
 
 def check_scale(model: nn.Module, adapter_name: str) -> None:
     """Warn if the adapter's update is scaled, which files of PEFT do not hold."""
@@ -45,27 +56,33 @@ def check_origin(model: nn.Module, state: dict[str, Tensor], prefix: str) -> Non
 
 
 def check_density(model: nn.Module, adapter_name: str) -> None:
-    """Warn if an adapter that was trained here keeps more entries than its schedule ends with."""
+    """Warn if a trained adapter keeps more entries than its schedule ends with.
+
+    Of one whose training is not known, only if it has changed and its budget is still the first.
+    """
     layers = snella_layers(model, adapter_name)
     allocator = layers[0].allocators.get(adapter_name) if layers else None
-    if allocator is None or allocator.epoch is None or allocator.expected:
+    if allocator is None or allocator.expected:
         return
     config, schedule = allocator.config, allocator.schedule(layers)
     if not config.allocation or layers[0].snella_budget[adapter_name].is_meta:
         return
-    asked = schedule.budget(allocator.updates - 1, allocator.updates)
-    if asked >= int(schedule.start):  # it never falls
-        asked = int(schedule.target)
+    asked, first = int(schedule.target), int(schedule.start)
+    if allocator.epoch is None:
+        if allocator.is_fresh(layers, adapter_name):
+            return
+        least, reason = first, _NEVER_BEGUN
+    else:
+        last = schedule.budget(allocator.updates - 1, allocator.updates)
+        asked = least = last if last < first else asked
+        reason = _BEGUN.format(allocator.epoch, allocator.epochs - 1)
     layers = allocator.competing(layers)
     total = sum(layer.slice_size * layer.slices for layer in layers)
-    kept = kept_entries(layers, adapter_name)
-    if kept > asked + sum(layer.slices for layer in layers):  # sharing may round up
+    kept, rounding = kept_entries(layers, adapter_name), sum(layer.slices for layer in layers)
+    if kept > asked + rounding and kept + rounding >= least:
         warnings.warn(
             f"The SNELLA adapter {adapter_name!r} keeps {kept:,} of {total:,} entries, not the "
-            f"{asked:,} of target_sparsity={config.target_sparsity}: training is in epoch "
-            f"{allocator.epoch} of 0 … {allocator.epochs - 1}. That is as it should be for a "
-            "checkpoint; after early stopping, or if on_epoch_start() is not called before every "
-            "epoch, the adapter stays denser than asked.",
+            f"{asked:,} of target_sparsity={config.target_sparsity}: {reason}",
             stacklevel=4,
         )
 

@@ -58,10 +58,15 @@ class Watch:
         self.right = False  # an H after an S was seen: what follows does not mistake the order
         self.steps = 0  # S since the last H
         self.unseen: Counter[int] = Counter()  # S since any hook, by optimizer
+        self.left_out: Tensor | None = None  # above 0: optimizers left S out, since the last H
 
     def on_forward(self, layer: Any, name: str) -> None:
         """F of a layer whose adapter of this name trains."""
         self.forward = self.forwards_ever = True
+        self.know(layer, name)
+
+    def know(self, layer: Any, name: str) -> None:
+        """Of this factor the optimizer steps are counted."""
         factor = layer.snella_A[name]
         known = _watched.get(id(factor))
         if known is None or known[2] is not self or known[0]() is not layer:
@@ -76,6 +81,11 @@ class Watch:
         self.steps_ever = True
         self.steps += 1
         self.unseen[id(optimizer)] += 1
+        # A fused optimizer leaves a step out itself, where a gradient scaler has told it so.
+        found: Tensor | None = getattr(optimizer, "found_inf", None)
+        if found is not None:
+            before = self.left_out
+            self.left_out = found if before is None else before + found.to(before.device)
         if self.unseen[id(optimizer)] > PATIENCE:
             raise UserError(FORGOTTEN)
         early = self.hooked and self.forwards_ever and not self.forward and self.steps == 1
@@ -85,31 +95,33 @@ class Watch:
     def on_epoch_start(self) -> None:
         """The other hook: training calls hooks."""
         self.unseen.clear()
+        self.left_out = None
 
     @property
     def passed_by(self) -> bool:
         """Whether forwards are seen, and the last step had none: its batch needs no adapter."""
         return self.forwards_ever and not self.forward
 
-    def on_step_end(self, grads: list[Tensor | None]) -> bool:
-        """H, with the step's gradients: whether a step was made that counts.
+    def on_step_end(self, grads: list[Tensor | None]) -> Tensor | bool:
+        """H, with the step's gradients: whether the step was left out for one that is not finite.
 
-        A scaler leaves out the steps of an optimizer that has a gradient which is not finite,
-        though it need not be one of the adapter. Raises ``UserError`` if the events before are
-        wrong.
+        A scaler leaves out the steps of an optimizer that has such a gradient, though it need not
+        be one of the adapter, and then may not have unscaled the others. On the device, where only
+        that knows. Raises ``UserError`` if the events before are wrong.
         """
-        counts = True
+        left_out = False if self.left_out is None else (self.left_out > 0).any()
         if self.hooked and self.forwards_ever and self.steps == 0:
             if self.forward and self.steps_ever:
                 if _finite(grads + self._other_gradients()):
                     raise UserError(TOO_OFTEN)
-                counts = not _finite(grads)  # the scores count and report steps of this kind
+                left_out = _finite(grads)  # else the scores see it themselves
             if not self.forward and all(g is None or g.device.type == "cpu" for g in grads):
                 raise UserError(TWICE)  # elsewhere it may be a captured graph
         self.right |= self.steps > 0
         self.hooked, self.forward, self.steps = True, False, 0
         self.unseen.clear()
-        return counts
+        self.left_out = None
+        return left_out
 
     def _other_gradients(self) -> list[Tensor | None]:
         """Of everything that the adapter's optimizers train."""
