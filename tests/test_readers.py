@@ -162,6 +162,14 @@ def test_duplicates_by_content(tmp_path):
     ]
 
 
+def test_images_of_one_colour_repeat_only_those_of_their_size(tmp_path):
+    root = formats.community(tmp_path / "x", LABELS)
+    grey = np.full((20, 24, 3), 128, np.uint8)
+    formats.save(root / "images/test/000000.jpg", grey)
+    formats.save(root / "images/test/000003.jpg", grey.reshape(24, 20, 3))
+    assert read_images(root, "birds")[1]["warnings"] == []
+
+
 def test_counts_against_the_official_ones(tmp_path):
     root = formats.community(tmp_path / "x", LABELS)
     _, info = read_images(root, "svhn", 10, {"official": "vtab1k/svhn"})
