@@ -132,6 +132,33 @@ def test_one_processs_part_of_a_model_is_refused(tmp_path):
         build_backbone(entry(tmp_path / "model_0001249.rank_0.pth"), 5)
 
 
+class Settings(dict):
+    """What a training script keeps beside its weights."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", ["settings", "teacher", "module"])
+def test_what_is_not_read_is_named_with_a_command_that_helps(tmp_path, source, kind, zipped):
+    state, file = source.state_dict(), tmp_path / "x.pth"
+    contents = {
+        "settings": {"model": state, "config": Settings(lr=1.0), "optimizer": {"state": {}}},
+        "teacher": {"student": other(state), "teacher": state, "config": Settings()},
+        "module": source,
+    }
+    torch.save(contents[kind], file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"not read.*keep the tensors only") as caught:
+        build_backbone(entry(file), 5)
+    text = str(caught.value)
+    assert ("timm." if kind == "module" else "Settings") in text
+    assert "\n" not in text and "damaged" not in text
+    made = tmp_path / "weights.pth"
+    code = (
+        text.partition('python -c "')[2].removesuffix('"').replace("'weights.pth'", repr(str(made)))
+    )
+    exec(code, {})
+    assert same_backbone(build_backbone(entry(made), 5), source)
+
+
 def test_a_container_can_be_chosen(tmp_path, source):
     torch.save({"teacher": other(source.state_dict()), "student": source.state_dict()},
                tmp_path / "x.pth")  # fmt: skip

@@ -121,6 +121,8 @@ def test_spt_sensitivity_is_the_released_one() -> None:
     prepare_model(method, model)
     scores = sensitivity(method, model)
     assert list(scores) == [ours(name) for name in arrays["ranked_names"].tolist()]
+    loss = sum(loss_fn(golden_model(), part).item() for part in SCORING) / len(SCORING)
+    assert loss == pytest.approx(float(arrays["mean_loss"]), rel=1e-6)
     largest = max(float(score.max()) for score in scores.values())
     stored = under(arrays, "sensitivity/")
     for name in arrays["ranked_names"].tolist():
@@ -140,7 +142,9 @@ def test_spt_allocation_is_exactly_the_released_one(module: str, size: int, sour
     found = method.allocate(model, scores)
     assert found.top_k == arrays[prefix + "top_k"]
     assert found.size + 48 == arrays[prefix + "params_total"]
-    assert sum(map(len, found.entries.values())) == arrays[prefix + "params_unstructured"]
+    single = sum(map(len, found.entries.values()))
+    assert single == arrays[prefix + "params_unstructured"]
+    assert found.size - single == arrays[prefix + "params_structured"]
     vectors = [ours(name) for name in arrays[prefix + "tuned_vectors"].tolist()]
     roles = ["attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "attn.proj", "mlp.fc1", "mlp.fc2"]
     table = arrays[prefix + "structured_matrices"]
@@ -293,6 +297,13 @@ def test_gps_contrastive_loss_is_the_released_one() -> None:
     close(features.grad, arrays["grad"])
 
 
+def test_gps_features_are_the_class_token_after_the_last_norm() -> None:
+    arrays, model = under(golden("gps_gradients"), ""), golden_model().eval()
+    features = model.forward_head(model.forward_features(IMAGES), pre_logits=True)
+    close(features, arrays["features"], 2e-6)
+    close(model(IMAGES), arrays["logits"], 2e-6)
+
+
 @pytest.mark.parametrize("score", ["contrastive", "cross_entropy"])
 def test_gps_gradients_and_masks_are_the_released_ones(score: str) -> None:
     arrays = golden("gps_gradients" + ("_ce" if score == "cross_entropy" else ""))
@@ -305,13 +316,22 @@ def test_gps_gradients_and_masks_are_the_released_ones(score: str) -> None:
     gradients = gps_gradients(method, model, loss, list(expected))
     for name, gradient in expected.items():
         close(gradients[name], gradient, 2e-5)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    in_head = sum(n for name, n in sizes.items() if name.startswith("head."))
     for k in (1, 2):
+        trains = dict.fromkeys(sizes, 0)
         for name, mask in under(masks, f"{score}/k{k}/trainable/").items():
             part = functions(method).trained_part(name, mask)
             found = torch.full(mask.shape, part == "whole")
             if part == "rows":
                 found.view(-1)[functions(method).top_entries(gradients[name], k)] = True
             assert torch.equal(found, mask), name
+            trains[name] = int(found.sum())
+        total = [sum(trains.values()), sum(sizes.values())]
+        counts = under(masks, f"{score}/k{k}/counts_")
+        assert counts["total"].tolist() == total
+        assert counts["head"].tolist() == [in_head, in_head]
+        assert counts["without_head"].tolist() == [n - in_head for n in total]
 
 
 def gps_golden_model(k: int) -> tuple[Method, nn.Module]:
@@ -345,10 +365,14 @@ def test_gps_five_steps_are_masked_full_training(k: int) -> None:
         assert torch.equal(weights[name][~mask], start[name][~mask]), name
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.01])
-def test_gps_reference_training_shows_why_decay_must_not_reach_frozen_weights(decay: float) -> None:
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adam_wd0", "adamw_wd0", "adamw_wd0.01"])
+def test_gps_reference_training_shows_why_decay_must_not_reach_frozen_weights(
+    optimizer: str, k: int
+) -> None:
     """Masking gradients as released reproduces its vectors, with frozen weights moved by decay."""
-    arrays, masks = golden("gps_steps"), under(golden("gps_masks"), "contrastive/k1/trainable/")
+    arrays, masks = golden("gps_steps"), under(golden("gps_masks"), f"contrastive/k{k}/trainable/")
+    decay = float(optimizer.partition("_wd")[2])
     model = golden_model()
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -356,9 +380,14 @@ def test_gps_reference_training_shows_why_decay_must_not_reach_frozen_weights(de
     decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and n[:3] not in ("cls", "pos")]
     plain = [p for n, p in model.named_parameters() if p.ndim == 1 or n[:3] in ("cls", "pos")]
     groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
-    prefix = f"k1/adamw_wd{decay:g}/"
-    losses = five_steps(model, torch.optim.AdamW(groups, lr=float(arrays["lr"])))
+    assert arrays["parameter_names"].tolist() == list(start)
+    prefix = f"k{k}/{optimizer}/"
+    kind = torch.optim.Adam if optimizer == "adam_wd0" else torch.optim.AdamW
+    losses = five_steps(model, kind(groups, lr=float(arrays["lr"])))
     assert losses == pytest.approx(arrays[prefix + "losses"].tolist(), rel=1e-6)
+    close(logits(model, IMAGES), under(arrays, prefix)["logits_after"])
+    for name, expected in under(arrays, prefix + "final/").items():
+        torch.testing.assert_close(model.get_parameter(name), expected, rtol=0, atol=2e-6)
     changes = [((p - start[n]) * ~masks[n]).abs().max().item() for n, p in model.named_parameters()]
     assert max(changes) == pytest.approx(float(arrays[prefix + "max_change_of_frozen"]), rel=1e-3)
 

@@ -31,6 +31,7 @@ METHODS = {
     "public_code": ("sparse_tuning", {"variant": "public_code", "bottleneck": 8}),
     "dyt": ("dyt", {"dropout": 0.0}),
     "dyt_released": ("dyt", {"variant": "released", "dropout": 0.0}),
+    "dyt_experts": ("dyt", {"experts": 3, "dropout": 0.0}),
 }
 
 
@@ -324,6 +325,7 @@ def test_gflops_of_vit_b16(keep: float, published: float) -> None:
         ("public_code", {"bottleneck": 64}, 1_314_432),
         ("dyt", {}, 156_768 + 9_228),
         ("dyt", {"bottleneck": 16}, 304_320 + 9_228),
+        ("dyt", {"bottleneck": 64, "experts": 4}, 4_795_440 + 9_228),
     ],
 )
 def test_parameters_on_vit_b16(name: str, settings: dict, expected: int) -> None:
@@ -393,6 +395,28 @@ def test_dyt_released_adds_a_complete_pass(monkeypatch: pytest.MonkeyPatch) -> N
     expected = arrays["loss_token_rate"] + F.nll_loss(full, arrays["labels"]) + kl
     torch.testing.assert_close(found, expected)
     assert method.auxiliary_loss(model, data, loss_fn) is None
+
+
+def test_dyt_mixes_the_weights_of_its_experts_for_each_image() -> None:
+    """softmax(W_r mean x) over the experts; experts that are equal are one adapter."""
+    adapter = prepared(make("dyt_experts", scale=0.5), depth=1).double().blocks[0].adapter
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(4, 7, 48, dtype=torch.float64)
+    found = adapter(x)
+    for image, tokens in zip(x, found, strict=True):
+        shares = (adapter.router(image.mean(0))).softmax(0)
+
+        def mean(layer: str, name: str, shares: Tensor = shares) -> Tensor:
+            parts = [getattr(getattr(e, layer), name) for e in adapter.experts]
+            return sum(s * p for s, p in zip(shares, parts, strict=True))
+
+        hidden = F.linear(image, mean("down", "weight"), mean("down", "bias")).relu()
+        expected = 0.5 * F.linear(hidden, mean("up", "weight"), mean("up", "bias"))
+        torch.testing.assert_close(tokens, expected)
+    for expert in adapter.experts:
+        expert.load_state_dict(adapter.experts[0].state_dict())
+    torch.testing.assert_close(adapter(x), adapter.experts[0](x))
 
 
 def test_dyt_spends_flops_on_chosen_tokens_alone() -> None:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import formats
 import pytest
 
+from snella.cli import main
 from snella.data.archives import unpack
 from snella.data.check import check, lines
 from snella.data.download import Download, File, download, fetch, load_downloads
@@ -50,6 +51,8 @@ def test_what_is_odd(tmp_path):
     assert "· 1 image files are in no list (e.g. images/test/999999.jpg)" in found
     assert "! 4 test images, SVHN of VTAB-1k has 26,032" in found
     assert any("SVHN of VTAB-1k is published without loss" in line for line in found)
+    found = lines(check("dtd", entry(root, 47, official="vtab1k/dtd")))
+    assert any("published as JPEG; these pixels were compressed a second" in x for x in found)
     assert found[-1].startswith("usable, ")
 
 
@@ -128,6 +131,14 @@ def test_mirrors_and_digests(server, tmp_path):
     assert not list(tmp_path.glob("b.bin*"))
     with pytest.raises(UserError, match="512,000 bytes instead of 5"):
         fetch(file(server, "/b.bin", bytes=5, sha256=None), tmp_path)
+
+
+def test_a_download_shows_the_licence(server, tmp_path, monkeypatch, capsys):
+    known = {"set": Download(title="A set", licence="research use", files=[file(server)])}
+    monkeypatch.setattr("snella.data.download.load_downloads", lambda file: known)
+    assert main(["data", "download", "set", "--to", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["A set; licence: research use", str(tmp_path / "set" / "a.bin")]
 
 
 def test_gated_sets_say_how(tmp_path):

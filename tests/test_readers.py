@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from snella.data.images import decode
-from snella.data.readers import read_images, source_files
+from snella.data.official import differences
+from snella.data.readers import read_images
 from snella.data.readers.records import Records, parse_example
-from snella.data.readers.vpt import make_split
 from snella.errors import UserError
 
 LABELS = {"train800": [0, 1, 2, 0, 1, 2], "val200": [0, 1, 2], "test": [0, 1, 2, 0]}
@@ -162,6 +162,14 @@ def test_duplicates_by_content(tmp_path):
     ]
 
 
+def test_images_of_one_colour_repeat_only_those_of_their_size(tmp_path):
+    root = formats.community(tmp_path / "x", LABELS)
+    grey = np.full((20, 24, 3), 128, np.uint8)
+    formats.save(root / "images/test/000000.jpg", grey)
+    formats.save(root / "images/test/000003.jpg", grey.reshape(24, 20, 3))
+    assert read_images(root, "birds")[1]["warnings"] == []
+
+
 def test_counts_against_the_official_ones(tmp_path):
     root = formats.community(tmp_path / "x", LABELS)
     _, info = read_images(root, "svhn", 10, {"official": "vtab1k/svhn"})
@@ -273,22 +281,44 @@ def test_pickles_run_nothing(tmp_path):
     refuse("not a file of cifar-100-python", root)
 
 
-def test_a_share_can_be_set_aside_and_a_split_be_made(tmp_path):
+def test_a_share_can_be_set_aside(tmp_path):
     root = formats.cub(tmp_path / "x")
     splits, info = read_images(root, "cub", options={"val_share": 0.4})
     assert counts(splits) == {"train": 3, "val": 2, "test": 3}
     assert "2 training images were set aside" in info["warnings"][0]
-    from snella.data.options import Options
-    from snella.data.readers.original import read
+    assert "only its json files say" in info["warnings"][0]
+    again, _ = read_images(root, "cub", options={"val_share": 0.4})
+    assert np.array_equal(again["val"]["image"], splits["val"]["image"])
+    other, _ = read_images(root, "cub", options={"val_share": 0.4, "split_seed": 1})
+    assert not np.array_equal(other["val"]["image"], splits["val"]["image"])
 
-    assert make_split(read(root, Options()), 0.4) == {"train": 3, "val": 2, "test": 3}
-    again, info = read_images(root, "cub")
-    assert info["layout"] == "vpt"
-    assert any("is not VPT's" in warning for warning in info["warnings"])
-    assert sorted(again["val"]["label"]) == sorted(splits["val"]["label"])
-    (root / "split.json").unlink()
-    with pytest.raises(UserError, match=r"has a train\.json already"):
-        make_split(read(root, Options()))
+
+def test_a_share_of_images_without_files_is_set_aside(tmp_path):
+    """Arrays and records have no files, and were left whole without a word."""
+    root = formats.tfds(tmp_path, "svhn", "3.1.0", {"train": labelled(10), "test": labelled(2)})
+    records = {"official": "full_image/svhn", "layout": "tfds"}
+    for folder, options, images in (
+        (formats.cifar(tmp_path / "c"), {}, [formats.pixels(i, (32, 32)) for i in range(6)]),
+        (root, records, [formats.pixels(i) for i in range(10)]),
+    ):
+        splits, _ = read_images(folder, "set", options={**options, "val_share": 0.5})
+        whole, _ = read_images(folder, "set", options=options)
+        labels = whole["train"]["label"].tolist()
+        found = []
+        for role in ("train", "val"):
+            assert len(splits[role]["image"]) == len(images) // 2
+            for image, label in zip(splits[role]["image"], splits[role]["label"], strict=True):
+                pixels = image if isinstance(image, np.ndarray) else decode(image)
+                place = next(i for i, x in enumerate(images) if np.array_equal(x, pixels))
+                assert labels[place] == label
+                found.append(place)
+        assert sorted(found) == list(range(len(images)))
+
+
+def test_fine_grained_sets_without_validation_images_are_told():
+    counted = {"train": 5994, "test": 5794}
+    assert "`train` is the whole training set" in differences("fgvc/cub", counted, 200)[0]
+    assert differences("fgvc/cub", {"train": 5394, "val": 600, "test": 5794}, 200) == []
 
 
 def labelled(count, **extra):
@@ -389,12 +419,6 @@ def test_array_records(tmp_path):
         writer.close()
     splits, _ = read_images(root, "c", options={"official": "vtab1k/cifar100", "subset": [4, 2]})
     assert np.array_equal(decode(splits["val"]["image"][0]), formats.pixels(18))
-
-
-def test_sources_name_lists_and_image_folders(tmp_path):
-    root = formats.community(tmp_path / "x", LABELS)
-    found = {path.relative_to(root).as_posix() for path in source_files(root)}
-    assert {"train800.txt", "test.txt", "images/test"} <= found
 
 
 def test_grey_cmyk_and_palette_images(tmp_path):

@@ -46,6 +46,9 @@ def test_counts_of_released_scripts():
     assert sizes["snell-8"] == sizes["snell-16"] == 5
     assert (sizes["snell-32"], sizes["snella-32"]) == (24, 14)
     assert (sizes["gps"], sizes["ssf"], sizes["noah"], sizes["fact-tt"]) == (24, 25, 19, 19)
+    assert (sizes["convpass"], sizes["convpass-attn"]) == (19, 19)
+    alone = CONFIG.released["convpass-attn"]["resisc45"]
+    assert alone.hyperparameters == {"scale": 100, "convolution": "xavier"}
     twin = CONFIG.released["gps"]["patch_camelyon-tfds"]
     assert twin == CONFIG.released["gps"]["patch_camelyon"]
     assert CONFIG.released["gps"]["patch_camelyon"].hyperparameters == {"connections": 2}

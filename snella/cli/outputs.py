@@ -171,6 +171,9 @@ def download(options: argparse.Namespace) -> int:
 
     known = load_downloads(Path(locate("config/downloads.yaml")))
     if options.name is not None:
+        entry = known.get(options.name)
+        if entry is not None and not entry.manual:
+            sys.stdout.write(f"{entry.title}; licence: {entry.licence}\n")
         _list(fetch(options.name, known, options.to, _Progress()))
         return 0
     for name, entry in known.items():

@@ -122,6 +122,11 @@ def _pixels(listing: Listing, seen: dict[str, Seen], options: Options) -> Iterab
             f"{official.title} is published without loss; these pixels went through JPEG, so "
             "numbers compare with other extracted copies only",
         )
+    elif official and variant == "community-jpeg":
+        yield Finding(
+            "note",
+            f"{official.title} is published as JPEG; these pixels were compressed a second time",
+        )
 
 
 def unlisted_images(listing: Listing) -> list[str]:

@@ -101,6 +101,11 @@ def differences(
             f"{counts['train']:,} train and {counts['val']:,} val images, {known.title} has "
             f"{known.train:,} and {known.val:,}"
         )
+    elif name.startswith("fgvc/") and not counts.get("val"):
+        found.append(
+            "no validation images, so `train` is the whole training set: the 90 % that published "
+            "numbers trained on are in VPT's json lists, `options: {val_share: 0.1}` makes others"
+        )
     if counts["test"] != known.test:
         found.append(f"{counts['test']:,} test images, {known.title} has {known.test:,}")
     for split, expected in known.per_class.items():

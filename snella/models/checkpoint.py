@@ -148,12 +148,14 @@ def _load(file: Path) -> Any:
             with open(file, "rb") as stream:  # by its path, its name would count
                 return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:
-        if found := _refused(file):
+        if found := _refused(file, error):
             raise UserError(
                 f"Backbone file {file} holds objects beside its weights that are not read "
                 f"({found}). If you trust its source, keep the tensors only: "
                 f"python -c \"import torch; c = torch.load('{file}', weights_only=False); "
-                f"torch.save(c.get('state_dict', c.get('model', c)), 'weights.pth')\""
+                "c = getattr(c, 'state_dict', lambda: c)(); t = torch.is_tensor; torch.save("
+                "{k: v for k, v in c.items() if t(v) or isinstance(v, dict) and any(map(t, "
+                "v.values()))}, 'weights.pth')\""
             ) from error
         raise
 
@@ -175,13 +177,13 @@ def is_torchscript(file: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def _refused(file: Path) -> str:
+def _refused(file: Path, error: Exception) -> str:
     """The classes in a torch file that are not on the allow-list, or an empty string."""
     try:
         with torch.serialization.safe_globals(ALLOWED):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
-    except Exception:  # not a zip file of torch at all: the other message says so
-        return ""
+    except Exception:  # no zip file: of the older format, the error names the first class
+        names = re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))
     return ", ".join(sorted(names)[:3])
 
 

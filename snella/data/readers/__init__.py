@@ -18,12 +18,12 @@ from snella.data.images import EncodedFiles
 from snella.data.options import Options, check_layout, options_of
 from snella.data.readers import classes, original, tfds, vpt, vtab
 from snella.data.readers.findings import check_labels, check_listing, warnings_of
-from snella.data.readers.listing import ROLES, Images, Listing
+from snella.data.readers.listing import ROLES, Images, Listing, picked
 from snella.data.readers.pixels import SMALL, Seen, decoded, look_at_all
 from snella.errors import UserError, one_line, record_traceback
 from snella.files import user_path
 
-__all__ = ["Listing", "Options", "list_images", "read_images", "read_listing", "source_files"]
+__all__ = ["Listing", "Options", "list_images", "read_images", "read_listing"]
 
 LAYOUTS = {"vtab": vtab, "vpt": vpt, "tfds": tfds, "original": original, "classes": classes}
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".gz", ".rar", ".7z", ".tar.bz2")
@@ -77,13 +77,24 @@ def list_images(root: str | Path, name: str, options: Options) -> Listing:
                          for role, lines in listing.lines.items()}  # fmt: skip
         if listing.union:
             listing.union = [_lowered(line, options.first_label) for line in listing.union]
-    if options.val_share is not None and listing.images is None:
-        train, val = vpt.set_aside(listing.lines["train"], options.val_share, options.split_seed)
-        listing.lines = {"train": train, "val": val, "test": listing.lines["test"]}
-        listing.notes.append(
-            f"{len(val)} training images were set aside as val (seed {options.split_seed})"
-        )
+    if options.val_share is not None:
+        _set_aside(listing, options.val_share, options.split_seed)
     return listing
+
+
+def _set_aside(listing: Listing, share: float, seed: int) -> None:
+    """Make a share of the training images the validation images, in place."""
+    lines, test = listing.lines["train"], listing.lines["test"]
+    train, val = vpt.set_aside(lines, share, seed)
+    listing.lines = {"train": train, "val": val, "test": test}
+    if listing.images is not None:
+        held, row = listing.images["train"], {line: i for i, line in enumerate(lines)}
+        for role in ("train", "val"):
+            listing.images[role] = picked(held, [row[line] for line in listing.lines[role]])
+    listing.notes.append(
+        f"{len(val)} training images were set aside as val (seed {seed}); which ones VPT took for "
+        "fine-grained sets, only its json files say"
+    )
 
 
 @contextmanager
@@ -175,15 +186,3 @@ def _one_small_size(listing: Listing, seen: dict[str, Seen]) -> tuple[int, int] 
     shapes = {seen[line.path].shape for lines in listing.lines.values() for line in lines}
     shape = shapes.pop()
     return shape if not shapes and shape[0] * shape[1] <= SMALL else None
-
-
-def source_files(root: str | Path, options: Mapping[str, Any] | None = None) -> list[Path]:
-    """The files whose change makes prepared data stale: the lists, and the folders of images.
-
-    Pixels that change in place are not seen by Snakemake; ``snella data check`` reads them all.
-    """
-    listing = list_images(root, Path(root).name, options_of(Path(root).name, dict(options or {})))
-    folders = {listing.files_root / Path(line.path).parent
-               for lines in listing.lines.values() for line in lines}  # fmt: skip
-    held = [] if listing.images is not None else sorted(f for f in folders if f.is_dir())
-    return [*listing.sources, *held] if len(held) <= 1000 else listing.sources

@@ -54,9 +54,7 @@ def read(root: Path, options: Options) -> Listing:
         ]
         if not lines[role]:
             raise UserError(f"{folder} has no images in its class folders.")
-    return Listing(
-        "classes", root, lines, class_names=names, sources=[folder for folder in given.values()]
-    )
+    return Listing("classes", root, lines, class_names=names)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -175,10 +175,11 @@ def _classes(indices: list[int], listing: Listing) -> str:
 
 def duplicate_warnings(listing: Listing, seen: dict[str, Seen]) -> list[str]:
     """Images that occur twice by their pixels: across test and training, and with two labels."""
-    places: dict[bytes, list[tuple[str, Line]]] = defaultdict(list)
+    places: dict[tuple[tuple[int, int], bytes], list[tuple[str, Line]]] = defaultdict(list)
     for role, lines in listing.lines.items():
         for line in lines:
-            places[seen[line.path].pixels].append((role, line))
+            look = seen[line.path]
+            places[look.shape, look.pixels].append((role, line))
     repeated = [group for group in places.values() if len(group) > 1]
     found = []
     leaked = [

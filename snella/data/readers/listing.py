@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,12 +43,29 @@ class Listing:
     notes: list[str] = field(default_factory=list)
     only_trainval: bool = False
     union: list[Line] | None = None
-    sources: list[Path] = field(default_factory=list)
 
     @property
     def files_root(self) -> Path:
         """The folder that paths of images are relative to."""
         return self.image_root or self.root
+
+
+def picked(images: Images, rows: Sequence[int]) -> Images:
+    """Some images of a sequence, in the order of ``rows``; encoded ones stay where they are."""
+    return images[np.asarray(rows)] if isinstance(images, np.ndarray) else _Picked(images, rows)
+
+
+class _Picked(Sequence[bytes]):
+    def __init__(self, images: Sequence[bytes], rows: Sequence[int]) -> None:
+        self.images, self.rows = images, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self.images[self.rows[index]]
 
 
 def few(items: Sequence[object], limit: int = 5) -> str:

@@ -69,8 +69,7 @@ def _birds(root: Path) -> Listing:
             raise UserError(f"{root}: image {key} ({path}) has no class or no split.")
         role = "train" if flags[key] == 1 else "test"
         lines[role].append(Line(str(root / "images.txt"), path, index[labels[key]]))
-    sources = [root / n for n in ("images.txt", "image_class_labels.txt", "train_test_split.txt")]
-    listing = Listing("original", root, lines, image_root=root / "images", sources=sources)
+    listing = Listing("original", root, lines, image_root=root / "images")
     if set(present) <= set(names):
         listing.class_names = [names[class_id] for class_id in present]
     return listing
@@ -88,22 +87,20 @@ def _flowers(root: Path) -> Listing:
         ]
         for role, key in (("train", "trnid"), ("val", "valid"), ("test", "tstid"))
     }
-    sources = [root / "imagelabels.mat", root / "setid.mat"]
-    return Listing("original", root, lines, sources=sources)
+    return Listing("original", root, lines)
 
 
 def _dogs(root: Path) -> Listing:
     folder = root / "lists" if (root / "lists").is_dir() else root
-    lines, sources = {}, []
+    lines = {}
     for role in ("train", "test"):
         file = folder / f"{role}_list.mat"
         content = _mat(file)
         names = [str(np.ravel(item)[0]) for item in np.ravel(content["file_list"])]
         labels = np.ravel(content["labels"]).astype(int)
         lines[role] = [Line(str(file), n, int(k) - 1) for n, k in zip(names, labels, strict=True)]
-        sources.append(file)
     images = next((root / n for n in ("Images", "images") if (root / n).is_dir()), root / "Images")
-    return Listing("original", root, lines, image_root=images, sources=sources)
+    return Listing("original", root, lines, image_root=images)
 
 
 def _cars(root: Path) -> Listing:
@@ -115,7 +112,7 @@ def _cars(root: Path) -> Listing:
             role = "test" if int(np.ravel(item["test"])[0]) else "train"
             path = str(np.ravel(item["relative_im_path"])[0])
             lines[role].append(Line(str(file), path, int(np.ravel(item["class"])[0]) - 1))
-        return Listing("original", root, lines, sources=[file])
+        return Listing("original", root, lines)
     train = root / "devkit" / "cars_train_annos.mat"
     candidates = [root / "cars_test_annos_withlabels.mat",
                   root / "devkit" / "cars_test_annos_withlabels.mat"]  # fmt: skip
@@ -132,7 +129,7 @@ def _cars(root: Path) -> Listing:
                  int(np.ravel(item["class"])[0]) - 1)
             for item in np.ravel(_mat(file)["annotations"])
         ]  # fmt: skip
-    return Listing("original", root, lines, sources=[train, test])
+    return Listing("original", root, lines)
 
 
 def _food(root: Path) -> Listing:
@@ -146,8 +143,7 @@ def _food(root: Path) -> Listing:
             if label not in names:
                 raise UserError(f"{file}:{number}: class {label!r} is not in meta/classes.txt.")
             lines[role].append(Line(f"{file}:{number}", f"images/{entry}.jpg", names.index(label)))
-    sources = [root / "meta" / f"{role}.txt" for role in ("train", "test")]
-    return Listing("original", root, lines, class_names=names, sources=sources)
+    return Listing("original", root, lines, class_names=names)
 
 
 def _cifar(root: Path) -> Listing:
@@ -160,10 +156,7 @@ def _cifar(root: Path) -> Listing:
         lines[role] = _numbered(root / role, role, content[b"fine_labels"])
     meta = _safe_pickle(root / "meta")
     names = [name.decode() for name in meta[b"fine_label_names"]]
-    return Listing(
-        "original", root, lines, images=dict(images), class_names=names,
-        sources=[root / "train", root / "test"],
-    )  # fmt: skip
+    return Listing("original", root, lines, images=dict(images), class_names=names)
 
 
 def _svhn(root: Path) -> Listing:
@@ -174,8 +167,7 @@ def _svhn(root: Path) -> Listing:
         content = _mat(file)
         images[role] = np.ascontiguousarray(np.moveaxis(content["X"], -1, 0), dtype=np.uint8)
         lines[role] = _numbered(file, role, [int(y) % 10 for y in np.ravel(content["y"])])
-    sources = [root / f"{role}_32x32.mat" for role in ("train", "test")]
-    return Listing("original", root, lines, images=dict(images), sources=sources)
+    return Listing("original", root, lines, images=dict(images))
 
 
 def _numbered(file: Path, role: str, labels: Any) -> list[Line]:

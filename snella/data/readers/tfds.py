@@ -169,8 +169,7 @@ def read(root: Path, options: Options) -> Listing:
         column = _Column(held, span)
         images[role] = column if recipe.scale == 1 else _scaled(column, recipe.scale)
     notes = _version_notes(folder)
-    shards = [shard for split in _shards(folder).values() for shard in split]
-    return Listing("tfds", folder, lines, images=images, notes=notes, sources=shards)
+    return Listing("tfds", folder, lines, images=images, notes=notes)
 
 
 def _shards(folder: Path) -> dict[str, list[Path]]:

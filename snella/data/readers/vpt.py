@@ -5,14 +5,13 @@ order, and so does this reader. Images lie below `images/` (CUB, NABirds), `Imag
 Dogs) or the folder itself (Oxford Flowers, Stanford Cars).
 
 The json files are the only record of which tenth of the training images VPT set aside: its code
-holds no seed for them, so :func:`make_split` cannot repeat that choice. It makes another 90/10
-split, seeded, the same on every machine, and writes down that it is not VPT's.
+holds no seed for them, so :func:`set_aside` cannot repeat that choice. It makes another 90/10
+split, seeded, the same on every machine.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ from snella.errors import UserError
 
 FILES = ("train", "val", "test")
 IMAGE_FOLDERS = ("images", "Images", ".")
-NOT_VPT = "split.json"
 
 
 def found(root: Path) -> bool:
@@ -56,19 +54,9 @@ def read(root: Path, options: Options) -> Listing:
                 f"{role}.json lacks {len(lacking)} of the classes ({few(lacking)}); VPT's own "
                 "loader, which numbers the ids of each file by themselves, would shift its labels"
             )
-    if (root / NOT_VPT).is_file():
-        made = read_json(root / NOT_VPT)
-        notes.append(f"the split into train and val is not VPT's: {_note(made)}")
     first = lines["train"][0].path
     folder = next((f for f in IMAGE_FOLDERS if (root / f / first).is_file()), IMAGE_FOLDERS[0])
-    return Listing(
-        "vpt", root, lines, image_root=root / folder, notes=notes,
-        sources=[root / f"{role}.json" for role in splits],
-    )  # fmt: skip
-
-
-def _note(made: Any) -> str:
-    return str(made.get("note", "made here")) if isinstance(made, dict) else "made here"
+    return Listing("vpt", root, lines, image_root=root / folder, notes=notes)
 
 
 def _read_json(file: Path) -> list[Line]:
@@ -101,25 +89,3 @@ def set_aside(lines: Sequence[Line], share: float, seed: int) -> tuple[list[Line
         )
     held = {id(line) for line in ranked[:count]}
     return [x for x in lines if id(x) not in held], [x for x in lines if id(x) in held]
-
-
-def make_split(listing: Listing, share: float = 0.1, seed: int = 0) -> dict[str, int]:
-    """Write train.json, val.json and test.json beside the images of a read data set.
-
-    VPT's own files are never replaced. Returns the number of images per list.
-    """
-    root = listing.root
-    if (root / "train.json").exists() and not (root / NOT_VPT).exists():
-        raise UserError(f"{root} has a train.json already; it is left as it is.")
-    training = [*listing.lines["train"], *listing.lines.get("val", [])]
-    train, val = set_aside(training, share, seed)
-    relative = listing.files_root.resolve().relative_to(root.resolve()).as_posix()
-    prefix = "" if relative in IMAGE_FOLDERS else f"{relative}/"
-    counts = {}
-    for role, lines in (("train", train), ("val", val), ("test", listing.lines["test"])):
-        content = {f"{prefix}{line.path}": line.label for line in lines}
-        (root / f"{role}.json").write_text(json.dumps(content, indent=0) + "\n")
-        counts[role] = len(lines)
-    note = f"{share:.0%} of the training images by hash, seed {seed}; VPT's choice has no seed"
-    (root / NOT_VPT).write_text(json.dumps({"note": note, "seed": seed, "share": share}) + "\n")
-    return counts

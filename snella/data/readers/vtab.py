@@ -36,7 +36,6 @@ def read(root: Path, options: Options) -> Listing:
     have = {split for split in LISTS if (root / f"{split}.txt").exists()}
     notes: list[str] = []
     listing = Listing("vtab", root, {}, notes=notes)
-    listing.sources = [root / f"{split}.txt" for split in LISTS if split in have]
     if have >= {UNION, "test"} and "val200" not in have:
         _without_val(root, listing, "train800" in have)
     else:

@@ -151,7 +151,7 @@ def _entry(
     if method is None:
         return entry | {"verdict": "open", "why": "no row of ours is this method and variant"}
     if line["metric"] in OF_HARDWARE | {"params", "gflops"}:
-        return entry | _cost(line, method, ours)
+        return entry | _cost(paper, line, method, ours)
     return entry | _score(paper, line, method, tasks[printed_row(line)], ours)
 
 
@@ -192,12 +192,14 @@ def _mean(groups: Sequence[Sequence[Mapping[int, float]]]) -> list[float]:
     ]
 
 
-def _cost(line: Printed, method: str, ours: Ours) -> dict[str, Any]:
+def _cost(paper: Paper, line: Printed, method: str, ours: Ours) -> dict[str, Any]:
     """Counts agree, with the head or without, or they do not; times and memory are of hardware."""
-    base, printed = COST_UNITS.get(line["unit"]), float(line["value"])
+    place, printed = (line["backbone"], line["pretraining"]), float(line["value"])
+    base = _unit(line, place, ours)
     if base is None:
-        return {"verdict": "open", "why": "printed as a share; counts differ in the head"}
-    place = (line["backbone"], line["pretraining"])
+        share = line["metric"] == "params"
+        why = "a share of full fine-tuning's, which has not run" if share else "printed as a share"
+        return {"verdict": "open", "why": why}
     found: list[float] = []
     for column in COLUMNS.get(line["metric"], ()):
         for suite in ours.suites.get(place, ()):
@@ -214,7 +216,18 @@ def _cost(line: Printed, method: str, ours: Ours) -> dict[str, Any]:
         return result | {"verdict": "reproduced", "why": "the same count"}
     if line["metric"] in OF_HARDWARE:
         return result | {"verdict": "explained", "why": "measured on other hardware"}
+    if doubts := paper.doubts(line):
+        return result | {"verdict": "explained", "why": "; ".join(doubts)}
     return result | {"verdict": "refuted", "why": f"the counts differ by more than {COUNTED:.0%}"}
+
+
+def _unit(line: Printed, place: Place, ours: Ours) -> float | None:
+    """One of the printed unit; parameters in percent are those of full fine-tuning's."""
+    if (line["unit"], line["metric"]) != ("percent", "params"):
+        return COST_UNITS.get(line["unit"])
+    cells = ours.numbers(place, "trainable").items() if place in ours.suites else ()
+    counts = {v for (_, m, _), seeds in cells if m == "full" for v in seeds.values()}
+    return max(counts) / 100 if counts else None
 
 
 def _command(line: Printed, method: str | None) -> str:

@@ -136,6 +136,19 @@ class Other(Strict):
         return place and all(v in (None, line[k]) for k, v in wanted.items())
 
 
+class Count(Strict):
+    """Why the parameters printed for some rows are not those that the definition gives."""
+
+    table: int
+    rows: list[int]
+    text: str
+
+    def concerns(self, line: Printed) -> bool:
+        """Whether it is about this printed number."""
+        place = int(line["table"]) == self.table and int(line["row"]) in self.rows
+        return place and line["metric"] == "params"
+
+
 class Paper(Strict):
     """What is known of how a paper's numbers were made, and which of them contradict each other."""
 
@@ -146,6 +159,7 @@ class Paper(Strict):
     remarks: list[Remark]
     contradictions: list[Contradiction]
     others: list[Other]
+    counts: list[Count] = []
 
     def facts(self, line: Printed) -> RowFacts:
         """The facts of a printed number: the paper's own, changed by the first entry that fits."""
@@ -163,6 +177,7 @@ class Paper(Strict):
         """What speaks against a printed number."""
         found = [c.text for c in self.contradictions if c.concerns(line)]
         found += [f"printed differently: {o.text}" for o in self.others if o.concerns(line)]
+        found += [f"counted otherwise: {c.text}" for c in self.counts if c.concerns(line)]
         return found + list(filter(None, [self.facts(line).doubt]))
 
 
