@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_support import official_pipeline, settings, subject
+from generation_support import official_pipeline, settings, subject, untrained_quick_pipeline
 from torch import Tensor
 
 from snella.equations.flow import draw_positions, flow_loss, loss_weight, noise_levels
@@ -75,6 +75,22 @@ def test_prior_preservation_adds_the_class_images_mean(tmp_path: Path) -> None:
     halves = [{k: v[i : i + 2] for k, v in batch.items() if k != "prior"} for i in (0, 2)]
     first, second = (mean_flow_loss(model, half) for half in halves)
     torch.testing.assert_close(task.loss(model, batch), first + 0.5 * second)
+
+
+def test_class_images_are_shuffled(tmp_path: Path) -> None:
+    """In file order a short epoch would show the first ones alone, every time."""
+    made = untrained_quick_pipeline(tmp_path / "sd3")
+    chosen = settings(prior_weight=1.0, prior_images=6, epoch_batches=2)
+    task = Generation(subject(tmp_path / "data" / "prepared" / "x"), chosen, 1)
+    task.build_model(Backbone(name="t", arch="sd3", file=str(made)))
+    assert task.prior is not None
+    known = [latent.tobytes() for latent in task.prior.draw(range(6), torch.Generator()).numpy()]
+    shown = [
+        known.index(batch["latent"][1].numpy().tobytes())
+        for seed in range(8)
+        for batch in task.batches("trainval", seed)
+    ]
+    assert len(set(shown)) > 2
 
 
 def test_batches_depend_on_the_seed_alone(tmp_path: Path) -> None:

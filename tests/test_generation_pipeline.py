@@ -79,6 +79,34 @@ def test_what_is_encoded_once_is_not_encoded_again(
         encode_prompts(opened, model, ["another"], 8, "fp32", tmp_path)
 
 
+def test_what_is_cached_depends_on_the_text_encoders_that_are_used(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Leaving out the third one, files and all in their place, is another language."""
+    null = [None, None]
+    without = edited_index(folder, tmp_path / "sd3", text_encoder_3=null, tokenizer_3=null)
+    data = subject(tmp_path / "data" / "prepared" / "x")
+    chosen = settings(image_size=64, max_sequence_length=8)
+    models = [Backbone(name="t", arch="sd3", file=str(place)) for place in (folder, without)]
+    first, second = Generation(data, chosen, 2), Generation(data, chosen, 2)
+    for task, backbone in zip((first, second), models, strict=True):
+        task.build_model(backbone)
+    assert first.encoded.tokens[:, 77:].any() and not second.encoded.tokens[:, 77:].any()
+    assert set(first._base_folders.values()).isdisjoint(second._base_folders.values())
+
+
+def test_the_vae_leaves_the_device_after_sampling(folder: Path, tmp_path: Path) -> None:
+    """Training needs its room, and its memory must not depend on what was cached."""
+    opened, places = PipelineFolder(folder), []
+    model, vae = opened.transformer(), opened.vae()
+    move = type(vae).to
+    vae.to = lambda place: (places.append(torch.device(place).type), move(vae, place))[1]
+    encoded = encode_prompts(opened, model, ["a star", ""], 8, "fp32", tmp_path / "cache")
+    wanted = jobs(tmp_path / "images", "thing", ["a star"], 1)
+    generate(opened, model, vae, encoded, wanted, Sampling(64, 1, 1.0, "", 1))
+    assert places == ["cpu", "cpu"] and wanted[0].file.is_file()
+
+
 def test_interrupted_sampling_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     made = untrained_quick_pipeline(tmp_path / "sd3")
     data = subject(tmp_path / "data" / "prepared" / "x")

@@ -92,6 +92,7 @@ def test_an_own_dog_gets_the_prompts_of_live_subjects(tmp_path: Path) -> None:
     root = write(tmp_path / "data", subject="rex")
     prepare("rex", spec(root, class_word="dog"), tmp_path / "rex")
     assert "a wet {0} {1}" in Prepared.open(tmp_path / "rex").manifest["prompts"]
+    assert read_prompts(root / NAME).templates("Dog") == read_prompts(root / NAME).live
     described = spec(root)
     assert root / "rex" / "01.jpg" in sources(described)  # the subject's name is the entry's
 
@@ -170,6 +171,7 @@ def test_photographs_stand_upright_and_have_eight_bits(tmp_path: Path) -> None:
         ("'a wet", "a wet", "line 22: expected a heading or"),
         ("'a wet", r"'a \x wet", "line 22: .* is no text in Python's quotes"),
         ("Classes", "Class list", "line 1: expected a heading"),
+        ("{0} {1} in the jungle", "{0} {1} on top of pink fabric", "line 14: .* is listed twice"),
         ("dog6,dog\n", "", "Unknown subject in .*'dog6'"),
     ],
 )
@@ -196,8 +198,15 @@ def test_what_can_be_wrong_with_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Subject 'backpack': no such folder"):
         prepare("backpack", spec(root), tmp_path / "out")
     (root / "dog6" / "00.jpg").write_bytes(b"\xff\xd8\xffnot really")
-    with pytest.raises(UserError, match=r"00.jpg is not a readable image"):
+    with pytest.raises(UserError, match=r"00.jpg is not a readable image \(no image in a format"):
         prepare("dog6", spec(root), tmp_path / "out")
+    (root / "dog6" / "00.jpg").write_bytes(b"<!doctype html><html>")
+    with pytest.raises(UserError, match=r"00.jpg cannot be decoded: it is a web page"):
+        prepare("dog6", spec(root), tmp_path / "out")
+    (root / "dog6" / "01.HEIC").write_bytes(b"a telephone's")
+    with pytest.raises(UserError, match=r"01.HEIC is of a format that is not read; save it as"):
+        prepare("dog6", spec(root), tmp_path / "out")
+    (root / "dog6" / "01.HEIC").unlink()
     with pytest.raises(UserError, match="Unknown option of data set 'dog6': 'subjects'"):
         prepare("dog6", spec(root, subjects="x"), tmp_path / "out")
     (root / NAME).unlink()

@@ -159,6 +159,20 @@ def test_one_seed_of_right_and_wrong_is_mcnemars_exact_test(tmp_path):
     assert p_value([(1.0, 0.0, noise)], "a", "a") == 1.0
 
 
+def test_a_mean_over_test_images_has_a_bootstrap_interval(tmp_path):
+    """scipy's percentile interval of the same scores, seeds averaged per image."""
+    rng = np.random.default_rng(0)
+    a, b = rng.beta(4, 2, (2, 120)), (rng.random((2, 120)) < 0.8).astype(float)
+    noise = measure(images(tmp_path, {"a": list(a), "b": list(b)}))
+    for name, scores in (("a", a), ("b", b)):
+        means = np.float32(scores).mean(axis=0, dtype=np.float64)
+        expected = stats.bootstrap(
+            (means,), np.mean, method="percentile", n_resamples=2000, rng=np.random.default_rng(1)
+        ).confidence_interval
+        assert noise.interval(name) == pytest.approx(tuple(expected), abs=5e-3)
+    assert noise.interval("another") is None and Noise({}, 0, 0, None, None).interval("a") is None
+
+
 @pytest.mark.parametrize("kind", ["noise", "npy", "text", "square", "cut"])
 def test_damaged_scores_are_said_and_not_compared(tmp_path, caplog, kind):
     path = tmp_path / "scores.npz"

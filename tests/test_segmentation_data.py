@@ -156,6 +156,17 @@ def _colour(root: Path) -> None:
     Image.fromarray(mask).save(root / "masks" / "image05.png")
 
 
+def _classes(root: Path) -> None:
+    (root / "masks" / "image05.jpg").unlink()
+    Image.fromarray((square() > 0).astype(np.uint8) * 2).save(root / "masks" / "image05.png")
+
+
+def _alpha(root: Path) -> None:
+    (root / "masks" / "image05.jpg").unlink()
+    white = np.full((40, 52, 3), 255, np.uint8)
+    Image.fromarray(np.dstack([white, square()])).save(root / "masks" / "image05.png")
+
+
 def _deep_mask(root: Path) -> None:
     (root / "masks" / "image05.jpg").unlink()
     deep = Image.fromarray(square().astype(np.uint16) * 257)
@@ -185,6 +196,8 @@ def _twice(root: Path) -> None:
         (_grey, r"neither black nor white"),
         (_empty, r"the mask is empty.*allow_empty: true"),
         (_colour, r"the mask is coloured"),
+        (_classes, r"the largest value is 2, and only values above 128 are"),
+        (_alpha, r"parts of the mask are transparent"),
         (_deep_mask, r"more than 8 bits"),
         (_deep_image, r"image05.png: the image cannot be decoded"),
         (_truncated, r"image05.jpg: the image cannot be decoded"),
@@ -199,9 +212,39 @@ def test_bad_pictures_are_one_clear_line(root: Path, tmp_path: Path, damage, mes
     assert not (tmp_path / "prepared" / "polyps").exists()
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_turned_image_under_an_upright_mask_is_refused(
+    root: Path, tmp_path: Path, orientation: int
+) -> None:
+    """Upside down it would train on a wrong mask without a word; turned alike, both fit."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    file = root / "images" / "image05.jpg"
+    Image.open(file).save(file, exif=exif)
+    with pytest.raises(UserError, match=rf"image05.jpg and its mask .*EXIF {orientation} and 1"):
+        prepared(root, tmp_path)
+    file = root / "masks" / "image05.jpg"
+    Image.open(file).save(file, exif=exif)
+    assert prepared(root, tmp_path).size("train") > 1
+
+
+def test_near_duplicates_of_training_images_are_counted_and_said(
+    root: Path, tmp_path: Path
+) -> None:
+    """Lists may cut through them, and a released test set may be saved anew."""
+    (root / "train.txt").write_text("\n".join(f"image{i:02d}" for i in range(18)))
+    (root / "val.txt").write_text("image18\nimage19\n")
+    data = prepared(root, tmp_path)
+    assert data.manifest["test_equal_to_training"] == 0
+    assert data.manifest["test_near_to_training"] == 1
+    warning = "1 of 2 test images are near-duplicates of training images"
+    assert data.manifest["warnings"] == [warning]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"test_sets": {"polyps": "x"}}, "a test set .* has its name, too"),
         ({"splt": "disjoint"}, "Did you mean 'split'"),
         ({"split": "random"}, "options.split"),
         ({"train_list": "a.txt"}, "both train_list and test_list"),

@@ -166,7 +166,15 @@ def test_an_empty_mask_that_nothing_is_predicted_for_has_a_finite_loss() -> None
 
 def test_collapse_is_empty_or_full_masks_for_most_images() -> None:
     for word, shares in (("empty", [0.0, 0.0005, 0.2]), ("full", [1.0, 0.97, 0.1])):
-        found = collapsed(shares) or ""
+        pairs = [(share, 0.3) for share in shares]
+        found = collapsed(pairs) or ""
         assert f"masks of most images are {word}" in found
-        assert ";" not in found and found == collapsed(shares[:2])  # a table counts equal ones
-    assert collapsed([0.0, 0.2, 0.3]) is None and collapsed([]) is None
+        assert ";" not in found and found == collapsed(pairs[:2])  # a table counts equal ones
+    assert collapsed([(0.0, 0.3), (0.2, 0.3), (0.3, 0.3)]) is None and collapsed([]) is None
+
+
+def test_images_without_foreground_and_tiny_objects_are_no_collapse() -> None:
+    assert collapsed([(0.0, 0.0), (0.0, 0.0), (0.3, 0.3)]) is None  # rightly empty
+    assert collapsed([(0.0004, 0.0005), (0.0006, 0.0005)]) is None
+    assert "empty" in (collapsed([(0.0, 0.0005), (0.0, 0.0008)]) or "")  # missed all the same
+    assert collapsed([(1.0, 1.0), (0.99, 0.97)]) is None

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("snella")
 ALPHA = 0.05
+RESAMPLES, MANY = 1000, 5000
 AGREE = 1e-3  # a metric is a mean over images if its scores average to it within this
 
 
@@ -36,7 +37,8 @@ class Noise:
     ``images`` (M, M) is the covariance of the M rows' means over the ``n`` test images, None
     where no scores are stored; ``seeds`` (M, M) that over the ``repeats`` common seeds, None for
     one. ``only`` (M, M) counts the images that a row has right and the other wrong, for scores
-    of 0 and 1 and one seed.
+    of 0 and 1 and one seed. ``scores`` (M, n) are those of single images, means over the seeds;
+    None for more than `MANY` images, whose standard error says all.
     """
 
     rows: Mapping[str, int]
@@ -45,6 +47,7 @@ class Noise:
     images: np.ndarray | None
     seeds: np.ndarray | None
     only: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
     def parts(self, a: str, b: str) -> list[tuple[float, int]]:
         """(variance, degrees of freedom) of the difference of two rows, by source."""
@@ -61,6 +64,17 @@ class Noise:
         if self.images is None or row not in self.rows:
             return None
         return math.sqrt(self.images[self.rows[row], self.rows[row]])
+
+    def interval(self, row: str) -> tuple[float, float] | None:
+        """The 95 % bootstrap interval of a row's mean over test images; None without scores."""
+        import numpy as np
+
+        if self.scores is None or row not in self.rows:
+            return None
+        values, counts = np.unique(self.scores[self.rows[row]], return_counts=True)
+        drawn = np.random.default_rng(0).multinomial(self.n, counts / self.n, RESAMPLES)
+        low, high = np.quantile(drawn @ values / self.n, [0.025, 0.975])
+        return float(low), float(high)
 
 
 NOTHING = Noise({}, 0, 0, None, None)
@@ -96,7 +110,7 @@ def measure(runs: pd.DataFrame) -> Noise:
     images = np.cov(means).reshape(len(names), -1) / n
     binary = len(common) == 1 and bool(np.isin(means, (0.0, 1.0)).all())
     only = means @ (1 - means).T if binary else None
-    return Noise(names, n, len(common), images, seeds, only)
+    return Noise(names, n, len(common), images, seeds, only, means if n <= MANY else None)
 
 
 def read_scores(run: Any) -> np.ndarray | None:

@@ -285,11 +285,15 @@ def table_statistics(table: Table, reference: str) -> Statistics:
 
 
 def mean_interval(table: Table, method: str, column: Column) -> tuple[float, float] | None:
-    """The 95 % bootstrap interval of a mean over data sets, in the column's unit.
+    """The 95 % bootstrap interval of a mean, in the column's unit.
 
-    Data sets are resampled, then seeds within them. None for another column, and where a data set
-    is missing.
+    Of a mean over data sets these are resampled, then seeds within them; of one data set, its test
+    images. None for another column, and where a data set or its scores are missing.
     """
+    if column.kind == "dataset":
+        scale = table.units[column.key].scale
+        images = table.results.noise(column, column.datasets[0]).interval(method)
+        return None if images is None else (images[0] * scale, images[1] * scale)
     if column.kind != "mean_of_tasks" or len(column.datasets) < 2:
         return None
     found = [table.results.outcome(method, name, column).values for name in column.datasets]

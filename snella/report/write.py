@@ -100,7 +100,8 @@ def wide(table: Table) -> pd.DataFrame:
 def cells(table: Table) -> pd.DataFrame:
     """One row per cell, with the single seeds, the mark and the reason of an empty cell.
 
-    ``low`` and ``high`` are the 95 % bootstrap interval of a mean over data sets.
+    ``low`` and ``high`` are the 95 % bootstrap interval of a mean: over data sets, or over the test
+    images of one.
     """
     import pandas as pd
 

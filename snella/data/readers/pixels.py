@@ -154,6 +154,15 @@ def refuse_text(data: bytes, where: str) -> None:
         raise UserError(f"{where} cannot be decoded: it is an SVG drawing, not pixels.")
 
 
+def orientation(data: bytes) -> int:
+    """How an encoded image is to be turned before it is shown, as EXIF says: 1 to 8, 1 upright."""
+    from PIL import ExifTags, Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
+
+
 def _bits(data: bytes, image: object) -> int:
     """Bits per channel as stored; Pillow cuts 16-bit colour to 8 without a word."""
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 24:

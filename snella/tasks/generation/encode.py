@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from snella.files import atomic, digest_json, sha256
+from snella.tasks.generation.parts import LANGUAGE
 from snella.tasks.generation.pipeline import PipelineFolder
 
 TEXT_BATCH = 16
@@ -68,7 +69,7 @@ def encode_prompts(
     texts = list(dict.fromkeys(texts))
     key = digest_json(
         {
-            "files": folder.stamp(*(p.name for p in folder.path.glob("t*er*") if p.is_dir())),
+            "files": folder.stamp(*LANGUAGE, "transformer"),
             "texts": texts,
             "length": max_sequence_length,
             "weights": weights,

@@ -19,6 +19,8 @@ REQUIRED = (
     "transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2",
 )  # fmt: skip
 THIRD = ("text_encoder_3", "tokenizer_3")
+LANGUAGE = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", *THIRD)
+"""What features of prompts depend on, beside the transformer's width."""
 CLASSES = {
     "transformer": "SD3Transformer2DModel", "scheduler": "FlowMatchEulerDiscreteScheduler",
 }  # fmt: skip

@@ -79,12 +79,17 @@ class PipelineFolder:
         return self._pipeline(transformer=transformer, vae=vae)
 
     def stamp(self, *parts: str) -> list[list[Any]]:
-        """Names, sizes and times of the files of ``parts``: what a cached result depends on."""
-        files = [p for part in parts for p in sorted((self.path / part).rglob("*")) if p.is_file()]
-        return [
-            [p.relative_to(self.path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns]
-            for p in files
-        ]
+        """What a cached result of ``parts`` depends on: classes, names, sizes and times of files.
+
+        Parts that the pipeline leaves out do not count.
+        """
+        found: list[list[Any]] = []
+        for part in parts:
+            if (kind := part_of(self.index, part)) is not None:
+                files = [p for p in sorted((self.path / part).rglob("*")) if p.is_file()]
+                stats = [(p.relative_to(self.path).as_posix(), p.stat()) for p in files]
+                found += [[part, *kind], *([n, s.st_size, s.st_mtime_ns] for n, s in stats)]
+        return found
 
     def _pipeline(self, **parts: Any) -> Any:
         from diffusers import StableDiffusion3Pipeline

@@ -15,6 +15,8 @@ from snella.tasks.generation.prompts import NAME, check_template, read_prompts
 
 KINDS = ("dreambooth", "quick")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
+"""Photographs as well, which would be missed without a word."""
 OPTIONS = ("subject", "class_word", "prompts")
 
 
@@ -69,10 +71,10 @@ def sources(spec: DatasetSpec) -> list[Path]:
     return [p for p in (root / NAME, *files) if p.is_file()]
 
 
-def image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """A subject's photographs, in the order of their names."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return sorted(p for p in found if p.suffix.lower() in suffixes and not p.name.startswith("."))
 
 
 def _photographs(name: str, spec: DatasetSpec) -> tuple[list[bytes], dict[str, Any]]:
@@ -86,6 +88,10 @@ def _photographs(name: str, spec: DatasetSpec) -> tuple[list[bytes], dict[str, A
     subject = str(options.get("subject", name))
     class_word, templates = _prompts(name, root, subject, options)
     files = image_files(root / subject)
+    if unread := image_files(root / subject, UNREAD):
+        raise UserError(
+            f"{unread[0]} is of a format that is not read; save it as JPEG or PNG, or remove it."
+        )
     if not files:
         kind = "no images" if (root / subject).is_dir() else "no such folder"
         raise UserError(
@@ -137,20 +143,24 @@ def _checked(path: Path) -> bytes:
     """
     import io
 
-    from PIL import ExifTags, Image, ImageOps
+    from PIL import Image, ImageOps
 
     from snella.data.images import decode
+    from snella.data.readers.pixels import orientation, refuse_text, why_undecodable
 
     try:
         data = path.read_bytes()
+        refuse_text(data, str(path))
         decode(data)
+        if orientation(data) == 1:
+            return data
         with Image.open(io.BytesIO(data)) as image:
-            if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-                return data
             upright = ImageOps.exif_transpose(image).convert("RGB")
+    except UserError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever went wrong inside them
         raise UserError(
-            f"{path} is not a readable image ({' '.join(str(error).split())[:100]}); replace it."
+            f"{path} is not a readable image ({why_undecodable(error)}); replace it."
         ) from error
     buffer = io.BytesIO()
     upright.save(buffer, "PNG", exif=b"")

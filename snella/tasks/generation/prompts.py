@@ -43,7 +43,7 @@ class PromptFile:
 
     def templates(self, class_word: str) -> list[str]:
         """The prompts of subjects of a class: those of live subjects for cats and dogs."""
-        return self.live if class_word in LIVE else self.objects
+        return self.live if class_word.casefold() in LIVE else self.objects
 
 
 def read_prompts(path: Path) -> PromptFile:
@@ -96,7 +96,10 @@ def _line(found: PromptFile, heading: str, text: str, place: str) -> None:
     except (SyntaxError, ValueError):
         raise UserError(f"{place}: {match['text']} is no text in Python's quotes.") from None
     check_template(template, place)
-    (found.objects if heading == "Object Prompts" else found.live).append(template)
+    part = found.objects if heading == "Object Prompts" else found.live
+    if template in part:  # both would get the same noise, and so the same images
+        raise UserError(f"{place}: the prompt {template!r} is listed twice under {heading}.")
+    part.append(template)
 
 
 def check_template(template: str, place: str) -> None:

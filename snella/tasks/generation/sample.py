@@ -82,6 +82,7 @@ def generate(
         for job, image in zip(part, _sample(pipeline, encoded, part, sampling), strict=True):
             if job in missing:
                 write_png(job.file, image)
+    vae.to("cpu")  # training needs its room
     return len(wanted)
 
 

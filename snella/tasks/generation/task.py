@@ -21,6 +21,7 @@ from snella.files import atomic, digest_json
 from snella.methods.base import Batch
 from snella.tasks.base import Backbone, Task
 from snella.tasks.generation.encode import Latents, Prompts, encode_images, encode_prompts
+from snella.tasks.generation.parts import LANGUAGE
 from snella.tasks.generation.pipeline import PipelineFolder
 from snella.tasks.generation.prompts import fill_prompt
 from snella.tasks.generation.sample import Job, Sampling, generate, jobs, read_png
@@ -93,8 +94,9 @@ class Generation(Task):
         Where ``seed`` is None photographs come in file order and noise is drawn with seed 0.
         """
         generator = torch.Generator().manual_seed(0 if seed is None else seed)
-        order = self._order(len(self.latents), generator if seed is not None else None)
-        classes = self._order(len(self.prior) if self.prior else 1, None)
+        shuffled = None if seed is None else generator
+        order = self._order(len(self.latents), shuffled)
+        classes = self._order(len(self.prior) if self.prior else 1, shuffled)
         for _ in range(self.steps(split)):
             rows = [next(order) for _ in range(self.batch_size)]
             batch = self._batch(self.latents, rows, self.settings.instance_prompt, generator)
@@ -182,7 +184,7 @@ class Generation(Task):
         """What images of the pre-trained model depend on, as part of a file name."""
         s = self.settings
         content = {
-            "files": self.folder.stamp("transformer", "vae", "scheduler"),
+            "files": self.folder.stamp("transformer", "vae", "scheduler", *LANGUAGE),
             "jobs": [[job.file.name, job.prompt, job.seed] for job in wanted],
             "sampling": vars(self._sampling()),
             "weights": [s.weights, s.max_sequence_length],

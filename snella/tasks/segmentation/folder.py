@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snella.data.images import decode
-from snella.data.readers.pixels import refuse_text, why_undecodable
+from snella.data.readers.pixels import orientation, refuse_text, why_undecodable
 from snella.data.storage import hash_image
 from snella.errors import UserError
 from snella.tasks.segmentation.duplicates import perceptual_hash
@@ -87,8 +87,14 @@ def _read(name: str, image: Path, mask: Path, allow_empty: bool) -> Pair:
         raise UserError(
             f"{image}: the image cannot be decoded: {why_undecodable(error)}; replace or remove it."
         ) from error
-    _bytes(mask, "mask")
+    truth_data = _bytes(mask, "mask")
     truth = read_mask(mask, allow_empty)
+    turned = orientation(data), orientation(truth_data)
+    if turned[0] != turned[1]:
+        raise UserError(
+            f"{image} and its mask are stored in different orientations (EXIF {turned[0]} and "
+            f"{turned[1]}), so one may not lie over the other; save both upright, without EXIF."
+        )
     if truth.shape != pixels.shape[:2]:
         raise UserError(
             f"{mask} is {truth.shape[1]} x {truth.shape[0]} pixels, its image "

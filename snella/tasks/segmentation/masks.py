@@ -28,8 +28,8 @@ Mask = NDArray[np.bool_]
 def read_mask(path: Path, allow_empty: bool = False) -> Mask:
     """A mask file as bool (H, W).
 
-    Raises :class:`~snella.errors.UserError` for a file that is no picture, has 16 bits or colours,
-    is not binary by the rule above, or is empty (unless allowed).
+    Raises :class:`~snella.errors.UserError` for a file that is no picture, has 16 bits, colours or
+    transparency, is not binary by the rule above, or is empty (unless allowed).
     """
     try:
         with Image.open(path) as image:
@@ -46,10 +46,15 @@ def read_mask(path: Path, allow_empty: bool = False) -> Mask:
             f"{path}: {between:.0%} of the pixels are neither black nor white, so this is no "
             "binary mask; save foreground as 255 and background as 0."
         )
+    if not mask.any() and grey.max(initial=0) > 1:
+        raise UserError(
+            f"{path}: the largest value is {grey.max()}, and only values above {FOREGROUND} are "
+            "foreground; save foreground as 255 and background as 0."
+        )
     if not mask.any() and not allow_empty:
         raise UserError(
-            f"{path}: the mask is empty (no value above {FOREGROUND}); remove the image, or set "
-            "`allow_empty: true` under `options:` of the data set if it is meant."
+            f"{path}: the mask is empty; remove the image, or set `allow_empty: true` under "
+            "`options:` of the data set if it is meant."
         )
     return mask
 
@@ -57,6 +62,11 @@ def read_mask(path: Path, allow_empty: bool = False) -> Mask:
 def _grey(path: Path, image: Image.Image) -> NDArray[np.uint8]:
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{path}: the mask has {image.mode} pixels of more than 8 bits; save 8.")
+    if "A" in image.getbands() and (np.asarray(image.getchannel("A")) < 255).any():
+        raise UserError(
+            f"{path}: parts of the mask are transparent, which may be its background or mean "
+            "nothing; save it as black and white."
+        )
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))
     channels = np.asarray(image.convert("RGB")).astype(np.int16)

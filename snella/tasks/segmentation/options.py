@@ -52,6 +52,10 @@ def parse_options(name: str, options: dict[str, Any]) -> Options:
         ) from error
     if (parsed.train_list is None) != (parsed.test_list is None):
         raise UserError(f"Data set {name!r}: give both train_list and test_list, or neither.")
+    if name in parsed.test_sets:
+        raise UserError(
+            f"Data set {name!r}: a test set under `test_sets:` has its name, too; give it another."
+        )
     if (parsed.released_test is None) != (parsed.split == "disjoint"):
         raise UserError(
             f"Data set {name!r}: `split: released` and `released_test:` (the folder or list of "

@@ -94,6 +94,8 @@ class Writer:
 
 def _records(path: Path) -> Iterator[tuple[int, bytes]]:
     """Each whole record's end in the file, and its content; stops at the first that is not."""
+    if not path.is_file():
+        return
     with path.open("rb") as file:
         while True:
             header = file.read(_HEADER.size)

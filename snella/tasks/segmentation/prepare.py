@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from snella.errors import UserError, unknown
+from snella.files import user_path
 from snella.tasks.segmentation.duplicates import near_groups, share_out
 from snella.tasks.segmentation.folder import Pair, read_list, read_pairs
 from snella.tasks.segmentation.masks import encode_mask
@@ -49,7 +50,7 @@ def sources(spec: Any) -> list[Path]:
     root, options = Path(spec.path), Options(**spec.options)
     lists = lists_of(spec.kind, root, options) or ()
     released = [root / options.released_test] if options.released_test else []
-    further = [*released, *map(Path, options.test_sets.values())]
+    further = [*released, *map(user_path, options.test_sets.values())]
     return [root / "images", root / "masks", *lists, *further]
 
 
@@ -98,7 +99,7 @@ def _folder(name: str, spec: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     else:
         splits = _disjoint(name, pairs, lists_of(spec.kind, root, options), options)
     for title, path in options.test_sets.items():
-        further = read_pairs(Path(path), options.allow_empty)
+        further = read_pairs(user_path(path), options.allow_empty)
         splits["test"] += [(title, pair) for pair in further.values()]
     info = {
         "source": f"folder {root}",
@@ -160,7 +161,8 @@ def _named(name: str, parts: Mapping[str, Sequence[str]], pairs: Mapping[str, Pa
         if not members:
             raise UserError(
                 f"Data set {name!r}: {len(pairs)} images leave none for {split}; add some, or "
-                "change `val_fraction` or `test_fraction` under its `options:`."
+                "change `val_fraction`, `test_fraction` or, where most are near-duplicates of each "
+                "other, `near_duplicate_bits` under its `options:`."
             )
     return {split: [(name, pairs[m]) for m in members] for split, members in parts.items()}
 
@@ -178,9 +180,12 @@ def _overlap(splits: Split, options: Options) -> dict[str, Any]:
     hashes = np.array([pair.hash for pair in training], dtype=np.uint64)
     near = sum(_near(hashes, pair.hash, options.near_duplicate_bits) for pair in tested)
     info: dict[str, Any] = {"test_equal_to_training": equal, "test_near_to_training": near}
-    if equal:
-        released = " (split as released)" if options.split == "released" else ""
-        info["warnings"] = [f"{equal} of {len(tested)} test images are training images{released}"]
+    released = " (split as released)" if options.split == "released" else ""
+    info["warnings"] = [
+        f"{count} of {len(tested)} test images are {what}training images{released}"
+        for count, what in ((equal, ""), (near - equal, "near-duplicates of "))
+        if count > 0
+    ]
     return info
 
 

@@ -41,7 +41,8 @@ class _Image:
     original: Counts
     model_size: Counts
     values: dict[str, float] = field(default_factory=dict)
-    share: float = 0.0
+    shares: tuple[float, float] = (0.0, 0.0)
+    """Of foreground, predicted and true."""
 
 
 class SegmentationScorer(Scorer):
@@ -62,21 +63,21 @@ class SegmentationScorer(Scorer):
             for prediction, truth in self._pairs(predictions, split)
         ]
         members = self._members(split)
-        own = np.flatnonzero(members == 0) if self._separate else np.arange(len(images))
+        own = self._own(split)
         groups = {
-            name: np.flatnonzero(members == i)
+            name: index
             for i, name in enumerate(self.data.manifest.get("test_sets", []))
-            if split == "test"
+            if split == "test" and len(index := np.flatnonzero(members == i))
         }
         scores = {}
         for name in images[0].values:
             values = np.array([image.values[name] for image in images], dtype=np.float32)
-            spread = {g: float(values[index].mean()) for g, index in groups.items() if len(index)}
+            spread = {g: float(values[index].mean()) for g, index in groups.items()}
             scores[name] = Score(float(values[own].mean()), spread, values[own])
         pooled = {g: _pooled([images[i] for i in index]) for g, index in groups.items()}
         for name, value in _pooled([images[i] for i in own]).items():
             scores[name] = Score(value, {g: found[name] for g, found in pooled.items()})
-        problem = collapsed([image.share for image in images])
+        problem = collapsed([image.shares for image in images])
         if problem:
             scores["dice"] = _with_warning(scores["dice"], problem)
         return scores
@@ -89,12 +90,15 @@ class SegmentationScorer(Scorer):
 
     def chance(self) -> dict[str, float]:
         """What foreground everywhere reaches in Dice: 2 a / (1 + a) for a share a of foreground."""
-        shares = [float(truth.mean()) for truth in self._truths("test")]
+        own = set(self._own("test").tolist())
+        shares = [float(t.mean()) for i, t in enumerate(self._truths("test")) if i in own]
         return {"dice": float(np.mean([2 * a / (1 + a) for a in shares]))}
 
-    @property
-    def _separate(self) -> bool:
-        return not self.data.manifest.get("pool_test_sets", False)
+    def _own(self, split: str) -> NDArray[np.int64]:
+        """Which images make the value: those of the data set itself."""
+        members = self._members(split)
+        pooled = self.data.manifest.get("pool_test_sets", False)
+        return np.arange(len(members)) if pooled else np.flatnonzero(members == 0)
 
     def _members(self, split: str) -> NDArray[np.int64]:
         if split != "test":
@@ -130,7 +134,7 @@ class SegmentationScorer(Scorer):
                 "s-measure": s_measure(level, truth),
                 "mae": mean_absolute_error(level, truth),
             }
-        return _Image(counts, at_model_size, values, float(mask.mean()))
+        return _Image(counts, at_model_size, values, (float(mask.mean()), float(truth.mean())))
 
     # ------------------------------------------------------------------------- threshold
 

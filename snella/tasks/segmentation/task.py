@@ -79,18 +79,20 @@ class Segmentation(Task):
         Masks at the original size come from the decoder's logits, bilinear. Masks that are empty
         or full for most images of the validation split are warned about.
         """
-        source, sizes = self._split(split, False), self.data.column(split, "size")
+        source, sizes = self._split(split, split == "val"), self.data.column(split, "size")
         device = next(model.parameters()).device
         step = max(1, min(EVAL_BATCH, EVAL_PIXELS // self.settings.image_size**2))
-        shares = []
+        shares: list[tuple[float, float]] = []
         with Writer(folder, self._index(model, split)) as writer:
             rest = torch.arange(writer.done, source.count).split(step)
             order = [part.tolist() for part in rest if len(part)]
-            for indices, (image, _) in zip(order, source.batches(order), strict=True):
+            for indices, (image, mask) in zip(order, source.batches(order), strict=True):
                 low = _logits(model, _normalised(image).to(device))
-                for i, logits in zip(indices, low, strict=True):
-                    shares.append(self._append(writer, logits, sizes[i]))
-        if split == "val" and (problem := collapsed(shares)):
+                rows = zip(indices, low, strict=True)
+                found = [self._append(writer, logits, sizes[i]) for i, logits in rows]
+                if mask is not None:
+                    shares += zip(found, mask.float().mean((1, 2)).tolist(), strict=True)
+        if problem := collapsed(shares):
             log.warning("Validation: %s", problem)
         return source.count
 
