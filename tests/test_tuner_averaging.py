@@ -28,11 +28,29 @@ def timm_ema(kind: Any, model: nn.Module) -> tuple[nn.Module, Callable[[], None]
     return average.module, lambda: average.update(model)
 
 
+def handwritten(
+    mean: Callable[[Any, Any], Any], model: nn.Module
+) -> tuple[nn.Module, Callable[[], None]]:
+    """An average of whatever is in the state, as a script computes it."""
+    average = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def update() -> None:
+        pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+        for old, new in pairs:
+            old.copy_(mean(old, new))
+
+    return average, update
+
+
 WRAPPERS: dict[str, Callable[[nn.Module], tuple[nn.Module, Callable[[], None]]]] = {
     "parameters": lambda m: averaged(m),
     "buffers": lambda m: averaged(m, use_buffers=True),
     "EMA": lambda m: averaged(m, use_buffers=True, avg_fn=get_ema_avg_fn(0.5)),
     "EMA of many": lambda m: averaged(m, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.5)),
+    "floats": lambda m: handwritten(lambda a, b: a.float().mul(0.5).add(b.float(), alpha=0.5), m),
+    "stack": lambda m: handwritten(lambda a, b: torch.stack([a * 0.5, b * 0.5]).sum(0), m),
+    "out": lambda m: handwritten(lambda a, b: torch.lerp(a, b, 0.5, out=a), m),
     "timm v2": lambda m: timm_ema(ModelEmaV2, m),
     "timm v3": lambda m: timm_ema(ModelEmaV3, m),
 }

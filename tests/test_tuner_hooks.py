@@ -406,6 +406,9 @@ def test_a_state_of_another_adapter_is_refused() -> None:
     state = {f"other/{key.partition('/')[2]}": v for key, v in training_state(loop("FSHZ")).items()}
     with pytest.raises(UserError, match=r"adapter 'other'.*it trains 'default'"):
         load_training_state(adapted(), state)
+    state = training_state(loop("FSHZ"))
+    with pytest.raises(UserError, match="other layers or ranks"):
+        load_training_state(adapted(rank=2), state)
 
 
 def test_the_averages_follow_the_model() -> None:

@@ -135,12 +135,12 @@ def classifier() -> nn.Module:
     return ViTForImageClassification(config)
 
 
-def trainer(folder: Path, steps: int, callbacks: list[Any]) -> Any:
+def trainer(folder: Path, steps: int, callbacks: list[Any], **settings: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     model = classifier()
-    settings = SnellaConfig(rank=4, modules_to_save=["classifier"], target_sparsity=SPARSITY)
-    model = get_peft_model(model, settings)
+    settings = {"rank": 4, "target_sparsity": SPARSITY} | settings
+    model = get_peft_model(model, SnellaConfig(modules_to_save=["classifier"], **settings))
     generator = torch.Generator().manual_seed(0)
     data = [
         {"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": i % 3}
@@ -213,6 +213,15 @@ def test_the_trainer_on_data_without_a_length(interval: str, tmp_path: Path) -> 
     used.train()
     total = sum(layer.slice_size for layer in layers(model))
     assert sum(budgets(model)) == int((1 - SPARSITY) * total)
+
+
+def test_the_trainer_ends_within_an_epoch(tmp_path: Path) -> None:
+    """Every step counts towards the schedule, whatever epochs they fall into."""
+    used = trainer(tmp_path, 100, [SnellaCallback()], interval="step", schedule="linear")
+    used.args.max_steps = 8  # of 6 in an epoch
+    used.train()
+    total = sum(layer.slice_size for layer in layers(used.model))
+    assert sum(budgets(used.model)) == int((1 - SPARSITY) * total)
 
 
 def test_the_callback_twice_counts_once(tmp_path: Path) -> None:

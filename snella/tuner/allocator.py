@@ -303,13 +303,18 @@ class Allocator:
         self, state: dict[str, Tensor], layers: list[SnellaLayer], name: str
     ) -> None:
         """Restore ``state_dict`` into an allocator of the same model and adapter."""
-        state = dict(state)
+        state, factors = dict(state), values(_factors(layers, name))
+        shapes = {key: v.shape for key, v in state.items() if key.startswith("sensitivity.")}
+        if shapes and shapes != {f"sensitivity.{i}": f.shape for i, f in enumerate(factors)}:
+            raise UserError(
+                f"The training state of adapter {name!r} is of other layers or ranks than its own."
+            )
         epoch, self.epochs, self.step, self.reported = map(int, state.pop("counters"))
         self.epoch = None if epoch < 0 else epoch
         self.start = state.pop("start").tolist() or None
         self.frozen, self.late = set(state.pop("frozen").tolist()), set()
         self.resumed = self.epoch is not None and self.step > 0
-        self.importance.load_state_dict(state, values(_factors(layers, name)))
+        self.importance.load_state_dict(state, factors)
         self._remember(layers, name)
 
 

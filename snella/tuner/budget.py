@@ -15,10 +15,19 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 # Without underscores, as functions, methods and operators are called.
-_ARITHMETIC = {"mul", "rmul", "add", "radd", "sub", "rsub", "div", "truediv", "lerp", "addcdiv"}
+_ARITHMETIC = {
+    *("mul", "rmul", "add", "radd", "sub", "rsub", "div", "truediv", "lerp", "addcdiv"),
+    *("multiply", "subtract", "divide", "true_divide"),
+}
 
 # Functions whose result is a budget again.
-_COPIES = {"detach", "clone", "to", "cpu", "cuda", "contiguous"}
+_COPIES = {
+    *("detach", "clone", "to", "cpu", "cuda", "contiguous"),
+    *("float", "double", "half", "bfloat16", "type", "type_as"),
+}
+
+# Functions that make one tensor of several, and the means of that.
+_MEANS = {"mean", "sum"}
 
 
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -39,8 +48,13 @@ class Budget(Tensor):
             args[0]._plain.data = args[1].as_subclass(Tensor)
         if name == "copy_" and hasattr(args[1], "_sources"):
             return _take(args[0], args[1]._sources)
+        kwargs = kwargs or {}
+        if name in _MEANS and len(getattr(args[0], "_sources", ())) > 1:
+            return _combine(args[:1], in_place=False)
         if name.removeprefix("_foreach_").strip("_") not in _ARITHMETIC:
-            return _apply(name, func, args, kwargs or {})
+            return _apply(name, func, args, kwargs)
+        if isinstance(out := kwargs.get("out"), Budget):
+            return _take(out, list(_sources(args)))
         in_place = name.endswith("_") and not name.endswith("__")
         if name.startswith("_foreach_"):
             columns = [a if isinstance(a, list | tuple) else [a] * len(args[0]) for a in args]
@@ -62,8 +76,11 @@ def _apply(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     with torch._C.DisableTorchFunctionSubclass():
         result = func(*args, **kwargs)
     copied = name in _COPIES or func == Tensor.data.__get__  # type: ignore[attr-defined]
-    if copied and type(result) is Tensor and not result.is_floating_point():
+    if copied and type(result) is Tensor:
         return result.as_subclass(Budget)
+    if name == "stack":
+        result = result.as_subclass(Budget)
+        result._sources = list(_sources(args[0]))
     return result
 
 

@@ -81,20 +81,20 @@ class SnellaCallback(TrainerCallback):
     ) -> None:
         """Lower the budget and share it out."""
         model = kwargs["model"]
-        if state.num_train_epochs < sys.maxsize:
-            epochs = max(1, math.ceil(state.num_train_epochs))
-            steps = math.ceil(state.max_steps / epochs)
-            on_epoch_start(model, min(int(state.epoch or 0), epochs - 1), epochs, steps)
-        elif not getattr(state, "snella_begun", False):  # data without a length: one long epoch
-            if any(
-                allocator.config.interval == "epoch" for _, allocator in trained_adapters(model)
-            ):
-                raise UserError(
-                    "The Trainer does not know how long an epoch of this data set is, so SNELLA's "
-                    'budget would never fall: set interval="step" in SnellaConfig.'
-                )
-            state.snella_begun = True  # type: ignore[attr-defined]
-            on_epoch_start(model, 0, 1, state.max_steps)
+        configs = [allocator.config for _, allocator in trained_adapters(model)]
+        if all(config.interval == "step" or not config.allocation for config in configs):
+            if not getattr(state, "snella_begun", False):  # the whole training as one epoch
+                state.snella_begun = True  # type: ignore[attr-defined]
+                on_epoch_start(model, 0, 1, state.max_steps)
+            return
+        if state.num_train_epochs == sys.maxsize:  # data without a length
+            raise UserError(
+                "The Trainer does not know how long an epoch of this data set is, so SNELLA's "
+                'budget would never fall: set interval="step" in SnellaConfig.'
+            )
+        epochs = max(1, math.ceil(state.num_train_epochs))
+        steps = math.ceil(state.max_steps / epochs)
+        on_epoch_start(model, min(int(state.epoch or 0), epochs - 1), epochs, steps)
 
     def on_optimizer_step(
         self,
