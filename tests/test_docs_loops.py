@@ -38,3 +38,25 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     if layers:  # timm's example unloads them
         kept = sum(sum(layer.snella_budget["default"].tolist()) for layer in layers)
         assert kept == int(0.3 * sum(layer.slice_size * layer.slices for layer in layers))
+
+
+def test_lightning_resumes_exactly_in_mid_epoch(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    classes, _, training = EXAMPLES["Lightning"].partition("dataset = ")
+    space: dict[str, Any] = {}
+    exec(classes, space)
+    every = lightning.pytorch.callbacks.ModelCheckpoint(
+        tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1
+    )  # two steps an epoch
+    training = "dataset = " + training.replace("[Hooks()]", "[Hooks(), *others]")
+    # Batches alike, as the data loader begins the epoch anew.
+    training = training.replace("torch.randn(", "torch.ones(").replace("randint(3, ", "randint(1, ")
+    states = []
+    for others, checkpoint in (([every], None), ([], tmp_path / "step=3.ckpt")):
+        torch.manual_seed(0)
+        fit = training.replace("loader)\nmodel.save", "loader, ckpt_path=checkpoint)\nmodel.save")
+        space |= {"others": others, "checkpoint": checkpoint}
+        exec(fit.replace('"adapter"', f"{str(tmp_path / 'adapter')!r}"), space)
+        assert space["trainer"].global_step == 6
+        states.append(space["model"].state_dict())
+    assert all(value.equal(states[1][name]) for name, value in states[0].items())
