@@ -66,6 +66,10 @@ def releases(state):
             "arch": "vit", "state_dict": state, "metric": np.float64(0.5),
             "args": argparse.Namespace(mean=np.array([0.5, 0.5])),
         },
+        "lightning": {
+            "epoch": 3, "state_dict": named("net.", state), "hyper_parameters": {"lr": 1e-3},
+            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
+        },
         "compiled and parallel": {"model": named("_orig_mod.module.", state)},
         "mae": {
             "model": encoder

@@ -315,7 +315,7 @@ def test_gps_gradients_and_masks_are_the_released_ones(score: str) -> None:
     expected = under(arrays, f"{score}/grad/")
     gradients = gps_gradients(method, model, loss, list(expected))
     for name, gradient in expected.items():
-        close(gradients[name], gradient, 2e-5)
+        close(gradients[name], gradient, 5e-6)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     in_head = sum(n for name, n in sizes.items() if name.startswith("head."))
     for k in (1, 2):

@@ -149,13 +149,22 @@ def test_public_code_layers_golden() -> None:
     model = prepared(make("public_code", keep=0.7)).double()
     adapters = {k.replace("adaptmlp", "adapter"): v for k, v in weights(arrays, "adapter/").items()}
     model.load_state_dict(weights(arrays, "w/") | adapters, strict=True)
-    outputs = []
+    outputs, inputs = [], []
     for block in model.blocks:
         block.adapter.register_forward_hook(lambda m, i, out: outputs.append(out[0]))
+    for norm in (*(block.norm1 for block in model.blocks), model.norm):
+        norm.register_forward_pre_hook(lambda m, args: inputs.append(args[0][0]))
     model(arrays["images"][:1])
     for number, out in enumerate(outputs, start=1):
         expected = arrays[f"image0/block{number}_adapter_out"]
         torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+        after = inputs[number]
+        if number % 3 == 0:  # the sums between blocks, which the stored outputs are without
+            after = after - sum(outputs[number - 3 : min(number, 11)])
+        if number == 3:
+            after = after - inputs[0]
+        expected = arrays[f"image0/block{number}_out"]
+        torch.testing.assert_close(after, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_public_adapter_golden() -> None:

@@ -30,7 +30,7 @@ CONTAINERS = (
     "state_dict", "model", "teacher", "model_state_dict", "model_state", "state_dict_ema",
     "model_ema", "net", "network", "student", "module",
 )  # fmt: skip
-WRAPPERS = ("module.", "_orig_mod.", "model.")
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")
 # Encoders inside self-supervised and multi-part models; of two, the one that is published first.
 ENCODERS = (
     "base_encoder.", "encoder_q.", "online_encoder.", "teacher.backbone.", "student.backbone.",
