@@ -158,9 +158,9 @@ def _check_fits(model: nn.Module, state: Mapping[str, Tensor], arch: str, path: 
     own = model.state_dict()
     problem = ""
     if missing := [name for name in own if name not in state]:
-        problem = f"it lacks {missing[0]} (and {len(missing) - 1} more tensors)"
+        problem = f"it lacks {_first(missing)}"
     elif extra := [name for name in state if name not in own]:
-        problem = f"it has {extra[0]} (and {len(extra) - 1} more tensors), which {arch} has not"
+        problem = f"it has {_first(extra)}, which {arch} has not"
     for name in (n for n in own if n in state and own[n].shape != state[n].shape):
         problem = f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} here"
         break
@@ -168,9 +168,14 @@ def _check_fits(model: nn.Module, state: Mapping[str, Tensor], arch: str, path: 
         hint = _size_of(state)
         raise UserError(
             f"Backbone file {path} is no {arch}: {problem}; "
-            + (f"it looks like {hint}. " if hint else "")
-            + "Correct `arch:`, `kwargs:` or `file:` of the backbone."
+            + (f"it looks like {hint}; " if hint else "")
+            + "correct `arch:`, `kwargs:` or `file:` of the backbone."
         )
+
+
+def _first(names: list[str]) -> str:
+    more = len(names) - 1
+    return names[0] + (f" (and {more} more tensor{'s' * (more > 1)})" if more else "")
 
 
 def _size_of(state: Mapping[str, Tensor]) -> str | None:
