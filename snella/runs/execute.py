@@ -148,11 +148,12 @@ def _warnings(
     result = [*run.notes, *data.manifest.get("warnings", []), *found.warnings]
     if training["merge"].get("failed"):
         result.append(f"merging failed: {training['merge']['reason']}")
-    name = run.task.primary.name
-    if name in chance:
-        level, n = chance[name], data.size("test")
+    metric = run.task.primary
+    if metric.name in chance:
+        level, n = chance[metric.name], data.size("test")
         margin = 2 * math.sqrt(max(level * (1 - level), 0.0) / n)
-        if found.metrics["last"][name] <= level + margin:
+        better = found.metrics["last"][metric.name] - level
+        if (better if metric.higher_is_better else -better) <= margin:
             result.append("at chance level")
     return result
 

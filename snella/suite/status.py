@@ -10,9 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from snella.errors import UserError
 from snella.files import digest_json
+from snella.models.backbone_files import weights_path
 from snella.records import FINAL, Record, read_failure, read_record
-from snella.runs.identity import code_key
+from snella.runs.identity import backbone_digest, code_key, stats
 from snella.runs.run import Run
 
 PARTS = {
@@ -22,8 +24,11 @@ PARTS = {
     "evaluation": "another scorer",
     "merge": "another merge",
     "data": "other data",
+    "backbone": "other weights",
 }
 """What a record's identity may differ in from the plan's, in words."""
+LARGE = 1 << 30
+"""Bytes of weights that take seconds to read."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,26 @@ def differences(run: Run, record: Record) -> list[str]:
     training, evaluation, merge = code_key(run)
     assert isinstance(training, dict)
     planned = {**training, "evaluation": digest_json(evaluation), "merge": merge}
-    data = _data_digest(run.dataset.prepared)
-    if data is not None:
-        planned["data"] = data
+    planned |= {"data": _data_digest(run.dataset.prepared), "backbone": _weights_digest(run)}
     return [
-        words for part, words in PARTS.items() if part in planned and _moved(part, planned, known)
+        words
+        for part, words in PARTS.items()
+        if planned[part] is not None and planned[part] != known.get(part)
     ]
 
 
-def _moved(part: str, planned: dict[str, Any], known: dict[str, Any]) -> bool:
-    return bool(planned[part] != known.get(part))
+def _weights_digest(run: Run) -> str | None:
+    """Of the weights; None where they are missing, or large and no younger than the record."""
+    try:
+        path = weights_path(run.backbone.entry)
+        files = () if path is None else stats(path)
+        if sum(size for _, size, _ in files) > LARGE:
+            written = os.stat(f"{run.place}/record.json").st_mtime_ns
+            if all(changed < written for *_, changed in files):
+                return None
+        return backbone_digest(run)
+    except (OSError, UserError):
+        return None
 
 
 def _data_digest(folder: str) -> str | None:
