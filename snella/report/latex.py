@@ -170,7 +170,7 @@ def _text_width(text: str) -> float:
     return sum(WIDTHS.get(c, 0.78 if c.isupper() else 0.53) for c in text)
 
 
-WIDTHS = dict.fromkeys("iljtf.,:;'|!()[] ", 0.36) | dict.fromkeys("mwMW±×−+=", 0.9) | {"†": 0.4}
+WIDTHS = dict.fromkeys("iljtf.,:;'|!()[] ", 0.36) | dict.fromkeys("mwMW±×−+=&%#@", 0.9) | {"†": 0.4}
 
 
 def to_latex(grid: Grid) -> str:
