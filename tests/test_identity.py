@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,12 +10,20 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
+from report_support import record
 
+from snella.cli import main
+from snella.jobs.prepare import prepare_dataset
+from snella.records import write_record
 from snella.runs import execute as running
 from snella.runs import identity, train
 from snella.runs.train import load_run, open_data, run_identity
-from snella.suite import status
+from snella.suite import plan, status
+from snella.suite.config import load
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {
@@ -76,8 +85,6 @@ def copy(tmp_path_factory) -> Path:
 
 def keys(folder: Path) -> dict[str, list[str]]:
     """(training code, evaluation code) of each row, as a new process sees the files."""
-    import json
-
     call = [sys.executable, "-c", KEYS, json.dumps(ROWS)]
     environment = {"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True)
@@ -269,6 +276,14 @@ class Mine(Method):
         ("It.", "This.", False, False),
         ("A method.", "Another.", False, False),
         ("import beside_it", "import beside_it  # which lies there", False, False),
+        ("import beside_it\nfrom snella", "import beside_it\n\nfrom snella", False, False),
+        (
+            "import beside_it\nfrom snella.method import Method\n",
+            "from snella.method import Method\nimport beside_it\n",
+            False,
+            False,
+        ),
+        ("import Method\n", "import Method, trainable\n", True, False),
         ("class", "\f\n# a form feed is no end of a line\nclass", False, False),
     ],
 )
@@ -388,3 +403,57 @@ def test_other_weights_are_no_current_record(make_run, tmp_path, monkeypatch, la
     data[-1] ^= 1
     file.write_bytes(data)
     assert status.state(run).reason == "made with other weights"
+
+
+@pytest.mark.parametrize("change", ["image", "path", "nothing", "gone"])
+def test_plan_notices_that_files_behind_prepared_data_changed(tmp_path, capsys, change):
+    raw = tmp_path / "raw"
+    folder_of_images(raw)
+    own = {
+        "suite": "mine", "results": f"{tmp_path}/results", "data": f"{tmp_path}/data",
+        "datasets": {"own": {"path": str(raw)}},
+        "suites": {
+            "mine": {"title": "M", "backbone": "vit-quick", "protocol": "quick",
+                     "groups": {"natural": ["own"]}, "methods": ["full"]}
+        },
+        "tables": {
+            "t": {"caption": "C", "rows": [{"methods": ["full"]}],
+                  "columns": [{"datasets_of": "natural"}]}
+        },
+    }  # fmt: skip
+    path = tmp_path / "mine.yaml"
+
+    def planned() -> str:
+        path.write_text(yaml.safe_dump(own))
+        assert main(["plan", "t", "--configfile", str(path), "--json"]) == 0
+        (run,) = json.loads(capsys.readouterr().out)["list"]
+        return f"{run['state']} {run['reason']}".strip()
+
+    path.write_text(yaml.safe_dump(own))
+    config = load(path)
+    prepare_dataset(config, "own")
+    (run,) = plan.plan(config)
+    ids = run_identity(run, open_data(run))
+    write_record(run.folder, record("full", "own", 0.5, suite="mine") | {"identity": ids})
+    assert planned() == "done"
+    if change == "image":
+        shutil.copy(raw / "images/train800_1.png", raw / "images/train800_0.png")
+    elif change == "path":
+        shutil.copytree(raw, tmp_path / "other")
+        own["datasets"]["own"]["path"] = str(tmp_path / "other")
+    elif change == "gone":
+        shutil.rmtree(raw)
+    moved = "stale made with other data"
+    assert planned() == {"image": moved, "path": moved}.get(change, "done")
+
+
+def folder_of_images(raw: Path) -> None:
+    rng = np.random.default_rng(0)
+    (raw / "images").mkdir(parents=True)
+    for split, count in (("train800", 6), ("val200", 3), ("test", 3)):
+        names = [f"images/{split}_{i}.png" for i in range(count)]
+        for name in names:
+            pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(raw / name)
+        lines = [f"{name} {i % 3}" for i, name in enumerate(names)]
+        (raw / f"{split}.txt").write_text("\n".join(lines) + "\n")

@@ -365,7 +365,7 @@ def statistics_grid(statistics: Statistics) -> Grid:
     sections = [Section(None, (_line(labels[statistics.reference], first),))]
     body = tuple(_line(labels[row.method], cells(row)) for row in statistics.rows)
     sections.append(Section(None, body, apart=True))
-    symbol = statistics.unit.symbol
+    symbol, caption = statistics.unit.symbol, table.caption.rstrip(".")
     unit = f" in {'percentage points' if symbol == '%' else symbol}" if symbol else ""
     remarks = [
         f"Difference: mean over data sets{unit}, positive where the row is better, seeds paired; "
@@ -381,7 +381,7 @@ def statistics_grid(statistics: Statistics) -> Grid:
         )
     return Grid(
         name=f"{table.name}_statistics",
-        caption=f"{table.caption.rstrip('.')}. Paired comparison with {labels[statistics.reference]}.",
+        caption=f"{caption}. Paired comparison with {labels[statistics.reference]}.",
         headings=tuple(map(Heading, heads)),
         sections=tuple(sections),
         remarks=tuple(remarks),

@@ -2,9 +2,9 @@
 
 A stage depends on the source of every module that it imports, found by following imports from
 its entry points; on the versions of the libraries these import; on the resolved settings; and on
-the contents of data and weights. Comments, docstrings and blank lines are no part of a source, nor
-are modules that only carry messages and files. All is by content and never by a local path, so
-that two laboratories can compare identities.
+the contents of data and weights. Comments, docstrings, blank lines and the order of imports are no
+part of a source, nor are modules that only carry messages and files. All is by content and never by
+a local path, so that two laboratories can compare identities.
 """
 
 from __future__ import annotations
@@ -304,10 +304,12 @@ def _read(file: Path, changed: int, method: bool) -> tuple[str, tuple[str, ...],
     """
     tree, lines = _parse(file)
     statements = list(_statements(tree))
+    imports = [n for n in statements if isinstance(n, ast.Import | ast.ImportFrom)]
     dropped = _docstrings(tree, statements, lines)
+    dropped |= {n for node in imports for n in _whole_lines(node, lines)}
     if method:
         dropped |= {n for node in statements if _is_merge(node) for n in _lines(node)}
-    text = _normalised(lines, dropped)
+    text = "\n".join((*sorted(map(ast.unparse, _single(imports))), _normalised(lines, dropped)))
     companions: tuple[str, ...] = ()
     if ".cpp" in text or ".cu" in text:
         companions = tuple(
@@ -316,7 +318,7 @@ def _read(file: Path, changed: int, method: bool) -> tuple[str, tuple[str, ...],
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
             if node.value.endswith((".cpp", ".cu")) and (file.parent / node.value).is_file()
         )
-    return text, tuple(dict.fromkeys(_imports(statements))), companions
+    return text, tuple(dict.fromkeys(_imports(imports))), companions
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
@@ -380,12 +382,22 @@ def _normalised(source: Sequence[str], dropped: set[int]) -> str:
     )
 
 
-def _imports(statements: Iterable[ast.AST]) -> Iterator[str]:
+def _single(imports: Iterable[ast.Import | ast.ImportFrom]) -> Iterator[ast.stmt]:
+    """A statement for each imported name: how they are grouped and ordered is of no consequence."""
+    for node in imports:
+        for name in node.names:
+            if isinstance(node, ast.Import):
+                yield ast.Import([name])
+            else:
+                yield ast.ImportFrom(node.module, [name], node.level)
+
+
+def _imports(imports: Iterable[ast.Import | ast.ImportFrom]) -> Iterator[str]:
     """Names of all imported modules."""
-    for node in statements:
+    for node in imports:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             module = "." * node.level + (node.module or "")
             yield module
             dot = "." if node.module else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,10 +41,11 @@ class State:
     record: Record | None
 
 
-def state(run: Run) -> State:
+def state(run: Run, moved: Collection[str] = ()) -> State:
     """Compare a run's folder with the plan, as the workflow does.
 
-    Raises :class:`~snella.errors.UserError` for a record that cannot be read or was changed.
+    The data sets ``moved`` are no longer what their prepared folders were made from. Raises
+    :class:`~snella.errors.UserError` for a record that cannot be read or was changed.
     """
     folder = run.place
     record = read_record(folder)
@@ -54,7 +56,7 @@ def state(run: Run) -> State:
         if broken is None:
             return State("missing", "not run", None)
         return State("failed", f"{broken['status']}: {broken['reason']}", None)
-    differs = differences(run, record)
+    differs = differences(run, record, moved)
     if differs:
         why = f"made with {' and '.join(differs)}"
         if broken is not None:
@@ -63,7 +65,7 @@ def state(run: Run) -> State:
     return State("done" if record["status"] == "ok" else "diverged", record["reason"] or "", record)
 
 
-def differences(run: Run, record: Record) -> list[str]:
+def differences(run: Run, record: Record, moved: Collection[str] = ()) -> list[str]:
     """In which parts a record's identity differs from the plan's, in words."""
     known: dict[str, Any] = record.get("identity") or {}
     if "settings" not in known:
@@ -71,7 +73,8 @@ def differences(run: Run, record: Record) -> list[str]:
     training, evaluation, merge = code_key(run)
     assert isinstance(training, dict)
     planned = {**training, "evaluation": digest_json(evaluation), "merge": merge}
-    planned |= {"data": _data_digest(run.dataset.prepared), "backbone": _weights_digest(run)}
+    data = "" if run.dataset.name in moved else _data_digest(run.dataset.prepared)
+    planned |= {"data": data, "backbone": _weights_digest(run)}
     return [
         words
         for part, words in PARTS.items()
@@ -133,11 +136,13 @@ def whereabouts(folder: Path | str) -> str:
         return ""
 
 
-def usable(run: Run, stale: bool = False) -> tuple[Record | None, State]:
+def usable(
+    run: Run, stale: bool = False, moved: Collection[str] = ()
+) -> tuple[Record | None, State]:
     """The record that a table may show for a run, and how the run stands.
 
     A stale one counts only where ``stale`` ones are asked for.
     """
-    found = state(run)
+    found = state(run, moved)
     shown = found.name in ("done", "diverged") or (stale and found.name == "stale")
     return (found.record if shown else None), found
