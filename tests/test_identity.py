@@ -17,6 +17,7 @@ from PIL import Image
 from report_support import record
 
 from snella.cli import main
+from snella.jobs import tables
 from snella.jobs.prepare import prepare_dataset
 from snella.records import write_record
 from snella.runs import execute as running
@@ -194,6 +195,18 @@ def test_a_finished_run_is_not_trained_again(make_run):
     assert running.execute(run, report) == first and not epochs and run.record.exists()
     again = running.execute(run, report, again=True)
     assert epochs == [0, 1, 2] and again["metrics"] == first["metrics"]
+
+
+def test_another_selection_is_asked_of_a_finished_record(make_run):
+    run = make_run(selection="last")
+    first = running.execute(run)
+    other = make_run(selection="best-test")
+    assert status.state(other).name == "done"
+    epochs: list[int] = []
+    second = running.execute(other, lambda row, n: epochs.append(1))
+    assert not epochs and second["protocol"]["selection"] == "best-test"
+    assert status.state(other).record == second
+    assert {**second, "protocol": 0, "digest": 0} == {**first, "protocol": 0, "digest": 0}
 
 
 def test_a_finished_result_survives_a_later_failure(make_run):
@@ -436,6 +449,9 @@ def test_plan_notices_that_files_behind_prepared_data_changed(tmp_path, capsys, 
     ids = run_identity(run, open_data(run))
     write_record(run.folder, record("full", "own", 0.5, suite="mine") | {"identity": ids})
     assert planned() == "done"
+    ours = {"protocols": {"quick": {"selection": "best-test"}}}
+    table = tables.build(load(path, ours), "t")
+    assert table.results.selection == "best-test"
     if change == "image":
         shutil.copy(raw / "images/train800_1.png", raw / "images/train800_0.png")
     elif change == "path":

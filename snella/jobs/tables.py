@@ -142,7 +142,9 @@ def _read(run: Run, stale: bool, other: Collection[str]) -> dict[str, Any] | Mis
         names = run.method.name, run.dataset.name, run.seed
         return Missing(*names, reason, suite=run.suite, backbone=run.backbone.name)
     note = found.reason if found.name == "stale" else ""
-    return record | {"folder": run.folder, "stale": note}
+    # A record holds the numbers of all selections; which one counts is asked now.
+    protocol = {**(record.get("protocol") or {}), "selection": run.protocol.selection}
+    return record | {"folder": run.folder, "stale": note, "protocol": protocol}
 
 
 def table_spec(config: Config, name: str) -> TableSpec:

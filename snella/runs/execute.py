@@ -65,7 +65,7 @@ def execute(
             require_files(run)
             ids = run_identity(run, data)
             if not again and (done := finished(folder, ids)) is not None:
-                return done
+                return _asked_now(folder, done, record)
             if again:
                 (folder / "training.json").unlink(missing_ok=True)
                 (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -100,6 +100,14 @@ def finished(folder: Path, ids: dict[str, Any]) -> Record | None:
             write_record(folder, record)
             return record
     return None
+
+
+def _asked_now(folder: Path, done: Record, header: Record) -> Record:
+    """A finished record with what the protocol asks of it now, such as another selection."""
+    if done["protocol"] != header["protocol"]:
+        done = sign(done | {"protocol": header["protocol"]})
+        write_record(folder, done)
+    return done
 
 
 def _make(folder: Path) -> None:
