@@ -1,6 +1,6 @@
 """All that is measured on a GPU, the most telling first, until the time is up; gpu.sh calls this.
 
-    python benchmarks/gpu.py --seconds 120 --output benchmarks/results/step_time_gpu.json
+    python benchmarks/gpu.py --output benchmarks/results/step_time_gpu.json
 
 Every part is written when it is done, and what fails is noted, so that a killed or broken call
 keeps what it has. Status 3 says that CUDA no longer answers in this process: call again with
@@ -27,7 +27,7 @@ from facts import facts
 from step_models import CASES
 from step_time import DeviceLost, noted, require_device, write
 
-LOST = 3
+LOST, SECONDS = 3, 150.0
 SPARE = 5.0
 """Seconds that are left for writing and drawing."""
 Part = Callable[[dict[str, Any], Callable[[], None]], None]
@@ -91,7 +91,7 @@ def run_all(
     found["left_out"] = [name for name in wanted if name not in found["begun"]]
     try:
         for name in list(found["left_out"]):
-            if end - time.monotonic() < SPARE:
+            if end - time.time() < SPARE:
                 raise TimeUp
             found["begun"].append(name)
             own = found["models"] if name in CASES else found
@@ -112,14 +112,16 @@ def run_all(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--seconds", type=float, default=120, help="of the whole call")
+    parser.add_argument("--until", type=float, help="when to stop, in seconds since 1970")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", help="default: all")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
-    end = time.monotonic() + options.seconds
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("PyTorch sees no NVIDIA GPU here.")
+    end = options.until or time.time() + SECONDS
     signal.signal(signal.SIGALRM, _stop)
-    signal.setitimer(signal.ITIMER_REAL, max(options.seconds - SPARE, 0.1))
+    signal.setitimer(signal.ITIMER_REAL, max(end - time.time() - SPARE, 0.1))
     each = argparse.Namespace(device=options.device, repeats=12, seconds=4.0, profile=True)
     wanted = parts(each)
     if options.parts:

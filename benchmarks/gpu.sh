@@ -11,12 +11,12 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 left() { echo $((BUDGET - $(date +%s) + begin)); }
 measure() {
-    timeout -k 5 "$(left)" $PYTHON benchmarks/gpu.py --output "$OUT/step_time_gpu.json" \
-        --seconds "$(left)" "$@" >>"$OUT/step_time_gpu.log" 2>&1
+    timeout -k 5 $(($(left) + 10)) $PYTHON benchmarks/gpu.py --output "$OUT/step_time_gpu.json" \
+        --until $((begin + BUDGET)) "$@" >>"$OUT/step_time_gpu.log" 2>&1
 }
 
 workers=$($PYTHON -c "import xdist" 2>/dev/null && echo "-n 10")
-timeout -k 5 $((BUDGET / 2)) $PYTHON -m pytest -q -p no:cacheprovider $workers --tb=short \
+timeout -k 5 $((BUDGET * 2 / 5)) $PYTHON -m pytest -q -p no:cacheprovider $workers --tb=short \
     tests/test_gpu.py -k "not interpreter and not kernels_compile" >"$OUT/gpu_tests.log" 2>&1
 failed=$?
 [ $failed -eq 0 ] || echo "GPU tests: status $failed, see $OUT/gpu_tests.log"
