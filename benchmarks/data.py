@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import facts
+from facts import facts
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import timm
 import torch
-from measuring import facts
+from facts import facts
 from peft import get_peft_model
 from rich.console import Console
 from torch import nn

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -191,34 +187,3 @@ def interleaved(
 
 def medians(samples: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in samples.items()}
-
-
-def facts(script: str, device: str) -> dict[str, Any]:
-    """Date, command, hardware and versions, for the head of a results file."""
-    packages = ("torch", "triton", "timm", "peft", "numpy", "snella")
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
-        "hardware": hardware(device),
-        "versions": {"python": platform.python_version()} | {p: installed(p) for p in packages},
-    }
-
-
-def installed(package: str) -> str:
-    """Its version; of a source tree, nothing."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def hardware(device: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"machine": platform.platform(), "threads": torch.get_num_threads()}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        found["cpu"] = names[0].partition(":")[2].strip() if names else ""
-        found["capability"] = torch.backends.cpu.get_cpu_capability()
-    if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-    return found

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from facts import facts
 from measuring import (
     CLOCKS,
     MIB,
@@ -28,7 +29,6 @@ from measuring import (
     Training,
     configured_method,
     configured_row,
-    facts,
     interleaved,
     medians,
 )

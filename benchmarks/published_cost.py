@@ -35,6 +35,7 @@ from typing import Any
 import peft
 import timm.layers
 import torch
+from facts import facts
 from library_models import LIBRARY
 from measuring import (
     CLOCKS,
@@ -43,7 +44,6 @@ from measuring import (
     Training,
     configured_method,
     configured_row,
-    facts,
     interleaved,
     medians,
 )

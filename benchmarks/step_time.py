@@ -16,20 +16,20 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import facts
+from facts import facts
 from peft import LoraConfig, get_peft_model
 from reference import adapt_reference
-from rich.console import Console
-from rich.table import Table
 from step_models import CASES, Case
+from step_table import plot, show
 from torch import Tensor, nn
 
 from snella import SnellaConfig
@@ -173,31 +173,72 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(case: Case, rows: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every row eagerly and as a graph, and memory."""
+def measure(
+    case: Case,
+    rows: list[str],
+    options: argparse.Namespace,
+    figures: dict[str, Any],
+    save: Callable[[], None] = lambda: None,
+) -> None:
+    """Seconds of every row eagerly and as a graph, and memory, into ``figures``, bit by bit.
+
+    What fails is noted there, and the rest goes on.
+    """
+    figures |= {"title": case.title, "failed": {}, "memory": {}}
     runs: dict[str, Run] = {}
-    memory, failed = {}, {}
     for row in rows:
-        try:
+        with noted(figures, row):
             run = Run(row, case, options.device)
             for _ in range(3 if options.device == "cuda" else 1):  # warm up, compile
                 run.step()
-            memory[row] = run.memory()
+            figures["memory"][row] = run.memory()
             runs[row] = run
-        except torch.OutOfMemoryError as error:
-            failed[row] = str(error).partition("\n")[0]
-    figures: dict[str, Any] = {"eager": interleaved(runs, options.repeats, options.seconds)}
-    figures["inference"] = inference(runs, options)
+    with noted(figures, "eager"):
+        figures["eager"] = interleaved(runs, options.repeats, options.seconds)
+    save()
+    with noted(figures, "inference"):
+        figures["inference"] = inference(runs, options)
     if options.device == "cuda":
         # A step that computes its threshold on the host, as the reference, cannot be captured.
         runs = {row: run for row, run in runs.items() if row in ("full", "lora", "snella")}
         if options.profile and "snella" in runs:
-            figures["kernels"] = kernels(runs["snella"])
-        if case.graph:
-            for run in runs.values():
+            with noted(figures, "profile"):
+                figures["kernels"] = kernels(runs["snella"])
+        captured = {}
+        for row, run in runs.items() if case.graph else ():
+            with noted(figures, f"graph of {row}"):
                 run.record()
-            figures["graph"] = interleaved(runs, options.repeats, options.seconds)
-    return figures | {"memory": memory, "failed": failed, "title": case.title}
+                captured[row] = run
+        with noted(figures, "graph"):
+            figures["graph"] = interleaved(captured, options.repeats, options.seconds)
+    figures |= ratios(figures)
+    save()
+
+
+@contextmanager
+def noted(figures: dict[str, Any], what: str) -> Iterator[None]:
+    """Note an error of the block and go on, unless the device no longer answers."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exception(error)
+        figures["failed"][what] = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+        error.__traceback__ = None  # which holds the memory of what failed
+        require_device()
+
+
+class DeviceLost(BaseException):
+    """After some errors CUDA answers nothing in this process any more."""
+
+
+def require_device() -> None:
+    if torch.cuda.is_available():
+        gc.collect()
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise DeviceLost(str(error)) from error
 
 
 def inference(runs: dict[str, Run], options: argparse.Namespace) -> dict[str, float]:
@@ -237,57 +278,6 @@ def ratios(figures: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def show(results: dict[str, Any], device: str) -> None:
-    table = Table(title=f"One training step, rank {RANK}, over LoRA-{RANK} of PEFT")
-    for column in ("model", "row", "ms", "x LoRA", "graph ms", "x LoRA", "MB", "x LoRA"):
-        table.add_column(column, justify="left" if column in ("model", "row") else "right")
-    for figures in results.values():
-        for row in figures["eager"]:
-            cells = [figures["title"], row]
-            for kind, unit in (("eager", 1e-3), ("graph", 1e-3), ("memory", 2**20)):
-                value = figures.get(kind, {}).get(row)
-                over = figures.get(f"{kind}_over_lora", {}).get(row)
-                cells.append("" if value is None else f"{value / unit:.1f}")
-                cells.append("" if over is None else f"{over:.2f}")
-            table.add_row(*cells)
-    Console(width=110).print(table)
-    sys.stdout.flush()
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Time and memory over LoRA, per model."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    kinds = {"eager": "time, eager", "graph": "time, CUDA graph", "memory": "peak memory"}
-    present = {
-        k: v for k, v in kinds.items() if any(f"{k}_over_lora" in f for f in results.values())
-    }
-    figure, axes = pyplot.subplots(1, len(present), figsize=(3.6 * len(present), 3), sharey=True)
-    for axis, (kind, title) in zip(
-        [axes] if len(present) == 1 else axes, present.items(), strict=True
-    ):
-        for offset, row in ((-0.2, "full"), (0.2, "snella")):
-            found = [f.get(f"{kind}_over_lora", {}).get(row) for f in results.values()]
-            places = [place + offset for place, value in enumerate(found) if value is not None]
-            values = [value for value in found if value is not None]
-            bars = axis.barh(
-                places, values, 0.38, label={"full": "full", "snella": "SNELLA-8"}[row]
-            )
-            axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_title(f"{title}, over LoRA-8", fontsize=9)
-        axis.set_yticks(range(len(results)), [f["title"] for f in results.values()], fontsize=8)
-        axis.margins(x=0.12)
-    axis.invert_yaxis()
-    axis.legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -300,28 +290,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON; a plot is written beside it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results: dict[str, Any] = {}
     default = [name for name in CASES if name.endswith("cpu") == (options.device == "cpu")]
-    names = options.cases or default
-    for name in names:
-        case = CASES[name]
+    found = facts("step_time.py", options.device)
+    found |= {"rank": RANK, "sparsity": SPARSITY, "models": {}}
+    for name in options.cases or default:
+        case, figures = CASES[name], found["models"].setdefault(name, {})
         rows = [row for row in case.rows if row in (options.rows or ROWS)]
-        try:
-            figures = measure(case, rows, options)
-        except Exception as error:
-            traceback.print_exception(error)
-            continue
-        results[name] = figures | ratios(figures)
-        gc.collect()
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-        if options.output:
-            record = facts("step_time.py", options.device) | {"rank": RANK, "sparsity": SPARSITY}
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(record | {"models": results}, indent=2) + "\n")
-    if options.output and results:
-        plot(results, options.output.with_suffix(".png"))
-    show(results, options.device)
+        measure(case, rows, options, figures, partial(write, found, options.output))
+        require_device()
+    if options.output:
+        plot(found["models"], options.output.with_suffix(".png"))
+    show(found)
+
+
+def write(found: dict[str, Any], path: Path | None) -> None:
+    """The figures so far, whole or not at all."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(found, indent=2) + "\n")
+        temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -226,10 +226,15 @@ def _check(record: Record, text: bytes) -> None:
     if not _unchanged(record, text):
         raise ValueError("its content does not match its digest, so it was changed by hand")
     for info in record.get("metric_info", []):
+        name, lower, upper = info["name"], info["lower"], info["upper"]
         for rule, values in record.get("metrics", {}).items():
-            value = values[info["name"]]
-            if not (math.isfinite(value) and info["lower"] <= value <= info["upper"]):
-                raise ValueError(f"{rule} {info['name']} {value} is out of its range")
+            value = values[name]
+            if value is None or not (math.isfinite(value) and lower <= value <= upper):
+                raise ValueError(f"{rule} {name} {value} is out of its range")
+        for rule, parts in (record.get("groups") or {}).items():
+            for part, value in parts.get(name, {}).items():
+                if value is not None and (value < lower or value > upper):
+                    raise ValueError(f"{rule} {name} of {part[:40]!r} {value} is out of its range")
 
 
 def _unchanged(record: Record, text: bytes) -> bool:

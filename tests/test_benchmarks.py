@@ -115,3 +115,86 @@ def test_the_cost_of_reading_and_scoring_masks_is_measured(tmp_path: Path, monke
     milliseconds = bench.measure(tmp_path, 12)
     assert set(milliseconds) >= {"later epochs: kept bytes", "score a prediction"}
     assert all(value >= 0 for value in milliseconds.values())
+
+
+def test_on_a_gpu_a_part_that_fails_stops_no_other(tmp_path: Path) -> None:
+    import json
+    import time
+    from functools import partial
+
+    import gpu
+    from step_time import DeviceLost, noted, write
+
+    def good(figures, save):
+        figures["x"] = 1
+
+    def bad(figures, save):
+        figures["failed"] = {}
+        with noted(figures, "it"):
+            raise RuntimeError("first line\nsecond")
+
+    def lost(figures, save):
+        raise DeviceLost("an illegal address")
+
+    parts = {"bad": bad, "vit-b": good, "lost": lost, "loop": good}
+    found = {"models": {}, "begun": []}
+    path, end = tmp_path / "gpu.json", time.time() + 60
+    assert gpu.run_all(found, parts, end, partial(write, found, path)) == gpu.LOST
+    kept = json.loads(path.read_text())
+    assert kept["bad"]["failed"] == {"it": "RuntimeError: first line"}
+    assert kept["models"]["vit-b"] == {"x": 1} and kept["left_out"] == ["lost", "loop"]
+    assert gpu.run_all(kept, parts, end, partial(write, kept, path)) == 0
+    assert json.loads(path.read_text())["loop"] == {"x": 1} and kept["left_out"] == []
+    late = {"models": {}, "begun": []}
+    assert gpu.run_all(late, parts, time.time(), partial(write, late, path)) == 0
+    assert late["left_out"] == list(parts)
+
+
+def test_a_row_that_fails_is_noted_and_the_table_shows_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from argparse import Namespace
+
+    import step_table
+    import step_time
+    from step_models import Case
+
+    def build() -> nn.Module:
+        return timm.create_model("test_vit", num_classes=3)
+
+    def batch(device: str) -> dict[str, torch.Tensor]:
+        return {"image": torch.randn(2, 3, 160, 160), "label": torch.tensor([0, 1])}
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch["image"]), batch["label"])
+
+    rows = ["full", "lora", "snella", "unknown"]
+    found = {"rank": 8, "models": {"vit-b": {}}, "left_out": ["sam"]}
+    figures = found["models"]["vit-b"]
+    options = Namespace(device="cpu", repeats=1, seconds=1.0, profile=False)
+    step_time.measure(Case("tiny", build, batch, loss), rows, options, figures)
+    assert set(figures["eager"]) == {"full", "lora", "snella"}
+    assert figures["failed"] == {"unknown": "KeyError: 'unknown'"}
+    assert figures["memory_over_lora"]["lora"] == 1
+    step_table.show(found)
+    shown = capsys.readouterr().out
+    assert "snella" in shown and "KeyError" in shown and "No time for sam" in shown
+    step_table.plot(found["models"], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").is_file()
+
+
+def test_the_training_loop_and_the_plain_one_take_turns(tmp_path: Path, monkeypatch) -> None:
+    import json
+
+    import training_loop
+
+    output = tmp_path / "loop.json"
+    sizes = ["--arch", "test_vit", "--pixels", "160", "--images", "6", "--batch", "4"]
+    sizes += ["--epochs", "3", "--rows", "snella-8", "--quick", "--precision", "fp32"]
+    monkeypatch.setattr(sys, "argv", ["training_loop.py", *sizes, "--output", str(output)])
+    training_loop.main()
+    found = json.loads(output.read_text())["loop"]
+    assert not found["failed"]
+    row = found["rows"]["snella-8"]
+    assert {len(times) for times in row["epoch_seconds"].values()} == {3}
+    assert row["repeats_exactly"] and row["over_plain"] > 0

@@ -545,6 +545,7 @@ def test_compiled_by_torch() -> None:
 
 TYPES = {"workspace": "*i32", "done": "*i32", "selection": "*i32", "budgets": "*i64"}
 TYPES |= {"scale": "fp32"}
+HALVES = ("out", "dense", "base", "a", "b", "scalars", "grad_a", "grad_b", "grad_scalars")
 NUMBERS = {"inputs", "outputs", "height", "splits", "total"}
 NUMBERS |= {"size_a", "size_b", "column_blocks", "row_blocks"}
 RECIPES = {
@@ -560,25 +561,27 @@ SMALL = {"ROWS": 16, "COLUMNS": 16}  # the code is the same, and compiled in les
 
 def combinations() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every kernel with every set of absent arguments that gpu.py passes."""
+    without_base: tuple[dict[str, Any], ...] = ({}, {"base": None})
     for name, recipe in RECIPES.items():
-        mixed, form = bool(recipe["MIXED"]), "released" if name == "released" else "paper"
+        mixed = bool(recipe["MIXED"])
+        weighted = {} if mixed else {"weighted": None}
+        dense = {} if mixed else {"dense": None, "weighted": None}
         yield "prepare", recipe
         yield "merge", recipe | {"CAPACITY": 64}
-        weighted = {} if mixed else {"weighted": None}
-        yield "contract", recipe | weighted | {"FORM": form}
-        known = {"work": None, "FORM": form}
-        yield "apply", recipe | known | ({} if mixed else {"dense": None, "weighted": None})
+        for form in ("released",) if name == "released" else ("paper", "none"):
+            sparse = {"FORM": form} | ({"selection": None} if form == "none" else {})
+            yield "contract", recipe | weighted | sparse
+            for base in without_base:
+                yield "apply", recipe | dense | sparse | {"work": None} | base
+                if mixed:  # without ∂L/∂x
+                    yield "apply", recipe | sparse | {"work": None, "out": None} | base
         if name == "released":  # differs in arithmetic only
             continue
         yield "prepare", recipe | ABSENT
-        yield "contract", recipe | weighted | {"FORM": "none", "selection": None}
-        dense = {"dense": None, "weighted": None}
-        for base in ({}, {"base": None}):
-            yield "apply", recipe | dense | base | {"FORM": "none", "selection": None}
-        if mixed:
-            yield "apply", recipe | known | {"out": None, "base": None}
-            yield "apply", recipe | {"work": None, "FORM": "none", "selection": None}
-    for base in ({}, {"base": None}):
+        first = {"FORM": "none", "selection": None, "dense": None, "weighted": None}
+        for base in without_base:
+            yield "apply", recipe | first | base
+    for base in without_base:
         yield "finish", {"BLOCK": 256, "FORM": "paper"} | base
     for selection in ({}, {"selection": None}):
         yield "gather", {"BLOCK": 64, "SCALARS": 4} | selection
@@ -592,7 +595,7 @@ def compiled(name: str, constants: dict[str, Any], capability: int, half: bool) 
     from snella.backends import triton as kernels
 
     function = getattr(kernels, name)
-    types = TYPES | (dict.fromkeys(("out", "dense", "base"), "*bf16") if half else {})
+    types = TYPES | (dict.fromkeys(HALVES, "*bf16") if half else {})
     signature = {
         argument: "constexpr"
         if argument in constants

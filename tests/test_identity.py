@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
+from report_support import record
 
+from snella.cli import main
+from snella.jobs import tables
+from snella.jobs.prepare import prepare_dataset
+from snella.records import write_record
 from snella.runs import execute as running
 from snella.runs import identity, train
-from snella.runs.train import open_data, run_identity
+from snella.runs.train import load_run, open_data, run_identity
+from snella.suite import plan, status
+from snella.suite.config import load
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {
@@ -73,8 +86,6 @@ def copy(tmp_path_factory) -> Path:
 
 def keys(folder: Path) -> dict[str, list[str]]:
     """(training code, evaluation code) of each row, as a new process sees the files."""
-    import json
-
     call = [sys.executable, "-c", KEYS, json.dumps(ROWS)]
     environment = {"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True)
@@ -186,6 +197,18 @@ def test_a_finished_run_is_not_trained_again(make_run):
     assert epochs == [0, 1, 2] and again["metrics"] == first["metrics"]
 
 
+def test_another_selection_is_asked_of_a_finished_record(make_run):
+    run = make_run(selection="last")
+    first = running.execute(run)
+    other = make_run(selection="best-test")
+    assert status.state(other).name == "done"
+    epochs: list[int] = []
+    second = running.execute(other, lambda row, n: epochs.append(1))
+    assert not epochs and second["protocol"]["selection"] == "best-test"
+    assert status.state(other).record == second
+    assert {**second, "protocol": 0, "digest": 0} == {**first, "protocol": 0, "digest": 0}
+
+
 def test_a_finished_result_survives_a_later_failure(make_run):
     run = make_run()
     first = running.execute(run)
@@ -230,3 +253,223 @@ def test_a_flipped_byte_in_the_data_stops_the_run(make_run):
     file.write_bytes(data)
     with pytest.raises(running.UserError, match="has changed since it was prepared"):
         running.execute(run)
+
+
+METHOD = '''"""A method."""
+import beside_it
+from snella.method import Method
+TEXT = """two
+
+paragraphs"""
+def one(): "a word"; return 1
+def merge(tokens):
+    return tokens
+class Mine(Method):
+    """It."""
+    def adapt(self, model):
+        pass
+    @property
+    def merged(self):
+        return beside_it.x
+    def merge(self, model):
+        """Fold."""
+        pass
+'''
+
+
+@pytest.mark.parametrize(
+    "old,new,training,merging",
+    [
+        ("paragraphs", "words", True, False),
+        ("two\n\n", "two\n", True, False),
+        ("return 1", "return 2", True, False),
+        ("return tokens", "return 2 * tokens", True, False),  # called in training, maybe
+        ('Fold."""\n        pass', 'Fold."""\n        model.x = 1', False, True),
+        ("Fold.", "Add.", False, False),
+        ("It.", "This.", False, False),
+        ("A method.", "Another.", False, False),
+        ("import beside_it", "import beside_it  # which lies there", False, False),
+        ("import beside_it\nfrom snella", "import beside_it\n\nfrom snella", False, False),
+        (
+            "import beside_it\nfrom snella.method import Method\n",
+            "from snella.method import Method\nimport beside_it\n",
+            False,
+            False,
+        ),
+        ("import Method\n", "import Method, trainable\n", True, False),
+        ("class", "\f\n# a form feed is no end of a line\nclass", False, False),
+    ],
+)
+def test_what_counts_of_a_method_file(tmp_path, make_run, old, new, training, merging):
+    file = tmp_path / "mine.py"
+    (tmp_path / "beside_it.py").write_text("x = 1\n")
+    run = make_run()
+    run = run.model_copy(update={"method": run.method.model_copy(update={"file": str(file)})})
+
+    def keys(source: str) -> tuple[object, str]:
+        file.write_text(source)
+        identity._stage.cache_clear()
+        identity._read.cache_clear()
+        identity._merge_code.cache_clear()
+        return identity.training_key(run)["code"], identity.merge_code(str(file))
+
+    assert METHOD.count(old) >= 1
+    before, after = keys(METHOD), keys(METHOD.replace(old, new, 1))
+    assert (before[0] != after[0], before[1] != after[1]) == (training, merging)
+
+
+def test_a_helper_beside_a_method_file_counts(tmp_path, make_run):
+    file = tmp_path / "mine.py"
+    run = make_run()
+    run = run.model_copy(update={"method": run.method.model_copy(update={"file": str(file)})})
+    file.write_text(METHOD)
+    found = []
+    for content in ("x = 1\n", "x = 2\n"):
+        (tmp_path / "beside_it.py").write_text(content)
+        identity._stage.cache_clear()
+        identity._read.cache_clear()
+        found.append(identity.training_sources(run))
+    assert found[0].code["beside_it"] != found[1].code["beside_it"]
+    assert found[0].libraries == found[1].libraries and "beside_it" not in found[0].libraries
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xef\xbb\xbfX = 1\n", b"# -*- coding: latin-1 -*-\nX = '\xe9'\n", b"X = 1\r\n"]
+)
+def test_sources_in_other_encodings_are_read(tmp_path, content):
+    file = tmp_path / "mine.py"
+    file.write_bytes(content)
+    text, _, _ = identity._read(file, 0, True)
+    assert text.startswith("X = ")
+
+
+FAMILY = {
+    "__init__": """
+        from pathlib import Path
+        from snella.tasks import Metric, TaskInfo, TaskSettings
+        from {name}.drawing import draw
+        def prepare(name, spec, folder):
+            return draw()
+        TASK = TaskInfo(
+            name="{name}", title="Mine", metrics=(Metric("mae", "MAE", "", False),),
+            settings=TaskSettings, prepare=prepare, sources=lambda spec: [],
+            implementation="{name}.task:Mine", scorer="{name}.score:Mine",
+        )
+    """,
+    "task": "from .parts import size\nclass Mine: pass\n",
+    "parts": "from . import deep\nsize = 1\n",
+    "deep": "x = 1\n",
+    "score": "class Mine: pass\n",
+    "drawing": "def draw(): pass\n",
+}
+
+
+def test_a_family_of_ones_own_is_followed_through_relative_imports(tmp_path, make_run):
+    name = "relative_family"
+    (tmp_path / name).mkdir()
+    for module, text in FAMILY.items():
+        text = textwrap.dedent(text).replace("{name}", name)
+        (tmp_path / name / f"{module}.py").write_text(text)
+    run = make_run()
+    task = {"tasks": str(tmp_path), "dataset": run.dataset.model_copy(update={"task": name})}
+    run = run.model_copy(update=task)
+    assert {f"{name}.{m}" for m in ("task", "parts", "deep")} <= set(
+        identity.training_sources(run).code
+    )
+    assert f"{name}.score" in identity.evaluation_sources(run).code
+
+    def edited(module: str, key):
+        before = key()
+        file = tmp_path / name / f"{module}.py"
+        file.write_text(file.read_text() + "MOVED = 1\n")
+        identity._read.cache_clear()
+        return key() != before
+
+    assert edited("drawing", lambda: identity.prepare_key(run.task))
+    assert not edited("score", lambda: identity.prepare_key(run.task))
+
+
+def test_the_direction_of_a_metric_belongs_to_scoring(make_run, monkeypatch):
+    run = make_run()
+    before = identity.identity(run, "data", "weights")
+    metric = replace(run.task.primary, higher_is_better=False)
+    other = replace(run.task, metrics=(metric,))
+    monkeypatch.setattr("snella.runs.run.find_task", lambda name, folder: other)
+    after = identity.identity(run, "data", "weights")
+    assert after["evaluation"] != before["evaluation"] and after["training"] == before["training"]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_other_weights_are_no_current_record(make_run, tmp_path, monkeypatch, large):
+    from safetensors.torch import save_file
+
+    run = make_run()
+    file = tmp_path / "weights.safetensors"
+    save_file(load_run(run).model.state_dict(), file)
+    backbone = run.backbone.model_copy(update={"file": str(file), "load": {"fresh": ["head"]}})
+    run = run.model_copy(update={"backbone": backbone})
+    running.execute(run)
+    if large:
+        monkeypatch.setattr(status, "LARGE", 1)
+    assert status.state(run).name == "done"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert status.state(run).reason == "made with other weights"
+
+
+@pytest.mark.parametrize("change", ["image", "path", "nothing", "gone"])
+def test_plan_notices_that_files_behind_prepared_data_changed(tmp_path, capsys, change):
+    raw = tmp_path / "raw"
+    folder_of_images(raw)
+    own = {
+        "suite": "mine", "results": f"{tmp_path}/results", "data": f"{tmp_path}/data",
+        "datasets": {"own": {"path": str(raw)}},
+        "suites": {
+            "mine": {"title": "M", "backbone": "vit-quick", "protocol": "quick",
+                     "groups": {"natural": ["own"]}, "methods": ["full"]}
+        },
+        "tables": {
+            "t": {"caption": "C", "rows": [{"methods": ["full"]}],
+                  "columns": [{"datasets_of": "natural"}]}
+        },
+    }  # fmt: skip
+    path = tmp_path / "mine.yaml"
+
+    def planned() -> str:
+        path.write_text(yaml.safe_dump(own))
+        assert main(["plan", "t", "--configfile", str(path), "--json"]) == 0
+        (run,) = json.loads(capsys.readouterr().out)["list"]
+        return f"{run['state']} {run['reason']}".strip()
+
+    path.write_text(yaml.safe_dump(own))
+    config = load(path)
+    prepare_dataset(config, "own")
+    (run,) = plan.plan(config)
+    ids = run_identity(run, open_data(run))
+    write_record(run.folder, record("full", "own", 0.5, suite="mine") | {"identity": ids})
+    assert planned() == "done"
+    ours = {"protocols": {"quick": {"selection": "best-test"}}}
+    table = tables.build(load(path, ours), "t")
+    assert table.results.selection == "best-test"
+    if change == "image":
+        shutil.copy(raw / "images/train800_1.png", raw / "images/train800_0.png")
+    elif change == "path":
+        shutil.copytree(raw, tmp_path / "other")
+        own["datasets"]["own"]["path"] = str(tmp_path / "other")
+    elif change == "gone":
+        shutil.rmtree(raw)
+    moved = "stale made with other data"
+    assert planned() == {"image": moved, "path": moved}.get(change, "done")
+
+
+def folder_of_images(raw: Path) -> None:
+    rng = np.random.default_rng(0)
+    (raw / "images").mkdir(parents=True)
+    for split, count in (("train800", 6), ("val200", 3), ("test", 3)):
+        names = [f"images/{split}_{i}.png" for i in range(count)]
+        for name in names:
+            pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(raw / name)
+        lines = [f"{name} {i % 3}" for i, name in enumerate(names)]
+        (raw / f"{split}.txt").write_text("\n".join(lines) + "\n")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import mixup_target
+from torch._subclasses import FakeTensorMode
 
 from snella.data.mixing import apply_mix, draw_mix
 
@@ -69,3 +70,14 @@ def test_training_is_mixed_and_calibration_is_not(make_run):
     unmixed = F.cross_entropy(model(plain["image"]), plain["label"], label_smoothing=0.1)
     torch.testing.assert_close(task.loss(model, plain), unmixed)
     assert "mix" not in next(iter(task.batches("train", None)))
+
+
+def test_mixing_on_a_gpu_reads_no_number():
+    """Which the host would have to wait for; pretended tensors have none to read."""
+    with FakeTensorMode():
+        images = torch.empty(5, 3, 8, 8, device="cuda")
+        labels = torch.empty(5, dtype=torch.int64, device="cuda")
+        mix = torch.empty(6, dtype=torch.float64, device="cuda")
+        mixed, targets = apply_mix(images, labels, 4, 0.1, mix)
+    assert mixed.shape == images.shape and mixed.dtype == torch.float32
+    assert targets.shape == (5, 4) and targets.device.type == "cuda"

@@ -7,8 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from snella.errors import UserError
+from snella.models.parameters import checkpoint_blocks
+from snella.models.tiny import tiny_backbone
 from snella.runs.optimizers import build_optimizer
 from snella.runs.precision import autocast
+from snella.suite import packages
 
 CPU = torch.device("cpu")
 
@@ -72,3 +76,25 @@ def test_parameters_that_cannot_be_fused_are_stepped_plainly() -> None:
     real = [{"params": [nn.Parameter(torch.zeros(3))]}]
     assert not build_optimizer("adamw", real, 0.1, fused=False).defaults["fused"]
     assert "fused" not in build_optimizer("rprop", [{"params": [meta]}], 0.1).defaults
+
+
+def test_blocks_are_recomputed_with_the_attention_of_their_forward() -> None:
+    """Backward comes after the forward's contexts."""
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = tiny_backbone("vit").train()
+        if recompute:
+            checkpoint_blocks(model)
+        with autocast("bf16", CPU):
+            loss = model(torch.randn(2, 3, 32, 32)).float().square().sum()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "sparseadam", "optimizer", "adamv"])
+def test_optimizers_that_take_no_plain_step_are_unknown(name: str) -> None:
+    with pytest.raises(UserError, match="adam"):
+        build_optimizer(name, [{"params": [nn.Parameter(torch.zeros(3))]}], 0.1)
+    assert name not in packages.optimizers() and "adamw" in packages.optimizers()

@@ -53,10 +53,17 @@ def test_a_record_edited_by_hand_is_refused(tmp_path, old, new, words):
         records.read_record(tmp_path)
 
 
-@pytest.mark.parametrize("value", [4.5, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [4.5, -0.1, float("nan"), float("inf"), None])
 def test_a_value_outside_the_metrics_range_is_refused(tmp_path, value):
     records.write_record(tmp_path, record("ok", value))
     with pytest.raises(UserError, match="out of its range"):
+        records.read_record(tmp_path)
+
+
+def test_a_group_outside_the_metrics_range_is_refused(tmp_path):
+    made = record("ok") | {"groups": {"last": {"mse": {"cats": 1.0, "dogs": 7.0}}}}
+    records.write_record(tmp_path, made)
+    with pytest.raises(UserError, match=r"last mse of 'dogs' 7\.0 is out of its range"):
         records.read_record(tmp_path)
 
 

@@ -171,3 +171,37 @@ def test_a_transform_pickles_with_its_policy():
     again: Transform = pickle.loads(pickle.dumps(transform))
     torch.manual_seed(3)
     assert torch.equal(first, again(image))
+
+
+def test_tensors_travel_to_a_gpu_pinned_and_unawaited():
+    class Pretended:
+        is_cuda, pinned = False, False
+
+        def pin_memory(self):
+            self.pinned = True
+            return self
+
+        def to(self, device, non_blocking=False):
+            return device.type, self.pinned, non_blocking
+
+    assert placement.travel(Pretended(), torch.device("cuda")) == ("cuda", True, True)
+    assert placement.travel(Pretended(), torch.device("cpu")) == ("cpu", False, False)
+
+
+def test_single_numbers_of_a_batch_stay_on_the_host(make_run, monkeypatch):
+    from snella.runs import trainer as module
+    from snella.runs.train import load_run
+
+    loaded = load_run(make_run("linear"))
+    monkeypatch.setattr(module, "travel", lambda value, device: ("travelled", device.type))
+    arguments = (
+        loaded.method,
+        loaded.model,
+        loaded.task,
+        loaded.run.protocol,
+        0,
+        loaded.run.folder,
+    )
+    fitted = module.Trainer(*arguments, "fingerprint")
+    (batch,) = fitted._on_device(iter([{"image": torch.zeros(2, 3), "erase": torch.tensor(7)}]))
+    assert batch["image"] == ("travelled", "cpu") and int(batch["erase"]) == 7

@@ -103,6 +103,18 @@ def test_resumes_to_the_bit_identical_result(make_run, tmp_path, method, hyperpa
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
 
 
+def test_the_adapter_is_what_was_predicted_with(make_run, tmp_path):
+    """Also where weights are averaged."""
+    chosen = at(make_run(ema_decay=0.9, lr=1e-2), tmp_path)
+    running.execute(chosen)
+    loaded = load_run(chosen)
+    loaded.method.load_state(loaded.model, load_file(chosen.folder / "adapter.safetensors"))
+    (tmp_path / "again").mkdir()
+    loaded.task.predict(loaded.model.eval(), "test", tmp_path / "again")
+    first = chosen.folder / "predictions/epoch0002/test/top1.npy"
+    assert np.array_equal(np.load(first), np.load(tmp_path / "again/top1.npy"))
+
+
 def test_kill_dash_nine_at_any_moment_resumes_exactly(make_run, tmp_path):
     chosen = make_run(epochs=12)
     whole = execute(chosen, tmp_path / "whole")

@@ -77,6 +77,7 @@ def test_a_family_outside_the_package_reaches_a_table(mine, tmp_path, monkeypatc
     # Lower is better: the best look at the test set has the smallest error.
     assert metrics["best-test"]["rmse"] <= min(metrics["last"]["rmse"], metrics["val"]["rmse"])
     assert metrics["last"]["rmse"] < 0.3 and 0 <= metrics["last"]["near"] <= 1
+    assert "at chance level" not in record["warnings"]
     scores = np.load(tmp_path / "results/runs/spots/tiny/spots/full/seed0" / record["scores"])[
         "last/rmse"
     ]

@@ -102,7 +102,8 @@ class Launch:
     """One kernel for layers of one shape: its grid and constants, and how to start it quickly.
 
     Triton looks at every argument at every launch, which costs as much as a small kernel runs. So
-    the compiled kernel is kept by the types and alignment of the tensors, all that may differ.
+    the compiled kernel is kept by the types and alignment of the tensors and their device, all that
+    may differ.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Launch:
         self.compiled: dict[Any, tuple[Any, ...]] = {}
 
     def __call__(self, *tensors: Tensor | float | None, key: Any, stream: int | None) -> None:
-        """Start it; ``key`` tells the types and alignment of the tensors. Raises ``Broken``.
+        """Start it; ``key`` tells what of the tensors may differ. Raises ``Broken``.
 
         Without implicit fused multiply-adds: see ``backends.triton``.
         """
@@ -310,7 +311,7 @@ def effective_weight(
     out = torch.empty(slices * plan.outputs, inputs, dtype=dtype, device=device)
     with _on(device):
         start: dict[str, Any] = {
-            "key": (*_key(a, b, scalars, base, budgets), dtype),
+            "key": (*_key(a, b, scalars, base, budgets), dtype, device.index),
             "stream": _stream(device),
         }
         if update.form == "none":
@@ -357,7 +358,7 @@ def contract(
     parts = torch.empty(plan.shares, dtype=torch.float32, device=device)
     gradients = torch.empty_like(a), torch.empty_like(b), torch.empty_like(scalars)
     with _on(device):
-        key = *_key(a, b, scalars, base, dense), dtype, needs_effective
+        key = *_key(a, b, scalars, base, dense), dtype, needs_effective, device.index
         start: dict[str, Any] = {"key": key, "stream": _stream(device)}
         function = b, scalars, found.constants
         if plan.mixed:

@@ -6,7 +6,7 @@ import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from snella.errors import UserError
 from snella.jobs import budget, tables
 from snella.jobs.inputs import missing_of
+from snella.jobs.prepare import moved
 from snella.records import many
 from snella.runs.run import Run
 from snella.suite import plan
@@ -63,12 +64,13 @@ def _print(table: Table, rows: list[list[str]], fixed: int = 1) -> None:
     console().print(table)
 
 
-def run_list(runs: Iterable[Run]) -> list[dict[str, Any]]:
+def run_list(config: Config, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Runs with their state and why."""
     found: list[dict[str, Any]] = []
+    other = moved(config, runs)
     for run in runs:
         try:
-            how = state(run)
+            how = state(run, other)
             name, reason, record = how.name, how.reason, how.record
         except UserError as error:
             name, reason, record = "damaged", str(error), None  # type: ignore[assignment]
@@ -106,7 +108,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def print_plan(config: Config, table_name: str, as_json: bool = False) -> None:
     """Print each run, its state, and the time the rest may take."""
     planned = tables.table_runs(config, table_name)
-    runs, missing = run_list(planned), missing_of(config, planned)
+    runs, missing = run_list(config, planned), missing_of(config, planned)
     total = summary(runs)
     if as_json:
         content = {"suite": config.suite, "table": table_name, **total}
@@ -122,7 +124,7 @@ def print_plan(config: Config, table_name: str, as_json: bool = False) -> None:
 def print_search(config: Config, as_json: bool = False) -> None:
     """Print what the suite's search costs, and each of its trials."""
     planned = plan.search_runs(config)
-    cost, runs = budget.search(config, planned), run_list(planned)
+    cost, runs = budget.search(config, planned), run_list(config, planned)
     if as_json:
         print_json({"suite": config.suite, **asdict(cost), "list": runs})
         return
@@ -154,7 +156,7 @@ def _print_runs(runs: list[dict[str, Any]], title: str) -> None:
 @many()
 def print_status(config: Config, table_name: str, as_json: bool = False) -> None:
     """Print how many runs are in which state, where some are running, and what is wrong and why."""
-    runs = run_list(tables.table_runs(config, table_name))
+    runs = run_list(config, tables.table_runs(config, table_name))
     total = summary(runs)
     wrong = [run for run in runs if run["state"] in ATTENTION]
     if as_json:

@@ -39,13 +39,14 @@ def apply_mix(
     images: Tensor, labels: Tensor, classes: int, smoothing: float, mix: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mixed images (B, 3, H, W) and soft targets (B, classes)."""
-    cut, share, *box = mix.tolist()
-    if cut:
-        top, bottom, left, right = map(int, box)
-        mixed = images.clone()
-        mixed[..., top:bottom, left:right] = images.flip(0)[..., top:bottom, left:right]
-    else:
-        mixed = share * images + (1 - share) * images.flip(0)
+    cut, share, top, bottom, left, right = (
+        mix.unbind()
+    )  # read on the device: the host need not wait
+    row, column = (torch.arange(size, device=images.device) for size in images.shape[-2:])
+    box = ((row >= top) & (row < bottom))[:, None] & (column >= left) & (column < right)
+    weight = torch.where(cut > 0, (~box).to(share.dtype), share)
+    own, other = weight.to(images.dtype), (1 - weight).to(images.dtype)
+    mixed = own * images + other * images.flip(0)
     low = smoothing / classes
     hot = F.one_hot(labels, classes).to(torch.float32) * (1 - smoothing) + low
     return mixed, share * hot + (1 - share) * hot.flip(0)

@@ -27,11 +27,15 @@ def resident(images: Tensor) -> Tensor:
     return placed
 
 
-def travel(batch: Tensor) -> Tensor:
-    """A batch on the device where training happens; from pinned memory, without waiting for it."""
-    if not torch.cuda.is_available() or batch.is_cuda:
-        return batch
-    return batch.pin_memory().to("cuda", non_blocking=True)
+def travel(values: Tensor, device: torch.device | None = None) -> Tensor:
+    """A tensor on ``device``, by default where training happens; to a GPU without waiting for it.
+
+    For that its memory is pinned: from other memory the host waits until the device is idle.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if values.is_cuda or device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def resident_bytes() -> int:

@@ -206,7 +206,7 @@ def take(images: Tensor, index: Tensor, settings: PixelSettings) -> Tensor:
     cores share the steps over a whole batch. The numbers are the same to the last bit.
     """
     if images.is_cuda or torch.cuda.is_available():
-        return normalise(travel(images[index.to(images.device)]), settings)
+        return normalise(travel(images[travel(index, images.device)]), settings)
     if images[0].numel() < LARGE_NUMBERS:
         return normalise(images[index], settings)
     constants = _constants(settings.normalisation, images.device)
@@ -324,7 +324,7 @@ def batches(
     elif settings is not None:
         images = (take(split, index, settings) for index in order)
     else:
-        images = (split[index.to(split.device)].contiguous() for index in order)
+        images = (split[travel(index, split.device)].contiguous() for index in order)
     return (
         {"image": image, "index": index} | ({} if targets is None else {"label": targets[index]})
         for image, index in zip(images, order, strict=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from snella.errors import unknown
 from snella.files import digest_json, write_json
 from snella.runs.identity import prepare_key
+from snella.runs.run import Run
 from snella.suite.checks import check_dataset
 from snella.suite.config import Config
 from snella.suite.plan import prepared_folder
@@ -37,6 +39,23 @@ def prepare_dataset(config: Config, name: str, *, missing_only: bool = False) ->
     shutil.rmtree(folder.with_name(f".{name}.pixels"), ignore_errors=True)  # resized, of the old
     write_json(mark, origin)
     return folder
+
+
+def moved(config: Config, runs: Iterable[Run]) -> set[str]:
+    """The data sets of runs whose entry or files are others than those that were prepared.
+
+    Another reading code is none of it: whether it reads otherwise shows when it has read. Files
+    that are gone are none either, for nothing can be prepared from them.
+    """
+    found = set()
+    for name in {run.dataset.name for run in runs}:
+        folder, path = prepared_folder(config, name), config.datasets[name].path
+        made = _read(folder.with_name(f".{name}.origin.json"))
+        if made is not None and (path is None or Path(path).exists()):
+            now = origin_of(config, name)
+            if any(made.get(part) != now[part] for part in ("entry", "files")):
+                found.add(name)
+    return found
 
 
 def warnings_of(folder: Path) -> list[str]:

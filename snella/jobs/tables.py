@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from snella import results
 from snella.errors import UserError
 from snella.files import atomic
+from snella.jobs.prepare import moved
 from snella.records import many, read_failure
 from snella.report import (
     Missing,
@@ -104,7 +106,9 @@ def build(config: Config, name: str, stale: bool = False) -> Table:
     """The table ``name`` with all its numbers, from all records that it shows."""
     config = plan.for_table(config, name)
     spec, methods = _rows(config, name)
-    records = (_read(run, stale) for run in table_runs(config, name))  # not all at once
+    runs = table_runs(config, name)
+    other = moved(config, runs)
+    records = (_read(run, stale, other) for run in runs)  # not all at once
     frame = tidy(records, subsets=spec.subsets)
     others = _others(config, spec)
     return build_table(name, spec, suite_info(config), methods, frame, others=others)
@@ -127,9 +131,9 @@ def table_runs(config: Config, name: str) -> list[Run]:
     return runs
 
 
-def _read(run: Run, stale: bool) -> dict[str, Any] | Missing:
+def _read(run: Run, stale: bool, other: Collection[str]) -> dict[str, Any] | Missing:
     """A run's record; without one that counts, or with a later failure, why the cell is empty."""
-    record, found = usable(run, stale)
+    record, found = usable(run, stale, other)
     if record is None and found.name == "failed":
         record = read_failure(run.folder)
     if record is None:
@@ -138,7 +142,9 @@ def _read(run: Run, stale: bool) -> dict[str, Any] | Missing:
         names = run.method.name, run.dataset.name, run.seed
         return Missing(*names, reason, suite=run.suite, backbone=run.backbone.name)
     note = found.reason if found.name == "stale" else ""
-    return record | {"folder": run.folder, "stale": note}
+    # A record holds the numbers of all selections; which one counts is asked now.
+    protocol = {**(record.get("protocol") or {}), "selection": run.protocol.selection}
+    return record | {"folder": run.folder, "stale": note, "protocol": protocol}
 
 
 def table_spec(config: Config, name: str) -> TableSpec:

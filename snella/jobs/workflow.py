@@ -29,6 +29,7 @@ from snella.jobs.coordinator import Coordinator, start_over, watch_pending
 from snella.jobs.inputs import missing, missing_of
 from snella.jobs.prepare import origin_of
 from snella.jobs.requests import Requests
+from snella.models.backbone_files import present
 from snella.runs.identity import code_key, training_key
 from snella.runs.run import Run
 from snella.suite import config as configuration
@@ -232,10 +233,9 @@ class WorkflowPlan:
         return [f"{run.folder.as_posix()}/training.json"] if run.task.expensive_scoring else []
 
     def backbone_file(self, wildcards: Any) -> list[str]:
-        """The backbone's weights, if they are a file."""
+        """The files of the backbone's weights that are there."""
         self.settle()
-        file = self.run(wildcards).backbone.file
-        return [file] if file and Path(file).is_file() else []
+        return [file.as_posix() for file in present(self.run(wildcards).backbone.entry)]
 
     def method_file(self, wildcards: Any) -> str:
         """The method's source file, for reports; what counts of it is in :meth:`code`."""

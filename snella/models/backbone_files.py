@@ -190,9 +190,14 @@ def file_digest(path: str | Path | None) -> str:
     return sha.hexdigest()
 
 
-def entry_digest(entry: Mapping[str, Any]) -> str:
-    """:func:`file_digest` of an entry's weights, wherever they lie; empty for ``random``."""
-    return file_digest(weights_path(entry))
+def present(entry: Mapping[str, Any]) -> list[Path]:
+    """The files of an entry's weights, of those that are there."""
+    try:
+        path = weights_path(entry)
+        found = [] if path is None else weights_files(path)
+    except UserError:
+        return []
+    return [file for file in found if file.is_file()]
 
 
 def require(path: Path) -> None:

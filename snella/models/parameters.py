@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from snella.models.families import blocks, head
 
@@ -88,10 +90,17 @@ def _checkpoint(block: nn.Module) -> None:
     from torch.utils.checkpoint import checkpoint
 
     forward = block.forward
+    options: dict[str, Any] = {"use_reentrant": False, "context_fn": _recomputing}
 
     def recomputed(*inputs: Any, **named: Any) -> Any:
         if not (block.training and torch.is_grad_enabled()):
             return forward(*inputs, **named)
-        return checkpoint(forward, *inputs, use_reentrant=False, **named)
+        return checkpoint(forward, *inputs, **options, **named)
 
     block.forward = recomputed
+
+
+def _recomputing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a forward and of its recomputation, which chooses attention as it was chosen."""
+    fused = torch.backends.cuda.flash_sdp_enabled()
+    return nullcontext(), nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from snella.report.table import Cell
-from snella.report.text import Grid, Heading, Line, Section, pack
+from snella.report.text import FIRST, Grid, Heading, Line, Section, pack
 
 ONE_COLUMN, TWO_COLUMNS = 234.0, 497.0  # pt, of a CVPR page
 PAGE_HEIGHT = 600.0
@@ -146,7 +146,7 @@ def _label_width(grid: Grid, layout: Layout) -> float:
         _text_width(line.label) * _points(line, layout) + (10.0 if line.continued else 0.0)
         for line in grid.lines
     ]
-    return max([_text_width(grid.first) * layout.points, *labels]) + layout.gap
+    return max([_text_width(FIRST) * layout.points, *labels]) + layout.gap
 
 
 def _column_width(grid: Grid, layout: Layout, column: int) -> float:
@@ -170,7 +170,7 @@ def _text_width(text: str) -> float:
     return sum(WIDTHS.get(c, 0.78 if c.isupper() else 0.53) for c in text)
 
 
-WIDTHS = dict.fromkeys("iljtf.,:;'|!()[] ", 0.36) | dict.fromkeys("mwMW±×−+=", 0.9) | {"†": 0.4}
+WIDTHS = dict.fromkeys("iljtf.,:;'|!()[] ", 0.36) | dict.fromkeys("mwMW±×−+=&%#@", 0.9) | {"†": 0.4}
 
 
 def to_latex(grid: Grid) -> str:
@@ -244,7 +244,7 @@ def _rule(section: Section, number: int) -> str:
 def _head(grid: Grid, layout: Layout, columns: Sequence[int]) -> list[str]:
     """Block names over their columns with a rule each, then the columns' own names."""
     shown = replace(grid, headings=tuple(grid.headings[i] for i in columns))
-    labels = [escape(grid.first), *[_heading(h, layout.rotate) for h in shown.headings]]
+    labels = [escape(FIRST), *[_heading(h, layout.rotate) for h in shown.headings]]
     names = " & ".join(labels) + r" \\"
     if not any(block for block, _ in shown.blocks):
         return [names]

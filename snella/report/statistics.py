@@ -178,9 +178,9 @@ def complete(scores: Scores) -> pd.DataFrame:
 
 
 def average_ranks(scores: Scores, *, higher_is_better: bool = True) -> dict[str, float]:
-    """Mean rank (1 is best) over the data sets that every method has; empty if there are none."""
+    """Mean rank (1 is best) over the data sets that every method with scores has."""
     table = complete(scores)
-    if table.empty or len(table.columns) < len(scores):
+    if table.empty:
         return {}
     ranks = table.rank(axis=1, ascending=not higher_is_better).mean()
     return {str(method): float(rank) for method, rank in ranks.items()}
@@ -246,7 +246,7 @@ class Statistics:
         if test is not None:
             separable = test.critical_difference < test.methods - 1
             result.append(
-                f"All {test.methods} rows on {test.datasets} complete data sets: Friedman χ² = "
+                f"{test.methods} rows on {test.datasets} complete data sets: Friedman χ² = "
                 f"{test.chi_squared:.1f}, {_p(test.p)} (Iman–Davenport: {_p(test.p_f)}); "
                 f"average ranks differ at level {ALPHA:g} if more than "
                 f"{test.critical_difference:.2f} apart (Nemenyi)"
@@ -365,13 +365,13 @@ def statistics_grid(statistics: Statistics) -> Grid:
     sections = [Section(None, (_line(labels[statistics.reference], first),))]
     body = tuple(_line(labels[row.method], cells(row)) for row in statistics.rows)
     sections.append(Section(None, body, apart=True))
-    symbol = statistics.unit.symbol
+    symbol, caption = statistics.unit.symbol, table.caption.rstrip(".")
     unit = f" in {'percentage points' if symbol == '%' else symbol}" if symbol else ""
     remarks = [
         f"Difference: mean over data sets{unit}, positive where the row is better, seeds paired; "
         "interval: data sets resampled, then seeds within them; p: exact "
         "two-sided Wilcoxon signed-rank test over data sets, corrected after Holm. Rank: average "
-        "over the data sets that every row has, 1 is best.",
+        "over the data sets that every row with results has, 1 is best.",
         *statistics.limits,
     ]
     if images:
@@ -381,7 +381,7 @@ def statistics_grid(statistics: Statistics) -> Grid:
         )
     return Grid(
         name=f"{table.name}_statistics",
-        caption=f"{table.caption} Paired comparison with {labels[statistics.reference]}.",
+        caption=f"{caption}. Paired comparison with {labels[statistics.reference]}.",
         headings=tuple(map(Heading, heads)),
         sections=tuple(sections),
         remarks=tuple(remarks),

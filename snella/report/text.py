@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+FIRST = "Method"
+"""What the first column is called."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One printed row. ``continued`` lines belong to the line above and print small.
@@ -58,7 +62,6 @@ class Grid:
     remarks: tuple[str, ...] = ()
     comments: tuple[str, ...] = ()
     rotate: bool = False
-    first: str = "Method"
 
     @property
     def blocks(self) -> list[tuple[str | None, int]]:
@@ -159,7 +162,7 @@ def to_markdown(grid: Grid) -> str:
         for h in grid.headings
     ]
     lines = [f"**{escape_markdown(grid.caption)}**", ""]
-    lines += [markdown_row([grid.first, *heads]), markdown_row(["---", *["---:"] * len(heads)])]
+    lines += [markdown_row([FIRST, *heads]), markdown_row(["---", *["---:"] * len(heads)])]
     for section in grid.sections:
         if section.title:
             lines.append(markdown_row([f"*{escape_markdown(section.title)}*", *[""] * len(heads)]))
@@ -265,7 +268,7 @@ def _piece(grid: Grid, columns: list[int]) -> RichTable:
     from rich.text import Text
 
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(Text(grid.first), no_wrap=True, vertical="bottom")
+    table.add_column(Text(FIRST), no_wrap=True, vertical="bottom")
     above = _above(grid)
     for index in columns:
         table.add_column(Text(above[index]), justify="right", no_wrap=True, vertical="bottom")

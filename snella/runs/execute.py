@@ -65,7 +65,7 @@ def execute(
             require_files(run)
             ids = run_identity(run, data)
             if not again and (done := finished(folder, ids)) is not None:
-                return done
+                return _asked_now(folder, done, record)
             if again:
                 (folder / "training.json").unlink(missing_ok=True)
                 (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -100,6 +100,14 @@ def finished(folder: Path, ids: dict[str, Any]) -> Record | None:
             write_record(folder, record)
             return record
     return None
+
+
+def _asked_now(folder: Path, done: Record, header: Record) -> Record:
+    """A finished record with what the protocol asks of it now, such as another selection."""
+    if done["protocol"] != header["protocol"]:
+        done = sign(done | {"protocol": header["protocol"]})
+        write_record(folder, done)
+    return done
 
 
 def _make(folder: Path) -> None:
@@ -148,11 +156,12 @@ def _warnings(
     result = [*run.notes, *data.manifest.get("warnings", []), *found.warnings]
     if training["merge"].get("failed"):
         result.append(f"merging failed: {training['merge']['reason']}")
-    name = run.task.primary.name
-    if name in chance:
-        level, n = chance[name], data.size("test")
+    metric = run.task.primary
+    if metric.name in chance:
+        level, n = chance[metric.name], data.size("test")
         margin = 2 * math.sqrt(max(level * (1 - level), 0.0) / n)
-        if found.metrics["last"][name] <= level + margin:
+        better = found.metrics["last"][metric.name] - level
+        if (better if metric.higher_is_better else -better) <= margin:
             result.append("at chance level")
     return result
 

@@ -2,9 +2,9 @@
 
 A stage depends on the source of every module that it imports, found by following imports from
 its entry points; on the versions of the libraries these import; on the resolved settings; and on
-the contents of data and weights. Comments, docstrings and blank lines are no part of a source, nor
-are modules that only carry messages and files. All is by content and never by a local path, so
-that two laboratories can compare identities.
+the contents of data and weights. Comments, docstrings, blank lines and the order of imports are no
+part of a source, nor are modules that only carry messages and files. All is by content and never by
+a local path, so that two laboratories can compare identities.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import io
 import os
 import sys
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from snella.errors import UserError, one_line
 from snella.files import digest_file, digest_json, sha256
+from snella.models.backbone_files import RANDOM, file_digest, require, weights_path
 from snella.runs.run import Run
 from snella.tasks import TaskInfo, find_task, task_names
 
@@ -38,12 +40,14 @@ _PLUMBING = (
 )
 PLUMBING = frozenset(f"snella.{name}" for name in _PLUMBING)
 """Modules that carry messages, files and settings, and compute nothing of a result."""
+METHOD = "method"
 TRAINING = ("runs/train.py",)
 EVALUATION = ("runs/evaluate.py",)
 _SHARED: dict[str, Any] = {
     **dict.fromkeys(("backbone", "method", "protocol", "settings", "tasks"), True),
     "dataset": {"task"},
 }
+_Stats = tuple[tuple[Path, int, int], ...]
 _digests: dict[str, str] = {}
 _latest: list[tuple[tuple[object, ...], str]] = []
 ALWAYS = ("numpy", "torch")
@@ -82,7 +86,7 @@ def _stage(method: str, entry: str, task: str, tasks: str, own: tuple[str, ...])
     roots = {"snella": PACKAGE}
     if (Path(tasks) / task / "__init__.py").exists():
         roots[task] = (Path(tasks) / task).resolve()
-    starts = [_Module("method", Path(method))] if method else []
+    starts = [_Module(METHOD, Path(method))] if method else []
     starts += [_Module(f"snella/{name}", PACKAGE / name) for name in own]
     name = entry.partition(":")[0]
     starts += _find(name, roots[name.partition(".")[0]])
@@ -101,7 +105,11 @@ def prepare_key(task: TaskInfo) -> dict[str, object]:
     """What preparing a family's data executes."""
     module = task.prepare.__module__
     file = Path(sys.modules[module].__file__ or "")
-    return _closure([_Module("prepare", file)], {"snella": PACKAGE}).key
+    top = module.partition(".")[0]
+    if top == "snella":
+        return _closure([_Module("prepare", file)], {top: PACKAGE}).key
+    folder = Path(sys.modules[top].__file__ or "").parent
+    return _closure([_Module(module, file)], {"snella": PACKAGE, top: folder}).key
 
 
 def merge_code(file: str) -> str:
@@ -111,8 +119,11 @@ def merge_code(file: str) -> str:
 
 @cache
 def _merge_code(file: str, changed: int) -> str:
-    tree = ast.parse(Path(file).read_bytes())
-    return digest_json([ast.unparse(node) for node in ast.walk(tree) if _is_merge(node)])
+    tree, lines = _parse(Path(file))
+    statements = list(_statements(tree))
+    merge = {n for node in statements if _is_merge(node) for n in _lines(node)}
+    rest = set(range(1, len(lines) + 1)) - merge
+    return sha256(_normalised(lines, rest | _docstrings(tree, statements, lines)).encode())
 
 
 def settings_digest(run: Run) -> str:
@@ -139,7 +150,9 @@ def training_key(run: Run) -> dict[str, object]:
 
 def evaluation_key(run: Run) -> dict[str, object]:
     """The same for scoring."""
-    key, scoring = evaluation_sources(run).key, set(run.task.settings.scoring)
+    metrics = [[m.name, m.unit, m.higher_is_better] for m in run.task.metrics]
+    key = {**evaluation_sources(run).key, "metrics": metrics}
+    scoring = set(run.task.settings.scoring)
     if not scoring:
         return key
     settings = run.task_settings
@@ -153,16 +166,19 @@ def evaluation_key(run: Run) -> dict[str, object]:
 
 def _content(path: Path) -> str:
     """The digest of a file's or folder's contents; empty where there is none."""
-    parts = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    stats = [p.stat() for p in parts if p.is_file()]
-    if not stats:
-        return ""
-    return _content_of(path, tuple(parts), tuple((s.st_size, s.st_mtime_ns) for s in stats))
+    return _content_of(path, found) if (found := stats(path)) else ""
 
 
 @cache
-def _content_of(path: Path, parts: tuple[Path, ...], changed: tuple[tuple[int, int], ...]) -> str:
-    return digest_json([[p.relative_to(path).as_posix(), digest_file(p)] for p in parts])
+def _content_of(path: Path, stats: _Stats) -> str:
+    return digest_json([[p.relative_to(path).as_posix(), digest_file(p)] for p, *_ in stats])
+
+
+def stats(path: Path) -> _Stats:
+    """Size and time of a file, or of all files of a folder."""
+    parts = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = ((p, p.stat()) for p in parts if p.is_file())
+    return tuple((p, s.st_size, s.st_mtime_ns) for p, s in found)
 
 
 def code_key(run: Run) -> list[object]:
@@ -189,10 +205,37 @@ def identity(run: Run, data: str, backbone: str) -> dict[str, object]:
     }
 
 
+def backbone_digest(run: Run) -> str:
+    """SHA-256 of the weights' file, or of a folder's weights; ``random`` for random weights.
+
+    Raises :class:`~snella.errors.UserError` if there is no such file.
+    """
+    path = weights_path(run.backbone.entry)
+    if path is None:
+        return RANDOM
+    require(path)
+    return _weights_digest(path, stats(path))
+
+
+@cache
+def _weights_digest(path: Path, changed: _Stats) -> str:
+    return file_digest(path)
+
+
 @dataclass(frozen=True)
 class _Module:
     name: str
     file: Path
+
+    def absolute(self, name: str) -> str:
+        """The full name of an import, which begins with dots where it is relative."""
+        if not name.startswith("."):
+            return name
+        package = self.name if self.file.stem == "__init__" else self.name.rpartition(".")[0]
+        try:
+            return resolve_name(name, package)
+        except ImportError:
+            return name.strip(".")  # which will not import
 
 
 def _closure(starts: Iterable[_Module], roots: dict[str, Path]) -> Sources:
@@ -204,13 +247,20 @@ def _closure(starts: Iterable[_Module], roots: dict[str, Path]) -> Sources:
         module = waiting.pop()
         if module.name in code or module.name in PLUMBING:
             continue
-        text, imports, companions = _read(module.file, module.file.stat().st_mtime_ns)
+        text, imports, companions = _read(
+            module.file, module.file.stat().st_mtime_ns, module.name == METHOD
+        )
         code[module.name] = sha256("\n".join((text, *companions)).encode())
-        for name in imports:
+        for name in (module.absolute(name) for name in imports):
             top = name.partition(".")[0]
+            beside = module.file.with_name(f"{top}.py")
             if top in roots:
                 waiting += _find(name, roots[top])
-            elif top not in sys.stdlib_module_names and top not in NO_RESULT:
+            elif not top or top in sys.stdlib_module_names or top in NO_RESULT:
+                continue
+            elif _version(top) is None and beside.is_file():  # a helper that the file finds itself
+                waiting.append(_Module(top, beside))
+            else:
                 libraries.add(top)
     return Sources(code, {name: v for name in sorted(libraries) if (v := _version(name))})
 
@@ -236,25 +286,39 @@ def _find(name: str, folder: Path) -> tuple[_Module, ...]:
     return tuple(found)
 
 
-@cache
-def _read(file: Path, changed: int) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """A file's normalised text, the names it imports, and the digests of companion sources."""
-    source = file.read_bytes()
+def _parse(file: Path) -> tuple[ast.Module, list[str]]:
+    """A source and its lines; raises ``UserError`` for one that Python would not read."""
     try:
-        tree = ast.parse(source, str(file))
+        tree = ast.parse(file.read_bytes(), str(file))
+        with tokenize.open(file) as stream:
+            return tree, stream.read().split("\n")
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{file} does not import: {one_line(error)}; correct the file.") from error
+
+
+@cache
+def _read(file: Path, changed: int, method: bool) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """A file's normalised text, the names it imports, and the digests of companion sources.
+
+    The ``merge`` of a method file, which training does not call, is left out.
+    """
+    tree, lines = _parse(file)
     statements = list(_statements(tree))
-    text = _normalised(source.decode("utf-8"), _dropped(tree, statements, file))
+    imports = [n for n in statements if isinstance(n, ast.Import | ast.ImportFrom)]
+    dropped = _docstrings(tree, statements, lines)
+    dropped |= {n for node in imports for n in _whole_lines(node, lines)}
+    if method:
+        dropped |= {n for node in statements if _is_merge(node) for n in _lines(node)}
+    text = "\n".join((*sorted(map(ast.unparse, _single(imports))), _normalised(lines, dropped)))
     companions: tuple[str, ...] = ()
-    if b".cpp" in source or b".cu" in source:
+    if ".cpp" in text or ".cu" in text:
         companions = tuple(
             sha256((file.parent / node.value).read_bytes())
             for node in ast.walk(tree)
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
             if node.value.endswith((".cpp", ".cu")) and (file.parent / node.value).is_file()
         )
-    return text, tuple(dict.fromkeys(_imports(statements))), companions
+    return text, tuple(dict.fromkeys(_imports(imports))), companions
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
@@ -262,52 +326,97 @@ def _statements(tree: ast.AST) -> Iterator[ast.AST]:
     for field in ("body", "orelse", "finalbody", "handlers", "cases"):
         for node in getattr(tree, field, ()):
             yield node
-            if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
-                yield from _statements(node)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                node = ast.Module(node.orelse, [])
+            yield from _statements(node)
 
 
-def _dropped(tree: ast.Module, statements: Iterable[ast.AST], file: Path) -> set[int]:
-    """Lines of docstrings, and in method files of ``merge``, which training does not call."""
+def _docstrings(tree: ast.Module, statements: Iterable[ast.AST], source: Sequence[str]) -> set[int]:
+    """The lines of docstrings."""
     lines: set[int] = set()
-    outside = PACKAGE not in file.resolve().parents
     for node in (tree, *statements):
-        if outside and _is_merge(node):
-            lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))  # type: ignore[attr-defined]
         body = getattr(node, "body", None)
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         if isinstance(node, kinds) and body and ast.get_docstring(node, clean=False) is not None:
-            lines.update(range(body[0].lineno, (body[0].end_lineno or body[0].lineno) + 1))
+            lines.update(_whole_lines(body[0], source))
     return lines
 
 
-def _is_merge(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef) and node.name == "merge"
+def _whole_lines(node: ast.stmt, source: Sequence[str]) -> range:
+    """The lines of a statement, unless other code shares the first or the last of them."""
+    lines = _lines(node)
+    before = source[lines[0] - 1].encode()[: node.col_offset].strip()
+    after = source[lines[-1] - 1].encode()[node.end_col_offset :].strip()
+    return range(0) if before or (after and not after.startswith(b"#")) else lines
 
 
-def _normalised(source: str, dropped: set[int]) -> str:
-    """The source without comments, the lines ``dropped``, trailing space and blank lines."""
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+def _is_merge(node: ast.AST) -> TypeGuard[ast.FunctionDef]:
+    """Whether this is the hook, and no function of that name that training may call."""
+    if not isinstance(node, ast.FunctionDef) or node.name != "merge":
+        return False
+    return [argument.arg for argument in node.args.args] == ["self", "model"]
+
+
+def _lines(node: ast.stmt) -> range:
+    """Of a statement, with its decorators."""
+    first = min(n.lineno for n in (node, *getattr(node, "decorator_list", ())))
+    return range(first, (node.end_lineno or first) + 1)
+
+
+def _normalised(source: Sequence[str], dropped: set[int]) -> str:
+    """The source without comments, the lines ``dropped``, trailing space and blank lines.
+
+    Within a string of several lines space is part of it.
+    """
+    lines, strings = list(source), set[int]()
+    for token in tokenize.generate_tokens(io.StringIO("\n".join(source)).readline):
+        (row, column), (end, _) = token.start, token.end
         if token.type == tokenize.COMMENT:
-            row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    kept = (line.rstrip() for number, line in enumerate(lines, 1) if number not in dropped)
-    return "\n".join(line for line in kept if line)
+        elif end > row and token.string.strip():
+            strings.update(range(row, end))
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if n not in dropped]
+    kept = (line if n in strings else line.rstrip() for n, line in numbered)
+    return "\n".join(
+        line for (n, _), line in zip(numbered, kept, strict=True) if line or n in strings
+    )
 
 
-def _imports(statements: Iterable[ast.AST]) -> Iterator[str]:
+def _single(imports: Iterable[ast.Import | ast.ImportFrom]) -> Iterator[ast.stmt]:
+    """A statement for each imported name: how they are grouped and ordered is of no consequence."""
+    for node in imports:
+        for name in node.names:
+            if isinstance(node, ast.Import):
+                yield ast.Import([name])
+            else:
+                yield ast.ImportFrom(node.module, [name], node.level)
+
+
+def _imports(imports: Iterable[ast.Import | ast.ImportFrom]) -> Iterator[str]:
     """Names of all imported modules."""
-    for node in statements:
+    for node in imports:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        else:
+            module = "." * node.level + (node.module or "")
+            yield module
+            dot = "." if node.module else ""
+            yield from (f"{module}{dot}{alias.name}" for alias in node.names)
 
 
 @cache
 def _version(package: str) -> str | None:
+    """The version of the library that a top-level module belongs to; None if there is none."""
     try:
         return version(DISTRIBUTIONS.get(package, package))
     except PackageNotFoundError:
+        pass
+    if find_spec(package) is None:
         return None
+    names = _distributions().get(package, ())
+    return " ".join(f"{name} {version(name)}" for name in sorted(set(names))) or None
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    return packages_distributions()

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from snella.errors import UserError, unknown
 
+OTHERS = ("Optimizer", "LBFGS", "SparseAdam")
+"""Those that take no plain step: their base, one that calls a closure, one of sparse gradients."""
 EIGHT_BIT = {"adam8bit": "Adam8bit", "adamw8bit": "AdamW8bit"}
 
 
@@ -18,7 +20,7 @@ def optimizer_names() -> dict[str, str]:
     own = {
         name.lower(): name
         for name, cls in vars(torch.optim).items()
-        if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and name != "Optimizer"
+        if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and name not in OTHERS
     }
     return {**own, **EIGHT_BIT}
 

@@ -15,8 +15,6 @@ from pydantic import AfterValidator, Field, model_validator
 
 from snella.validation import Strict
 
-SELECTIONS = ("last", "val", "best-test")
-
 
 def _source(name: str) -> str:
     if not re.fullmatch(r"fixed|released|search(/[A-Za-z0-9_-]+)?", name):

@@ -12,7 +12,6 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from snella.data.prepared import Prepared
 from snella.errors import CannotMerge, one_line
 from snella.files import atomic, digest_file, digest_tree, write_json
 from snella.methods.base import Batch, Method, build_method, prepare_model
-from snella.models.backbone_files import RANDOM, file_digest, require, weights_path
 from snella.models.parameters import seed_everything
 from snella.records import now, provenance
-from snella.runs.identity import identity
+from snella.runs.identity import backbone_digest, identity
 from snella.runs.measure import gflops
 from snella.runs.run import Run
 from snella.runs.trainer import PREDICTIONS, Progress, Row, Trainer, prediction_folder
@@ -60,24 +58,6 @@ def open_data(run: Run) -> Prepared:
 def run_identity(run: Run, data: Prepared) -> dict[str, Any]:
     """All parts of the run's identity."""
     return identity(run, data.digest, backbone_digest(run))
-
-
-def backbone_digest(run: Run) -> str:
-    """SHA-256 of the weights' file, or of a folder's weights; ``random`` for random weights.
-
-    Raises :class:`~snella.errors.UserError` if there is no such file.
-    """
-    path = weights_path(run.backbone.entry)
-    if path is None:
-        return RANDOM
-    require(path)
-    stat = path.stat()
-    return _digest(path, stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def _digest(path: Path, size: int, changed: int) -> str:
-    return file_digest(path)
 
 
 def load_run(run: Run, data: Prepared | None = None) -> Loaded:

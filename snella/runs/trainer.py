@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snella.data.placement import travel
 from snella.errors import Diverged, UserError
 from snella.files import atomic
 from snella.methods.base import Batch, Method, check_marked, method_file
@@ -135,6 +136,8 @@ class Trainer:
             if self.begun is None or self.begun.losses:
                 self._write_checkpoint(optimizer)
             raise
+        if self.ema is not None:  # what was predicted with is what is kept
+            self._put(self.ema)
         return self.progress
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -208,7 +211,7 @@ class Trainer:
                 begun.random = None
             self.begun = begun
             self._steps(epoch, seed, optimizer, begun)
-        values = torch.stack(begun.losses).float().cpu()
+            values = torch.stack(begun.losses).float().cpu()  # waits for the device
         if not values.isfinite().all():
             first = int((~values.isfinite()).nonzero()[0])
             raise Diverged(f"the loss became {values[first]:.0f} in epoch {epoch}, step {first}")
@@ -293,15 +296,17 @@ class Trainer:
         return autocast(self.protocol.precision, self.device)
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Batches where the model is; single numbers stay on the host, which reads them."""
         for batch in batches:
-            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+            yield {n: travel(v, self.device) if v.ndim else v for n, v in batch.items()}
 
     @torch.no_grad()
     def _update_ema(self, ema: dict[str, Tensor]) -> None:
         decay = self.protocol.ema_decay
         assert decay is not None
-        for name, parameter in trainable(self.model).items():
-            ema[name].lerp_(parameter, 1 - decay)
+        parameters = trainable(self.model)
+        averages = [ema[name] for name in parameters]
+        torch._foreach_lerp_(averages, list(parameters.values()), 1 - decay)
 
     @contextmanager
     def _ema_weights(self) -> Iterator[None]:

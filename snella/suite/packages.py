@@ -22,8 +22,12 @@ INTERNAL = ("self", "kwargs", "variant", "model_cls", "model_name", "pretrained"
 
 @cache
 def optimizers() -> frozenset[str]:
-    """The names of torch's optimizers, and of a few classes beside them, lower case."""
-    return frozenset(name.decode().lower() for name in CLASS.findall(_text("torch", "optim")))
+    """The names of torch's optimizers, and of a few classes beside them, lower case.
+
+    Without those that want a closure or sparse gradients.
+    """
+    names = frozenset(name.decode().lower() for name in CLASS.findall(_text("torch", "optim")))
+    return names - {"optimizer", "lbfgs", "sparseadam"}
 
 
 @cache

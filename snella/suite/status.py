@@ -5,14 +5,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from snella.errors import UserError
 from snella.files import digest_json
+from snella.models.backbone_files import weights_path
 from snella.records import FINAL, Record, read_failure, read_record
-from snella.runs.identity import code_key
+from snella.runs.identity import backbone_digest, code_key, stats
 from snella.runs.run import Run
 
 PARTS = {
@@ -22,8 +25,11 @@ PARTS = {
     "evaluation": "another scorer",
     "merge": "another merge",
     "data": "other data",
+    "backbone": "other weights",
 }
 """What a record's identity may differ in from the plan's, in words."""
+LARGE = 1 << 30
+"""Bytes of weights that take seconds to read."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,11 @@ class State:
     record: Record | None
 
 
-def state(run: Run) -> State:
+def state(run: Run, moved: Collection[str] = ()) -> State:
     """Compare a run's folder with the plan, as the workflow does.
 
-    Raises :class:`~snella.errors.UserError` for a record that cannot be read or was changed.
+    The data sets ``moved`` are no longer what their prepared folders were made from. Raises
+    :class:`~snella.errors.UserError` for a record that cannot be read or was changed.
     """
     folder = run.place
     record = read_record(folder)
@@ -49,7 +56,7 @@ def state(run: Run) -> State:
         if broken is None:
             return State("missing", "not run", None)
         return State("failed", f"{broken['status']}: {broken['reason']}", None)
-    differs = differences(run, record)
+    differs = differences(run, record, moved)
     if differs:
         why = f"made with {' and '.join(differs)}"
         if broken is not None:
@@ -58,7 +65,7 @@ def state(run: Run) -> State:
     return State("done" if record["status"] == "ok" else "diverged", record["reason"] or "", record)
 
 
-def differences(run: Run, record: Record) -> list[str]:
+def differences(run: Run, record: Record, moved: Collection[str] = ()) -> list[str]:
     """In which parts a record's identity differs from the plan's, in words."""
     known: dict[str, Any] = record.get("identity") or {}
     if "settings" not in known:
@@ -66,16 +73,27 @@ def differences(run: Run, record: Record) -> list[str]:
     training, evaluation, merge = code_key(run)
     assert isinstance(training, dict)
     planned = {**training, "evaluation": digest_json(evaluation), "merge": merge}
-    data = _data_digest(run.dataset.prepared)
-    if data is not None:
-        planned["data"] = data
+    data = "" if run.dataset.name in moved else _data_digest(run.dataset.prepared)
+    planned |= {"data": data, "backbone": _weights_digest(run)}
     return [
-        words for part, words in PARTS.items() if part in planned and _moved(part, planned, known)
+        words
+        for part, words in PARTS.items()
+        if planned[part] is not None and planned[part] != known.get(part)
     ]
 
 
-def _moved(part: str, planned: dict[str, Any], known: dict[str, Any]) -> bool:
-    return bool(planned[part] != known.get(part))
+def _weights_digest(run: Run) -> str | None:
+    """Of the weights; None where they are missing, or large and no younger than the record."""
+    try:
+        path = weights_path(run.backbone.entry)
+        files = () if path is None else stats(path)
+        if sum(size for _, size, _ in files) > LARGE:
+            written = os.stat(f"{run.place}/record.json").st_mtime_ns
+            if all(changed < written for *_, changed in files):
+                return None
+        return backbone_digest(run)
+    except (OSError, UserError):
+        return None
 
 
 def _data_digest(folder: str) -> str | None:
@@ -118,11 +136,13 @@ def whereabouts(folder: Path | str) -> str:
         return ""
 
 
-def usable(run: Run, stale: bool = False) -> tuple[Record | None, State]:
+def usable(
+    run: Run, stale: bool = False, moved: Collection[str] = ()
+) -> tuple[Record | None, State]:
     """The record that a table may show for a run, and how the run stands.
 
     A stale one counts only where ``stale`` ones are asked for.
     """
-    found = state(run)
+    found = state(run, moved)
     shown = found.name in ("done", "diverged") or (stale and found.name == "stale")
     return (found.record if shown else None), found

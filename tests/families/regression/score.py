@@ -21,3 +21,6 @@ class Distance(Scorer):
             "rmse": Score(rmse, {}, error),
             "near": Score(float(near.mean()), {}, near.astype(np.float32)),
         }
+
+    def chance(self) -> dict[str, float]:
+        return {"rmse": 0.4}  # of the middle of the image
