@@ -209,6 +209,8 @@ def test_vpt_lists_that_are_wrong(tmp_path):
     refuse("one object of image path to class id", root)
     (root / "test.json").write_text("{")
     refuse("not valid JSON", root)
+    (root / "test.json").write_text('{"a.jpg": 1, "b.jpg": 2, "a.jpg": 2}')
+    refuse("'a.jpg' occurs twice", root)
 
 
 def class_folders(root, folders=("train", "val", "test")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,20 @@ def read_json(file: Path) -> Any:
     """The content of a JSON file, or a line that says why it is none."""
     text = read_text(file)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise UserError(f"{file} is not valid JSON: nested too deeply.") from None
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}.") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python would keep the last of two equal keys without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{twice[:200]!r} occurs twice in one object")
+    return found
 
 
 def whole_number(text: str, where: str) -> int:
