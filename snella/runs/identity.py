@@ -214,11 +214,12 @@ def backbone_digest(run: Run) -> str:
     if path is None:
         return RANDOM
     require(path)
-    return _weights_digest(path, stats(path))
+    return weights_digest(path, stats(path))
 
 
 @cache
-def _weights_digest(path: Path, changed: _Stats) -> str:
+def weights_digest(path: Path, changed: _Stats) -> str:
+    """The same of a file or folder with such :func:`stats`."""
     return file_digest(path)
 
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from snella.errors import UserError
 from snella.files import digest_json
-from snella.models.backbone_files import weights_path
+from snella.models.backbone_files import RANDOM, weights_path
 from snella.records import FINAL, Record, read_failure, read_record
-from snella.runs.identity import backbone_digest, code_key, stats
+from snella.runs.identity import code_key, stats, weights_digest
 from snella.runs.run import Run
 
 PARTS = {
@@ -86,12 +86,14 @@ def _weights_digest(run: Run) -> str | None:
     """Of the weights; None where they are missing, or large and no younger than the record."""
     try:
         path = weights_path(run.backbone.entry)
-        files = () if path is None else stats(path)
+        if path is None:
+            return RANDOM
+        files = stats(path)
         if sum(size for _, size, _ in files) > LARGE:
             written = os.stat(f"{run.place}/record.json").st_mtime_ns
             if all(changed < written for *_, changed in files):
                 return None
-        return backbone_digest(run)
+        return weights_digest(path, files) if files else None
     except (OSError, UserError):
         return None
 
