@@ -101,6 +101,11 @@ def test_wrong_checkpoints_are_one_clear_line(file: Path, tmp_path: Path) -> Non
     torch.save(large, tmp_path / "large.pth")
     with pytest.raises(UserError, match="it looks like sam_vit_l"), torch.device("meta"):
         load_sam("sam_vit_b", {}, 1024, (tmp_path / "large.pth").as_posix())
+    state = torch.load(file, weights_only=True)
+    state.pop("mask_decoder.iou_token.weight")
+    torch.save(state, tmp_path / "less.pth")
+    with pytest.raises(UserError, match=r"it lacks mask_decoder.iou_token.weight; correct `arch:`"):
+        load_sam("sam_vit", SIZES, 32, (tmp_path / "less.pth").as_posix())
     cut = tmp_path / "cut.pth"
     cut.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match="damaged"):
