@@ -366,6 +366,7 @@ def _fully_sharded(rank: int, folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
     mesh = init_device_mesh("cpu", (2,))
     model, again, forward = made("ViT")
@@ -391,9 +392,19 @@ def _fully_sharded(rank: int, folder: Path) -> None:
         with torch.no_grad():
             torch.testing.assert_close(forward(whole.eval()), live)
         assert budgets(whole) == budgets(model) and len(set(budgets(whole))) > 1
-    flat = FullyShardedDataParallel(made("ViT")[0], use_orig_params=True, device_id=CPU)
+    model, _, _ = made("ViT")
+    policy = ModuleWrapPolicy({type(model.get_base_model().blocks[0])})
+    flat = FullyShardedDataParallel(
+        model, use_orig_params=True, device_id=CPU, auto_wrap_policy=policy
+    )
     with pytest.raises(UserError, match="set allocation=False"):
         on_epoch_start(flat, 0, 3)
+    state = get_model_state_dict(flat, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        model.save_pretrained(str(folder / "flat"), state_dict=state)
+        whole = PeftModel.from_pretrained(again(), str(folder / "flat"))
+        with torch.no_grad():
+            assert forward(whole.eval()).equal(forward(made("ViT")[0].eval()))
 
 
 def test_data_parallel_processes_agree(tmp_path: Path) -> None:

@@ -193,7 +193,8 @@ class SnellaModel(BaseTuner):
         state: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return state
+        # By their names too, which the modules inside FullyShardedDataParallel do not tell PEFT.
+        return state | {key: t for key, t in state_dict.items() if f".{cls.prefix}" in key}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
