@@ -72,7 +72,11 @@ def _say(line: str, status: int) -> int:
 
 
 def _check_environment() -> None:
-    """Refuse numbers of threads that libraries would stumble over, each in its own way."""
+    """Refuse numbers of threads that libraries would stumble over, and a folder that is gone."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("The working directory is gone; change to one that exists.") from None
     for name in THREADS:
         value = os.environ.get(name, "")
         if value and not all(part.strip().isdecimal() and int(part) for part in value.split(",")):

@@ -1,4 +1,4 @@
-"""What runs need and is not there: folders of raw data and files of weights, named all at once."""
+"""What runs need and lack: folders of raw data, lists, files of weights; named all at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from snella.suite.plan import is_made, prepared_folder
 
 
 def missing(config: Config, datasets: Iterable[str], runs: Iterable[Run]) -> list[str]:
-    """A line for the data sets without data, and one for each backbone without usable weights."""
-    lost = [text for name in dict.fromkeys(datasets) if (text := _lost(config, name))]
+    """A line for the data sets without data, one for each faulty list, one for each backbone
+    without usable weights.
+    """
+    names = [name for name in dict.fromkeys(datasets) if not _is_there(config, name)]
+    lost = [text for name in names if (text := _lost(config, name))]
     remedy = "set their `path:`, or leave them out of the suite (docs/data.md)"
     found = [f"No folder for data set {', '.join(lost)}; {remedy}."] if lost else []
+    found += [text for name in names if not _lost(config, name) if (text := _faulty(config, name))]
     backbones = {run.backbone.name: run.backbone for run in runs}
     for backbone in backbones.values():
         try:
@@ -32,11 +36,32 @@ def missing_of(config: Config, runs: Iterable[Run]) -> list[str]:
     return missing(config, (run.dataset.name for run in runs), runs)
 
 
-def _lost(config: Config, name: str) -> str:
-    """The data set and the folder that it lacks; empty where it is prepared or can be."""
+def _is_there(config: Config, name: str) -> bool:
+    """Whether a data set is prepared, or rendered on demand."""
+    return is_made(config, name) or (prepared_folder(config, name) / "manifest.json").exists()
+
+
+def _faulty(config: Config, name: str) -> str:
+    """What is wrong with the lists of a folder of labelled images; empty if nothing is."""
     spec = config.datasets[name]
-    if is_made(config, name) or (prepared_folder(config, name) / "manifest.json").exists():
+    if spec.kind != "folder":
         return ""
+
+    def look() -> str:
+        from snella.data.readers import check_lists  # imports numpy
+
+        try:
+            check_lists(spec.path or "", name, spec.num_classes, spec.options)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    return config.once(("lists", name), look)
+
+
+def _lost(config: Config, name: str) -> str:
+    """The data set and the folder that it lacks; empty where there is one."""
+    spec = config.datasets[name]
     if spec.path is None:
         return f"{name} (`datasets.{name}.path` is not set)"
     return "" if user_path(spec.path).exists() else f"{name} ({spec.path})"

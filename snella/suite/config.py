@@ -360,8 +360,23 @@ def _merged(
         merged["methods"] = {name: _row(name, row) for name, row in merged["methods"].items()}
     config = validate(Config, merged, "configuration", origins)
     config._origins = origins
+    _check_case(config)
     _check_folders(config)
     return config
+
+
+def _check_case(config: Config) -> None:
+    """Names must differ in more than case: a slip of the shift key, or one folder on some disks."""
+    for section in (*SECTIONS, "tables", "figures"):
+        seen: dict[str, str] = {}
+        for name in getattr(config, section):
+            other = seen.setdefault(name.casefold(), name)
+            if other != name:
+                place = config.where((section, name)) or "configuration"
+                raise UserError(
+                    f"{place}: {section}.{name} and {section}.{other} differ in case alone; write "
+                    "both alike, or choose another name."
+                )
 
 
 def _check_folders(config: Config) -> None:
@@ -397,7 +412,13 @@ def _sections(folder: Path, stamp: tuple[tuple[str, int], ...]) -> tuple[dict[st
     for section in ("tables", "figures"):
         base[section] = {}
         for file in sorted((folder / section).glob("*.yaml")):
-            base[section].update(read_yaml(file, origins, section))
+            found = read_yaml(file, origins, section)
+            for name in found.keys() & base[section].keys():
+                raise UserError(
+                    f"{file}: {name!r} stands in another file of {folder / section}, too; rename "
+                    "one of the two."
+                )
+            base[section].update(found)
     base["searched"] = {
         file.stem: read_yaml(file, origins, "searched", file.stem)
         for file in sorted((folder / "search").glob("*.yaml"))
@@ -413,7 +434,10 @@ def _released(folder: Path, datasets: dict[str, Any], origins: Origins) -> dict[
     """
     found: dict[str, Any] = {}
     for file in sorted(folder.glob("*.yaml")):
-        for row, sets in read_yaml(file, origins, "released").get("rows", {}).items():
+        rows = read_yaml(file, origins, "released").get("rows", {})
+        if not (isinstance(rows, dict) and all(isinstance(sets, dict) for sets in rows.values())):
+            raise UserError(f"{file}: `rows` maps rows to data sets, and these to settings.")
+        for row, sets in rows.items():
             twins = {f"{name}-tfds": entry for name, entry in sets.items()}
             sets = {**sets, **{name: e for name, e in twins.items() if name in datasets}}
             found[row] = {**found.get(row, {}), **sets}
