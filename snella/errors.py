@@ -86,9 +86,9 @@ def explain(error: BaseException) -> Outcome:
         return Outcome(f"{line}, or everything with `make environment`.", MISTAKE)
     if isinstance(error, OSError) and error.errno in REMEDIES:
         place = error.filename2 or error.filename
-        where = f" {str(place)[:LINE]}" if place is not None else ""
+        where = f"Cannot use {str(place)[:LINE]}: " if place is not None else ""
         remedy = REMEDIES[error.errno]
-        return Outcome(plain(f"Cannot use{where}: {error.strerror}; {remedy}."), MISTAKE)
+        return Outcome(plain(f"{where}{error.strerror}; {remedy}."), MISTAKE)
     if isinstance(error, RuntimeError | ValueError) and str(error).startswith(PATHS):
         return Outcome(plain(f"{str(error)[:LINE]}; correct the path."), MISTAKE)
     if isinstance(error, MemoryError):

@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def verb(call: Callable[[argparse.Namespace], int | None], *examples: str) -> Any:
         name = call.__name__.replace("_", "-")
-        summary = "\n".join(line.strip() for line in (call.__doc__ or "").strip().splitlines())
+        summary = "\n".join(line.strip() for line in (call.__doc__ or name).strip().splitlines())
         sub = subs.add_parser(
             name,
             help=summary.splitlines()[0],

@@ -140,6 +140,11 @@ class WorkflowPlan:
 
         Called when all rules are known, which is before Snakemake looks for their outputs.
         """
+        known = [rule.name for rule in workflow.rules]
+        chosen = workflow.resource_settings
+        for option in ("overwrite_threads", "overwrite_resources"):
+            for rule in getattr(chosen, option):
+                _user(partial(look_up, "rule", rule, dict.fromkeys(known)))
         for target in () if workflow.remote_exec else targets(arguments[1:]):
             path = target if os.path.isabs(target) else os.path.relpath(target or ".")
             made = any(rule.is_producer(path) for rule in workflow.rules)

@@ -62,6 +62,10 @@ WIDTHS = (
 """Arguments of which the first has to be a multiple of the second."""
 
 
+PIPELINES = {"StableDiffusion3Pipeline": "sd3"}
+"""Pipelines whose folder may be a backbone; their sizes stand in it."""
+
+
 Layer = tuple[tuple[str, ...], Mapping[str, Any]]
 """Settings, and their path in the configuration."""
 
@@ -111,9 +115,16 @@ def check_dataset(config: Config, name: str) -> None:
     """A data set's task, kind and options; raises :class:`~snella.errors.UserError`."""
     spec = config.datasets[name]
     try:
-        find_task(spec.task, config.tasks).check(name, spec)
+        info = find_task(spec.task, config.tasks)
+        info.check(name, spec)
     except UserError as error:
         raise _placed(config.where(("datasets", name, "options")), error) from error
+    if spec.kind in info.made and (spec.path is not None or spec.num_classes is not None):
+        key = "path" if spec.path is not None else "num_classes"
+        raise _placed(config.where(("datasets", name, key)), UserError(
+            f"Data set {name!r} is of kind {spec.kind}, which is made here, so `{key}` does "
+            "nothing; for data of your own choose another name, or say of which `kind` they are."
+        ))  # fmt: skip
 
 
 def check_hyperparameters(file: str, layers: Layers) -> None:
@@ -150,9 +161,15 @@ def check_packages(config: Config, suite: SuiteEntry, info: TaskInfo, layers: La
         raise _placed(place, unknown("timm architecture", arch, packages.architectures()))
     if "vit" in info.families:
         _check_kwargs(config, suite.backbone, packages.arguments(arch) or {})
+    if "sd3" in info.families:
+        place = config.where(("backbones", suite.backbone, "arch"))
+        look_up("pipeline of diffusers", arch, PIPELINES, place)
+        for key in config.backbones[suite.backbone].kwargs:
+            place = config.where(("backbones", suite.backbone, "kwargs", key))
+            raise _placed(place, unknown(f"argument of a {arch}:", key, ()))
     if "sam" in info.families:
-        known, place = packages.sam_sizes(), config.where(("backbones", suite.backbone, "arch"))
-        _check_kwargs(config, suite.backbone, look_up("SAM architecture", arch, known, place))
+        sizes, place = packages.sam_sizes(), config.where(("backbones", suite.backbone, "arch"))
+        _check_kwargs(config, suite.backbone, look_up("SAM architecture", arch, sizes, place))
 
 
 def _check_kwargs(config: Config, name: str, known: Mapping[str, str]) -> None:

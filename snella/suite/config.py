@@ -41,6 +41,8 @@ Name = Annotated[str, AfterValidator(check_name)]
 Column = Annotated[str, AfterValidator(partial(check_name, dots=False))]
 """A data set, group or suite: part of paths, and of file names that Snakemake takes apart."""
 TableName = Annotated[str, AfterValidator(partial(check_name, dots=False, hyphens=False))]
+Digest = Annotated[str, Field(pattern="^[0-9A-Fa-f]+$"), AfterValidator(str.lower)]
+"""A published digest or its beginning, in hexadecimal."""
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED, strict=True)]
 
 
@@ -96,8 +98,8 @@ class BackboneEntry(Strict):
     fresh: list[str] = []
     holds: list[str] = []
     lacks: list[str] = []
-    md5: str | None = None
-    sha256: str | None = None
+    md5: Digest | None = None
+    sha256: Digest | None = None
     package: str | None = None
     title: str = ""
     source: str = ""
@@ -232,8 +234,8 @@ class Cluster(Strict):
     cpu_partition: str = _from_environment("SNELLA_CPU_PARTITION")
     account: str = _from_environment("SNELLA_ACCOUNT")
     gpus: Annotated[int, Field(ge=0, le=1, strict=True)] = 1
-    memory_mb: Annotated[int, Field(ge=500, strict=True)] = 16000
-    minutes: Annotated[int, Field(ge=1, strict=True)] = 120
+    memory_mb: Annotated[int, Field(ge=500, le=100_000_000, strict=True)] = 16000
+    minutes: Annotated[int, Field(ge=1, le=525_600, strict=True)] = 120
 
 
 class Config(Strict):
@@ -266,9 +268,10 @@ class Config(Strict):
 
     def once(self, key: tuple[Any, ...], make: Callable[[], Answer]) -> Answer:
         """What ``make`` returned when it was first called for ``key``."""
-        if key not in self._known:
-            self._known[key] = make()
-        found: Answer = self._known[key]
+        known = self._known  # pydantic looks long for a private attribute
+        if key not in known:
+            known[key] = make()
+        found: Answer = known[key]
         return found
 
     @property

@@ -47,6 +47,8 @@ def architectures() -> frozenset[str]:
 def is_architecture(name: str) -> bool:
     """Whether timm's text speaks of an architecture: a present one, or an older one's new name."""
     text, word = _text("timm", "models"), name.partition(".")[0].encode()
+    if not word.isalnum() and not word.replace(b"_", b"").isalnum():
+        return False
     return not text or b"def %b(" % word in text or b"'%b'" % word in text
 
 

@@ -108,10 +108,9 @@ def check_lists(
     No image is opened, and only lists that are texts are read: planning can ask.
     """
     root, chosen = user_path(root), options_of(name, dict(options))
-    layout = chosen.layout
-    if layout == "auto" and root.is_dir():
-        layout = _layout(root, name)
-    if layout in TEXTS:
+    found = chosen.layout == "auto" and root.is_dir()
+    layout = _layout(root, name) if found else chosen.layout
+    if layout in (*TEXTS, "auto"):  # without a folder, the list says that there is none
         listing = list_images(root, name, chosen)
         check_labels(listing, num_classes, chosen, name)
         check_listing(listing)
