@@ -181,6 +181,18 @@ ENTRIES = {
     "no path": ({"datasets": {"x": {"path": " "}}}, ["datasets.x.path", "not empty"]),
     "image size": (mine(overrides={"image_size": 64}), ["32 pixels", "image_size is 64"]),
     "results": ({"results": ""}, ["results", "not empty"]),
+    "searched table": (mine(search={"table": "tabel1"}), ["Unknown table", "'table1'"]),
+    "path of what is made": (
+        {"datasets": {"digits": {"path": "/my/digits"}}}, ["kind quick", "`path` does nothing"],
+    ),
+    "digest": ({"backbones": {"vit-quick": {"md5": "d9715g"}}}, ["backbones.vit-quick.md5"]),
+    "pipeline": (
+        {
+            "backbones": {"sd3-quick": {"arch": "StableDiffusionPipeline"}},
+            **mine(backbone="sd3-quick", protocol="quick-generation", groups={"a": ["robot"]}),
+        },
+        ["'StableDiffusion3Pipeline'"],
+    ),
 }  # fmt: skip
 
 
@@ -281,6 +293,20 @@ def broken(folder: Path) -> dict:
     for split in ("train800", "val200", "test"):
         (folder / f"{split}.txt").write_text(f"{split}.png{' 0' * (split != 'test')}\n")
     return {"datasets": {"pics": {"path": str(folder)}}, **PICS}
+
+
+def test_names_in_a_table_are_known_when_runs_are_planned(tmp_path, capsys):
+    for key, word in (("metric", "top2"), ("reference", "ful")):
+        pair = f"tables.table1.{key}={word}"
+        message = says(capsys, "plan", "--config", "suite=smoke", pair)
+        assert "table1" in message or "--config" in message
+        assert f"'{word}'" in message and "Did you mean" in message
+
+
+def test_files_that_scoring_lacks_are_named_when_runs_are_planned(capsys):
+    pairs = ["suite=quick_generation", "protocols.quick-generation.dino_file=/nowhere/x.pth"]
+    assert main(["plan", "table6", "--config", *pairs]) == 0
+    assert "needs `dino_file: /nowhere/x.pth`" in capsys.readouterr().out
 
 
 def test_a_faulty_list_is_named_when_runs_are_planned(tmp_path, capsys):
@@ -734,12 +760,13 @@ def test_schemas_are_current(tmp_path, capsys):
 
 
 def test_a_reader_that_stops_early_is_no_error():
-    """As in `snella methods | head -1`."""
-    command = f"{sys.executable} -m snella.cli methods --json | head -1"
-    done = subprocess.run(
-        command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0 and done.stderr == ""
+    """As in `snella methods | head -1`, of JSON and of what rich draws."""
+    for command in ("methods --json | head -1", "methods | true"):
+        done = subprocess.run(
+            f"{sys.executable} -m snella.cli {command}",
+            shell=True, cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0 and done.stderr == ""
 
 
 def test_a_line_per_finished_cell(tmp_path, monkeypatch):
