@@ -168,9 +168,10 @@ def read_file(path: Path | str) -> Record:
         ) from error
     found = record.get("schema") if isinstance(record, dict) else None
     if type(found) is not int or found not in READABLE:
+        newer = type(found) is int and found > SCHEMA
         raise UserError(
             f"{path} has record schema {str(found)[:40]}, this version reads schemas 1 and 2; "
-            f"{_remedy(path)}."
+            f"{'update snella, which wrote it' if newer else _remedy(path)}."
         )
     try:
         if found == 1:

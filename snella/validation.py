@@ -107,6 +107,11 @@ def hyperparameter_error(file: Path, error: ValidationError) -> UserError:
     """The line for a wrong hyper-parameter: file, field, reason."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"]) or "settings"
+    if first["type"] == "missing":
+        return UserError(
+            f"{file}: hyper-parameter {field} is missing; set it under `hyperparameters:` of the "
+            "method's row."
+        )
     message = message_of(first)
     return UserError(
         f"{file}: hyper-parameter {field}: {message} (got {shown(first['input'])}); correct it "

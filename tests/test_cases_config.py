@@ -487,7 +487,9 @@ def test_folders_of_plug_ins_must_be_there(capsys):
 
 
 def test_a_package_that_a_method_imports_is_missed_when_runs_are_planned(tmp_path, caplog):
-    (tmp_path / "mine.py").write_text("import no_such_package.part\nimport helper\n")
+    (tmp_path / "mine.py").write_text(
+        "import no_such_package.part\nimport helper\nimport __main__\n\n\nclass Mine(X): ...\n"
+    )
     (tmp_path / "helper.py").write_text("")
     entry = {"methods": {"mine": {"file": f"{tmp_path}/mine.py"}}}
     path = write(tmp_path, {**entry, "suites": {"mine": {**SUITE, "methods": ["mine"]}}})
@@ -561,6 +563,24 @@ def test_a_method_file_that_is_no_python_is_known_when_runs_are_planned(tmp_path
     rows = {"mine": {"file": f"{tmp_path}/mine.py"}}
     path = write(tmp_path, {"methods": rows, **mine(methods=["mine"])})
     with pytest.raises(UserError, match=r"Method file .*mine\.py.*correct the file"):
+        plan.plan(configuration.load(Path(path)))
+
+
+HEAD = "from snella.method import Method\n\n\nclass Mine(Method):\n    rank: int"
+OWN_FILES = {
+    "two": (f"{HEAD} = 4\n\n\nclass Other(Method):\n    rank: int = 4\n", "found Mine, Other"),
+    "none": ("x = 1\n", "found none"),
+    "required": (f"{HEAD}\n", "hyper-parameter rank is missing"),
+}
+
+
+@pytest.mark.parametrize("case", OWN_FILES)
+def test_what_a_method_file_lacks_is_known_when_runs_are_planned(tmp_path, case):
+    source, words = OWN_FILES[case]
+    (tmp_path / "mine.py").write_text(source)
+    rows = {"mine": {"file": f"{tmp_path}/mine.py"}}
+    path = write(tmp_path, {"methods": rows, **mine(methods=["mine"])})
+    with pytest.raises(UserError, match=words):
         plan.plan(configuration.load(Path(path)))
 
 

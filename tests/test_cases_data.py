@@ -276,7 +276,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "json superscript": (vpt(test='{"test/000.png": "\u00b2"}'), ["class id of"]),
     "json digits": (vpt(test='{"test/000.png": "%s"}' % ("9" * 5000)), ["class id of"]),
     "json outside": (vpt(test='{"../000.png": 1}'), ["leaves the data set's folder"]),
-    "json twice": (vpt(test='{"a.png": 1, "a.png": 2}'), ["test.json", "'a.png' stands twice"]),
+    "json twice": (vpt(test='{"a.png": 1, "a.png": 2}'), ["test.json", "'a.png' occurs twice"]),
     "huge list": (sparse("test.txt"), ["test.txt has over 128 MB"]),
     "huge image": (sparse(ONE), ["test.txt:1", "so it is no image"]),
     "more classes than are stored": (

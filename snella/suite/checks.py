@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from pydantic.fields import FieldInfo
 
 from snella.errors import UserError, one_line, unknown
 from snella.models.backbone_files import input_size
@@ -315,7 +314,13 @@ def declared(file: str, changed: int) -> type[BaseModel] | None:
         log.warning("Method file %s imports %s, which is not installed here.", file, package)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     own = [node for node in classes.values() if node.name[0] != "_" and _family(node, classes)]
-    if len(own) != 1:
+    if len(own) > 1 or not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree)):
+        names = ", ".join(node.name for node in own) or "none"
+        raise UserError(
+            f"Method file {file} must define exactly one Method class, found {names}; start the "
+            "names of helper classes with an underscore."
+        )
+    if not own:
         return None
     fields: dict[str, Any] = {}
     for node in reversed(_family(own[0], classes) or []):
@@ -346,14 +351,11 @@ def _family(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.Cl
 
 
 def _field(item: ast.AnnAssign) -> tuple[Any, Any]:
-    """The type and default of a field, as far as its text tells; every field may be left out."""
+    """The type and default of a field, as far as its text tells."""
     kind = _evaluate(item.annotation)
-    default = _evaluate(item.value) if item.value is not None else None
-    if kind is None:
-        return Any, None
-    if isinstance(default, FieldInfo) and default.is_required():
-        default = FieldInfo.merge_field_infos(default, default=None)
-    return kind, default
+    if item.value is None:
+        return Any if kind is None else kind, ...
+    return (Any, None) if kind is None else (kind, _evaluate(item.value))
 
 
 def _evaluate(node: ast.expr) -> Any:

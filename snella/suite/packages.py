@@ -62,8 +62,15 @@ def lacking(tree: ast.Module, folder: Path) -> list[str]:
     return [
         top for top in tops
         if not any((folder / f"{top}{ending}").exists() for ending in ("", ".py"))
-        if find_spec(top) is None
+        if not _is_installed(top)
     ]  # fmt: skip
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # of a module that has no specification, such as __main__
+        return True
 
 
 @cache
