@@ -61,9 +61,16 @@ REMEDIES = {
     errno.ENOTDIR: "a part of the path is a file; correct it",
     errno.EEXIST: "a file stands where a folder is needed; move it or choose another place",
     errno.ENAMETOOLONG: "shorten the name",
+    errno.ELOOP: "links lead in a circle; correct them",
+    errno.EIO: "the disk reports a fault; choose another place",
+    errno.ESTALE: "the network disk lost the file; try again, or choose another place",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f) or choose another place",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
+
+
+PATHS = ("Symlink loop", "embedded null byte")
+"""What Python calls names that no file can have, where it raises no ``OSError``."""
 
 
 def explain(error: BaseException) -> Outcome:
@@ -79,9 +86,11 @@ def explain(error: BaseException) -> Outcome:
         return Outcome(f"{line}, or everything with `make environment`.", MISTAKE)
     if isinstance(error, OSError) and error.errno in REMEDIES:
         place = error.filename2 or error.filename
-        where = f" {str(place)[:LINE]}" if place is not None else ""
+        where = f"Cannot use {str(place)[:LINE]}: " if place is not None else ""
         remedy = REMEDIES[error.errno]
-        return Outcome(plain(f"Cannot use{where}: {error.strerror}; {remedy}."), MISTAKE)
+        return Outcome(plain(f"{where}{error.strerror}; {remedy}."), MISTAKE)
+    if isinstance(error, RuntimeError | ValueError) and str(error).startswith(PATHS):
+        return Outcome(plain(f"{str(error)[:LINE]}; correct the path."), MISTAKE)
     if isinstance(error, MemoryError):
         return Outcome("Out of memory; use smaller batches or a machine with more.", BROKEN)
     place = _last_frame(error)

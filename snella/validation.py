@@ -22,6 +22,7 @@ PLAIN = {
     "model_type": "must be a mapping, `name: value`",
     "list_type": "must be a list, `[one, two]`",
     "string_type": "must be text; put it in quotes",
+    "invalid_key": "a name must be text; put it in quotes",
     "bool_parsing": "must be true or false",
 }
 """pydantic's words that assume Python, in YAML's."""
@@ -106,6 +107,11 @@ def hyperparameter_error(file: Path, error: ValidationError) -> UserError:
     """The line for a wrong hyper-parameter: file, field, reason."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"]) or "settings"
+    if first["type"] == "missing":
+        return UserError(
+            f"{file}: hyper-parameter {field} is missing; set it under `hyperparameters:` of the "
+            "method's row."
+        )
     message = message_of(first)
     return UserError(
         f"{file}: hyper-parameter {field}: {message} (got {shown(first['input'])}); correct it "
@@ -132,7 +138,8 @@ def _problem(
     place = ".".join(str(part) for part in loc if part != "[key]")
     if first["type"] == "extra_forbidden":
         owner = _model_at(cls, loc[:-1])
-        return UserError(prefix + str(unknown(f"key in {where}:", place, _siblings(owner, place))))
+        known = [".".join((*map(str, loc[:-1]), name)) for name in owner.model_fields]
+        return UserError(prefix + str(unknown(f"key in {where}:", place, known)))
     if first["type"] == "missing":
         return UserError(f"{prefix or where + ': '}{place} is missing; add it.")
     if loc and loc[-1] == "[key]" and first["type"] == "string_type":
@@ -176,8 +183,3 @@ def _model_at(cls: type[BaseModel], loc: Path_) -> type[BaseModel]:
 
 def _flat(annotation: Any) -> list[Any]:
     return [leaf for arg in get_args(annotation) for leaf in (arg, *_flat(arg))]
-
-
-def _siblings(cls: type[BaseModel], place: str) -> list[str]:
-    prefix = place.rpartition(".")[0]
-    return [f"{prefix}.{name}" if prefix else name for name in cls.model_fields]

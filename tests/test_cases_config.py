@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,16 @@ FILES = {
     ),
     "table method": (
         "suite: quick\ntables: {table1: {rows: [{methods: [ful]}]}}\n", ["'ful'", "'full'"],
+    ),
+    "truth as name": ("suite: quick\nmethods: {no: {}}\n", ["line 2", "name no", "quotes"]),
+    "null as name": ("suite: quick\nnull: 1\n", ["line 2", "name null as null"]),
+    "decimal comma": (
+        "suite: quick\nprotocols: {quick: {lr: 0,5}}\n", ["line 2", "follow a point"],
+    ),
+    "utf-16": ("suite: quick\n".encode("utf-16"), ["line 1", "UTF-8"]),
+    "other case": (
+        "suite: quick\nmethods: {Full: {label: Mine}}\n",
+        ["line 2", "methods.Full", "methods.full", "case alone"],
     ),
 }  # fmt: skip
 
@@ -170,6 +181,18 @@ ENTRIES = {
     "no path": ({"datasets": {"x": {"path": " "}}}, ["datasets.x.path", "not empty"]),
     "image size": (mine(overrides={"image_size": 64}), ["32 pixels", "image_size is 64"]),
     "results": ({"results": ""}, ["results", "not empty"]),
+    "searched table": (mine(search={"table": "tabel1"}), ["Unknown table", "'table1'"]),
+    "path of what is made": (
+        {"datasets": {"digits": {"path": "/my/digits"}}}, ["kind quick", "`path` does nothing"],
+    ),
+    "digest": ({"backbones": {"vit-quick": {"md5": "d9715g"}}}, ["backbones.vit-quick.md5"]),
+    "pipeline": (
+        {
+            "backbones": {"sd3-quick": {"arch": "StableDiffusionPipeline"}},
+            **mine(backbone="sd3-quick", protocol="quick-generation", groups={"a": ["robot"]}),
+        },
+        ["'StableDiffusion3Pipeline'"],
+    ),
 }  # fmt: skip
 
 
@@ -206,6 +229,14 @@ WRONG: dict[str, tuple[dict, list[str]]] = {
             ({"depth": "two"}, ["kwargs.depth` is 'two'", "takes int"]),
             ({"qkv_bias": 1}, ["kwargs.qkv_bias` is 1", "takes bool"]),
             ({"variant": "x"}, ["Unknown argument"]),
+            ({"num_classes": 3}, ["Unknown argument"]),
+            ({"checkpoint_path": "/x"}, ["Unknown argument"]),
+            ({"depth": -1}, ["kwargs.depth` is -1", "from 0"]),
+            ({"patch_size": [16, 0]}, ["kwargs.patch_size`", "from 1"]),
+            ({"mlp_ratio": float("inf")}, ["kwargs.mlp_ratio` is inf", "finite"]),
+            ({"drop_path_rate": 1.0}, ["kwargs.drop_path_rate`", "below 1"]),
+            ({"global_pool": "avgg"}, ["kwargs.global_pool`", "'avg'"]),
+            ({"num_heads": 7}, ["embed_dim 192", "num_heads 7"]),
         )
     },
     "hub": ({"backbones": {"own": {"arch": "hf-hub:timm/x", "file": "random"}}}, ["hf-hub:timm"]),
@@ -226,6 +257,65 @@ def test_what_a_job_would_stumble_over_is_known_when_runs_are_planned(tmp_path, 
     with pytest.raises(UserError) as error:
         plan.plan(configuration.load(Path(path)))
     assert [word for word in ["my.yaml, line", *words] if word not in str(error.value)] == []
+
+
+SAMS = {
+    "arch": ({"arch": "sam_vit_bb"}, "Did you mean 'sam_vit_b'"),
+    "name": ({"kwargs": {"encoder_dept": 2}}, "Did you mean 'encoder_depth'"),
+    "heads": ({"kwargs": {"encoder_heads": 5}}, "encoder_dim 96 is no multiple"),
+    "patch": ({"kwargs": {"image_size": 100}}, "image_size 100 is no multiple"),
+    "blocks": ({"kwargs": {"global_blocks": ["a"]}}, "global_blocks` is ['a']"),
+}
+
+
+@pytest.mark.parametrize("case", SAMS)
+def test_sizes_of_a_sam_are_known_when_runs_are_planned(tmp_path, case):
+    entry, words = SAMS[case]
+    (tmp_path / "my.yaml").write_text(
+        yaml.safe_dump({"suite": "quick_segmentation", "backbones": {"sam-quick": entry}})
+    )
+    with pytest.raises(UserError) as error:
+        plan.plan(configuration.load(tmp_path / "my.yaml"))
+    assert "my.yaml, line" in str(error.value) and words in str(error.value)
+
+
+def test_what_planning_knows_of_sam_is_what_the_model_takes():
+    from snella.models import sam
+    from snella.suite import packages
+
+    sizes = packages.sam_sizes()
+    assert set(sizes) == set(sam.ARCHITECTURES)
+    assert all(set(known) == set(sam._KEYS) for known in sizes.values())
+
+
+def broken(folder: Path) -> dict:
+    """A configuration of its own data set, whose list of test images is faulty."""
+    for split in ("train800", "val200", "test"):
+        (folder / f"{split}.txt").write_text(f"{split}.png{' 0' * (split != 'test')}\n")
+    return {"datasets": {"pics": {"path": str(folder)}}, **PICS}
+
+
+def test_names_in_a_table_are_known_when_runs_are_planned(tmp_path, capsys):
+    for key, word in (("metric", "top2"), ("reference", "ful")):
+        pair = f"tables.table1.{key}={word}"
+        message = says(capsys, "plan", "--config", "suite=smoke", pair)
+        assert "table1" in message or "--config" in message
+        assert f"'{word}'" in message and "Did you mean" in message
+
+
+def test_files_that_scoring_lacks_are_named_when_runs_are_planned(capsys):
+    pairs = ["suite=quick_generation", "protocols.quick-generation.dino_file=/nowhere/x.pth"]
+    assert main(["plan", "table6", "--config", *pairs]) == 0
+    assert "needs `dino_file: /nowhere/x.pth`" in capsys.readouterr().out
+
+
+def test_a_faulty_list_is_named_when_runs_are_planned(tmp_path, capsys):
+    path = write(tmp_path, broken(tmp_path) | {"data": f"{tmp_path}/data"})
+    assert main(["plan", "--configfile", path]) == 0
+    assert "missing: " in (shown := capsys.readouterr().out) and "test.txt:1: 'test.png'" in shown
+    (tmp_path / "test.txt").write_text("test.png 0\n")  # which is seen when it is read
+    assert main(["plan", "--configfile", path]) == 0
+    assert "missing: " not in capsys.readouterr().out
 
 
 FILES_OF_NONE = {
@@ -302,6 +392,12 @@ CALLS = {
         ["--config", "'nope'"],
     ),
     "dotted section": (["plan", "--config", "protocol.quick.lr=1"], ["'protocol'", "'protocols'"]),
+    "dots alone": (["plan", "--config", "..=1"], ["'..'", "Known: allow_missing"]),
+    "option twice": (
+        ["plan", "--configfile", "a.yaml", "--configfile", "b.yaml"],
+        ["--configfile", "twice"],
+    ),
+    "nul": (["plan", "--configfile", "a\0b"], ["null byte", "correct the path"]),
 }
 
 
@@ -340,6 +436,43 @@ def test_a_folder_without_write_access(tmp_path, capsys):
     assert "locked" in message
 
 
+def test_links_that_lead_in_a_circle(tmp_path, capsys):
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    assert "loop" in says(capsys, "plan", "--configfile", tmp_path / "loop.yaml")
+    message = says(capsys, "table", "--config", "suite=smoke", f"results={tmp_path}/loop.yaml")
+    assert "loop.yaml" in message and "in a circle" in message
+
+
+def test_a_working_directory_that_is_gone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    assert "working directory is gone" in says(capsys, "methods")
+
+
+def test_one_name_in_two_files_of_a_section(tmp_path, capsys):
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    shutil.copy(tmp_path / "config/tables/table1.yaml", tmp_path / "config/tables/mine.yaml")
+    message = says(capsys, "plan", "--configfile", tmp_path / "config/config.yaml")
+    assert "table1.yaml: 'table1'" in message and "rename" in message
+    (tmp_path / "config/tables/mine.yaml").unlink()
+    (tmp_path / "config/released/mine.yaml").write_text("rows: [full]\n")
+    message = says(capsys, "plan", "--configfile", tmp_path / "config/config.yaml")
+    assert "mine.yaml: `rows` maps" in message
+
+
+def test_an_interruption_while_the_first_modules_are_imported():
+    command = (
+        "import sys\nclass Finder:\n    def find_spec(self, name, *rest):\n"
+        "        if name == 'snella.cli.main': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\nimport snella.cli"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130 and done.stderr.startswith("snella: interrupted"), done.stderr
+
+
 def test_what_cannot_be_written_is_named_and_not_the_file_beside_it(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for place in ("file", "file/x", "x" * 300):
@@ -354,7 +487,9 @@ def test_folders_of_plug_ins_must_be_there(capsys):
 
 
 def test_a_package_that_a_method_imports_is_missed_when_runs_are_planned(tmp_path, caplog):
-    (tmp_path / "mine.py").write_text("import no_such_package.part\nimport helper\n")
+    (tmp_path / "mine.py").write_text(
+        "import no_such_package.part\nimport helper\nimport __main__\n\n\nclass Mine(X): ...\n"
+    )
     (tmp_path / "helper.py").write_text("")
     entry = {"methods": {"mine": {"file": f"{tmp_path}/mine.py"}}}
     path = write(tmp_path, {**entry, "suites": {"mine": {**SUITE, "methods": ["mine"]}}})
@@ -431,6 +566,24 @@ def test_a_method_file_that_is_no_python_is_known_when_runs_are_planned(tmp_path
         plan.plan(configuration.load(Path(path)))
 
 
+HEAD = "from snella.method import Method\n\n\nclass Mine(Method):\n    rank: int"
+OWN_FILES = {
+    "two": (f"{HEAD} = 4\n\n\nclass Other(Method):\n    rank: int = 4\n", "found Mine, Other"),
+    "none": ("x = 1\n", "found none"),
+    "required": (f"{HEAD}\n", "hyper-parameter rank is missing"),
+}
+
+
+@pytest.mark.parametrize("case", OWN_FILES)
+def test_what_a_method_file_lacks_is_known_when_runs_are_planned(tmp_path, case):
+    source, words = OWN_FILES[case]
+    (tmp_path / "mine.py").write_text(source)
+    rows = {"mine": {"file": f"{tmp_path}/mine.py"}}
+    path = write(tmp_path, {"methods": rows, **mine(methods=["mine"])})
+    with pytest.raises(UserError, match=words):
+        plan.plan(configuration.load(Path(path)))
+
+
 def test_helpers_of_a_method_may_have_any_other_name(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
@@ -480,6 +633,12 @@ SNAKEMAKE = {
     "no value": (["--config", "suite", "--", "x"], ["KEY=VALUE", "'suite'"]),
     "dots": (["-C", "protocols.quick.epochs=3"], ["'protocols={quick: {epochs: 3}}'"]),
     "no key": (["--config", "a b=1"], ["'a b' is no key"]),
+    "threads": (["--set-threads", "run=many"], ["--set-threads", "'many' is none"]),
+    "no threads": (["--set-threads", "run"], ["takes RULE=NUMBER"]),
+    "resources": (["--set-resources", "run:mem_mb=lots"], ["--set-resources", "'lots' is none"]),
+    "no rule": (["--set-resources", "mem_mb=1"], ["takes RULE:NAME=VALUE"]),
+    "defaults": (["--default-resources", "mem_mb=lots"], ["mem_mb is a number"]),
+    "limit": (["--resources", "gpu=all"], ["gpu is a number"]),
 }
 
 
@@ -511,6 +670,8 @@ def test_configurations_that_snakemake_would_not_name(tmp_path, capsys, content)
     [
         (["--configfile", "none.yaml", "--", "x"], "Cannot read the configuration none.yaml"),
         (["--config", "suite=smoke", "--", "results/tabel1.tex"], "Did you mean 'table1'"),
+        (["--nocolor", "results/none.txt", "--config", "suite=smoke"], "No rule makes"),
+        (["--set-threads", "trian=2", "--", "results/table1.tex"], "Did you mean 'train'"),
         (["--config", "suite=smoke", "--", "table1"], "Did you mean results/table1.tex"),
     ],
 )
@@ -619,12 +780,13 @@ def test_schemas_are_current(tmp_path, capsys):
 
 
 def test_a_reader_that_stops_early_is_no_error():
-    """As in `snella methods | head -1`."""
-    command = f"{sys.executable} -m snella.cli methods --json | head -1"
-    done = subprocess.run(
-        command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0 and done.stderr == ""
+    """As in `snella methods | head -1`, of JSON and of what rich draws."""
+    for command in ("methods --json | head -1", "methods | true"):
+        done = subprocess.run(
+            f"{sys.executable} -m snella.cli {command}",
+            shell=True, cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0 and done.stderr == ""
 
 
 def test_a_line_per_finished_cell(tmp_path, monkeypatch):

@@ -179,6 +179,22 @@ def as_folder(name: str) -> Callable[[Path], None]:
     return change
 
 
+def sparse(name: str) -> Callable[[Path], None]:
+    """A file of three gigabytes that takes no room."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        with (folder / name).open("wb") as file:
+            file.truncate(3 << 30)
+
+    return change
+
+
+def further_kinds(folder: Path) -> None:
+    classes(folder)
+    next(folder.glob("train/*")).joinpath("more.heic").write_bytes(b"")
+
+
 def png16() -> bytes:
     """Colour of 16 bits, which Pillow would cut to 8 without a word."""
 
@@ -260,6 +276,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "json superscript": (vpt(test='{"test/000.png": "\u00b2"}'), ["class id of"]),
     "json digits": (vpt(test='{"test/000.png": "%s"}' % ("9" * 5000)), ["class id of"]),
     "json outside": (vpt(test='{"../000.png": 1}'), ["leaves the data set's folder"]),
+    "json twice": (vpt(test='{"a.png": 1, "a.png": 2}'), ["test.json", "'a.png' occurs twice"]),
+    "huge list": (sparse("test.txt"), ["test.txt has over 128 MB"]),
+    "huge image": (sparse(ONE), ["test.txt:1", "so it is no image"]),
+    "more classes than are stored": (
+        edit("test.txt", "000.png 0", "000.png 32768"), ["test.txt:1", "32,769 classes"],
+    ),
 }  # fmt: skip
 
 
@@ -327,6 +349,14 @@ ACCEPTED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "vpt": (vpt(), ["renumbered"]),
     "class folders": (classes, []),
     "macOS": (left_by_macos, []),
+    "files of other kinds": (further_kinds, ["1 files are of no kind that is read (.heic)"]),
+    "one class": (
+        lambda f: [edit("*.txt", f" {k}\n", " 0\n")(f) for k in (1, 2)] and None,
+        ["one class alone"],
+    ),
+    "a class named twice": (
+        lambda f: (f / "classes.txt").write_text("a\nb\na\n") and None, ["names a twice"],
+    ),
 }  # fmt: skip
 
 

@@ -230,8 +230,8 @@ def test_a_table_says_where_its_numbers_differ_in_origin():
     assert "different commits: aaaaaaa (5), bbbbbbb (5)" in said
     assert "differ in torch: 2.8.0 (5), 2.9.0 (5)" in said
     assert "made by different code: full" in said
-    assert "Warning of 1 of 10 runs: two images occur twice." in said
-    assert "Warning of 1 of 10 runs: no settings; the fixed ones were used." in said
+    assert "Warning of 1 of 10 runs (full): two images occur twice." in said
+    assert "Warning of 1 of 10 runs (full): no settings; the fixed ones were used." in said
     assert "1 of 10 runs do not fit the current configuration" in said
     assert "stale: code changed" in make(runs).cells["full", "natural"].note
     one = " ".join(make(records()).remarks)

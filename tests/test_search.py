@@ -213,6 +213,19 @@ def test_what_a_suite_costs_is_by_measured_seconds_per_image(settings, tmp_path,
     assert not one.missing and one.prepared == "1 of 1 data set"
 
 
+def test_what_training_drops_costs_nothing(settings):
+    """Of 40 images in batches of 16 the last 8 are left out of both epochs."""
+    from snella.jobs.budget import _images
+
+    run = plan.plan(configured(settings))[0]
+    protocol = run.protocol.model_copy(update={"train_split": "train", "batch_size": 16})
+    found = []
+    for dropped in (False, True):
+        own = {"protocol": protocol, "settings": {**run.settings, "drop_last": dropped}}
+        found.append(_images(run.model_copy(update=own), {"train": 40, "val": 16, "test": 24})[0])
+    assert found == [40 * protocol.epochs, 32 * protocol.epochs]
+
+
 def test_what_runs_lack_is_named_at_once(settings, tmp_path):
     from snella.jobs.inputs import missing_of
 

@@ -18,6 +18,8 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 # PyTorch reads it at its first large tensor: pages of 2 MB make new batches half as dear.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# Figures are files; over a backend that it does not know matplotlib stumbles when it is imported.
+os.environ["MPLBACKEND"] = "agg"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +57,8 @@ def _call(options: Namespace) -> int:
     try:
         return int(options.verb(options) or 0)
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # which rich turns into an end
+            raise error.__context__ from None
         return _say(f"the program was ended from inside (SystemExit: {error.code}).", BROKEN)
 
 
@@ -72,7 +76,11 @@ def _say(line: str, status: int) -> int:
 
 
 def _check_environment() -> None:
-    """Refuse numbers of threads that libraries would stumble over, each in its own way."""
+    """Refuse numbers of threads that libraries would stumble over, and a folder that is gone."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("The working directory is gone; change to one that exists.") from None
     for name in THREADS:
         value = os.environ.get(name, "")
         if value and not all(part.strip().isdecimal() and int(part) for part in value.split(",")):

@@ -154,10 +154,15 @@ def data(options: argparse.Namespace) -> int:
 def check_data(options: argparse.Namespace) -> int:
     """Print what a data set's folder holds and what is odd; status 1 if it cannot be used."""
     from snella.data.check import check, lines
+    from snella.suite.plan import is_made
 
-    known = load(options).datasets
+    config = load(options)
+    known = config.datasets
     if options.name not in known:
         raise unknown("data set", options.name, known)
+    if is_made(config, options.name):
+        sys.stdout.write(f"{options.name} is packaged or rendered; there is no folder to check.\n")
+        return 0
     findings = check(options.name, known[options.name])
     for line in lines(findings):
         sys.stdout.write(f"{line}\n")

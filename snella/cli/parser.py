@@ -58,10 +58,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise unknown("verb", name, subs)
     if name in subs:
         options = _options_of(subs[name])
-        for argument in arguments[1 : _end_of_options(arguments)]:
-            option = argument.partition("=")[0]
-            if option.startswith("--") and option not in {*options, "--overlay"}:
+        given = [a.partition("=")[0] for a in arguments[1 : _end_of_options(arguments)]]
+        for option in (word for word in given if word.startswith("--")):
+            if option not in {*options, "--overlay"}:
                 raise unknown(f"option of `snella {name}`", option, options)
+            if given.count(option) > 1 and option != "--config":  # only the last would count
+                raise UserError(f"{option} is given twice; give it once.")
     return parser.parse_args(arguments, argparse.Namespace(parser=parser))
 
 
@@ -96,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def verb(call: Callable[[argparse.Namespace], int | None], *examples: str) -> Any:
         name = call.__name__.replace("_", "-")
-        summary = "\n".join(line.strip() for line in (call.__doc__ or "").strip().splitlines())
+        summary = "\n".join(line.strip() for line in (call.__doc__ or name).strip().splitlines())
         sub = subs.add_parser(
             name,
             help=summary.splitlines()[0],

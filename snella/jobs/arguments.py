@@ -16,6 +16,15 @@ from snella.suite.reading import read_yaml
 CONFIGFILE, CONFIG = ("--configfile", "--configfiles"), ("--config", "-C")
 KEY = re.compile(r"[a-zA-Z_][\w-]*\w")
 """What Snakemake takes as a key of ``--config``."""
+AMOUNTS = {
+    "--set-threads": "RULE=NUMBER", "--set-resources": "RULE:NAME=VALUE",
+    "--default-resources": "NAME=VALUE", "--default-res": "NAME=VALUE",
+    "--resources": "NAME=NUMBER", "--res": "NAME=NUMBER",
+}  # fmt: skip
+COUNTED = re.compile(r"threads|gpu|runtime|(mem|disk)(_mi?b)?")
+"""Resources that are numbers."""
+WORD = re.compile(r"(?!(attempt|threads)$)[A-Za-z_]\w*")
+"""What is no number and no expression that gives one."""
 
 
 def check_arguments(arguments: Sequence[str] | None = None) -> None:
@@ -26,6 +35,9 @@ def check_arguments(arguments: Sequence[str] | None = None) -> None:
             _check_file(Path(file))
         for pair in _values(given, CONFIG):
             _check_pair(pair)
+        for option in AMOUNTS:
+            for pair in _values(given, (option,)):
+                _check_amount(option, pair)
     except UserError as error:
         sys.stderr.write(f"snella: {explain(error).line}\n")
         raise SystemExit(MISTAKE) from None
@@ -54,6 +66,32 @@ def _check_pair(pair: str) -> None:
         )
     if not KEY.fullmatch(key):
         raise UserError(f"--config: {ascii_name(key)} is no key of the configuration.")
+
+
+def _check_amount(option: str, pair: str) -> None:
+    """Refuse a word for a number, over which Snakemake stumbles when the first job asks for it."""
+    name, equals, value = pair.partition("=")
+    rule, colon, what = name.rpartition(":")
+    if pair.startswith("base64//"):  # Snakemake's own, to a job on another node
+        return
+    if not equals or (option == "--set-resources" and not (rule and colon)):
+        raise UserError(f"{option} takes {AMOUNTS[option]}, got {ascii_name(pair)}.")
+    if option == "--set-threads":
+        what = "threads"
+    if COUNTED.fullmatch(what) and WORD.fullmatch(value):
+        raise UserError(f"{option} {ascii_name(pair)}: {what} is a number, {value!r} is none.")
+
+
+def targets(arguments: Sequence[str]) -> list[str]:
+    """The targets among Snakemake's arguments, with or without ``--`` before them."""
+    if "--" in arguments:
+        return list(arguments[arguments.index("--") + 1 :])
+    if all(argument.startswith("-") for argument in arguments):
+        return []
+    from snakemake.cli import get_argument_parser
+
+    known, _ = get_argument_parser().parse_known_args(list(arguments))
+    return [str(target) for target in known.targets]
 
 
 def _values(arguments: Sequence[str], names: Sequence[str]) -> list[str]:

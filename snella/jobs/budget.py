@@ -220,6 +220,8 @@ def _images(run: Run, sizes: Mapping[str, int] | None) -> tuple[int, int] | None
         return None
     protocol, val = run.protocol, sizes.get("val", 0)
     train = sizes["train"] + (val if protocol.train_split == "trainval" else 0)
+    if run.settings.get("drop_last") and train >= protocol.batch_size:
+        train -= train % protocol.batch_size
     steps = max(-(-train // protocol.batch_size), 1)
     epochs = protocol.total_epochs(max(-(-steps // protocol.accumulation), 1))
     looks = sum(protocol.looks(epoch, epochs) for epoch in range(epochs))

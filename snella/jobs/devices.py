@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from snella.errors import UserError
 from snella.files import try_lock
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -76,7 +77,10 @@ def lease(
     folder = folder or Path(tempfile.gettempdir()) / f"snella-{os.getuid()}" / "devices"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     before = {name: environment.get(name) for name in (VISIBLE, "CUDA_DEVICE_ORDER")}
-    device, slot = _wait(devices, int(environment.get(SHARE, "1")), folder)
+    share = environment.get(SHARE, "1")
+    if not (share.isdecimal() and int(share)):
+        raise UserError(f"{SHARE}={share!r} is no number of runs; unset it.")
+    device, slot = _wait(devices, int(share), folder)
     environment[VISIBLE] = device
     environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts
     try:

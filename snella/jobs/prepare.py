@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from snella.errors import unknown
+from snella.errors import UserError, unknown
 from snella.files import digest_json, write_json
+from snella.jobs.inputs import faulty
 from snella.runs.identity import prepare_key
 from snella.runs.run import Run
 from snella.suite.checks import check_dataset
@@ -29,6 +30,8 @@ def prepare_dataset(config: Config, name: str, *, missing_only: bool = False) ->
     """
     if name not in config.datasets:
         raise unknown("data set", name, config.datasets)
+    if problem := faulty(config, name):  # before all files of a wrong folder are looked at
+        raise UserError(problem)
     folder = prepared_folder(config, name)
     spec = config.datasets[name]
     origin = origin_of(config, name)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from snella.errors import UserError
 from snella.files import atomic, user_path
-from snella.methods import template
 from snella.suite.config import Config
 from snella.suite.plan import method_files
+
+TEMPLATE = Path(__file__).parents[1] / "methods/template.py"
+"""Read and not imported, which would cost the seconds of torch."""
 
 
 def write_baseline(config: Config, name: str) -> list[str]:
@@ -54,5 +56,5 @@ def _check_name(name: str) -> None:
 
 def _content(name: str) -> str:
     title = "".join(part.capitalize() for part in name.split("_"))
-    source = Path(template.__file__).read_text(encoding="utf-8")
+    source = TEMPLATE.read_text(encoding="utf-8")
     return source.replace("NAME", name).replace("class Template(", f"class {title}(")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snella import results
-from snella.errors import UserError
+from snella.errors import UserError, unknown
 from snella.files import atomic
 from snella.jobs.prepare import moved
 from snella.records import many, read_failure
@@ -30,6 +30,7 @@ from snella.runs.run import Run
 from snella.suite import plan
 from snella.suite.config import Config
 from snella.suite.status import usable
+from snella.tasks import find_task
 
 COMPANIONS = ("cells", "statistics", "ranks", "vs_published")
 
@@ -144,15 +145,29 @@ def _read(run: Run, stale: bool, other: Collection[str]) -> dict[str, Any] | Mis
     note = found.reason if found.name == "stale" else ""
     # A record holds the numbers of all selections; which one counts is asked now.
     protocol = {**(record.get("protocol") or {}), "selection": run.protocol.selection}
-    return record | {"folder": run.folder, "stale": note, "protocol": protocol}
+    return record | {"folder": run.place, "stale": note, "protocol": protocol}
 
 
 def table_spec(config: Config, name: str) -> TableSpec:
     """A table's description, typed; a fault is named with its place in the configuration."""
     try:
-        return parse_spec(name, config.tables[name])
+        spec = parse_spec(name, config.tables[name])
+        _check_names(config, spec)
     except UserError as error:
         raise UserError(f"{config.where(('tables', name))}: {error}") from error
+    return spec
+
+
+def _check_names(config: Config, spec: TableSpec) -> None:
+    """The metrics and the reference row that a table's description names."""
+    known = {metric.name for metric in find_task(spec.task, config.tasks).metrics}
+    for metric in (spec.metric, *(getattr(c, "metric", None) for c in spec.columns)):
+        for one in metric if isinstance(metric, list) else [metric]:
+            if one is not None and one not in known:
+                raise unknown("metric", one, known)
+    rows = [*config.methods, *(row.name for row in spec.constants)]
+    if spec.reference is not None and spec.reference not in rows:
+        raise unknown("reference row", spec.reference, rows)
 
 
 def _rows(config: Config, name: str) -> tuple[TableSpec, dict[str, str]]:

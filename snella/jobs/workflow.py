@@ -25,6 +25,7 @@ from snella.errors import (
 )
 from snella.files import digest_json
 from snella.jobs import cells, devices, retries, submission, worker
+from snella.jobs.arguments import targets
 from snella.jobs.coordinator import Coordinator, start_over, watch_pending
 from snella.jobs.inputs import missing, missing_of
 from snella.jobs.prepare import origin_of
@@ -135,12 +136,16 @@ class WorkflowPlan:
         return run
 
     def check_targets(self, workflow: Any, arguments: Sequence[str]) -> None:
-        """End with one line if no rule makes a target, of those that stand after ``--``.
+        """End with one line if no rule makes a target.
 
         Called when all rules are known, which is before Snakemake looks for their outputs.
         """
-        named = arguments[arguments.index("--") + 1 :] if "--" in arguments else ()
-        for target in named:
+        known = [rule.name for rule in workflow.rules]
+        chosen = workflow.resource_settings
+        for option in ("overwrite_threads", "overwrite_resources"):
+            for rule in getattr(chosen, option):
+                _user(partial(look_up, "rule", rule, dict.fromkeys(known)))
+        for target in () if workflow.remote_exec else targets(arguments[1:]):
             path = target if os.path.isabs(target) else os.path.relpath(target or ".")
             made = any(rule.is_producer(path) for rule in workflow.rules)
             if not (made or workflow.is_rule(target) or os.path.isfile(path)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,10 +130,11 @@ def _missing(run: Missing) -> dict[str, Any]:
 
 def _run(record: Record) -> dict[str, Any]:
     """All that a record says besides its metrics, flat."""
-    get = _reader(record)
-    git, hardware = get("provenance", "git") or {}, get("provenance", "hardware") or {}
-    packages, identity = get("provenance", "packages") or {}, record.get("identity") or {}
-    merge = record.get("merge") or {}
+    made = record.get("provenance") or {}
+    git, hardware = made.get("git") or {}, made.get("hardware") or {}
+    packages, identity = made.get("packages") or {}, record.get("identity") or {}
+    merge, method = record.get("merge") or {}, record.get("method") or {}
+    parameters, cost = record.get("parameters") or {}, record.get("cost") or {}
     result: dict[str, Any] = {name: record["run"].get(name) for name in (*RUN, "protocol")}
     result |= {
         "task": record.get("task", ""),
@@ -143,7 +144,7 @@ def _run(record: Record) -> dict[str, Any]:
         "merged": merge.get("merged"),
         "merge_difference": merge.get("max_difference"),
         "merge_reason": merge.get("reason") or "",
-        "hyperparameters": json.dumps(get("method", "hyperparameters") or {}, sort_keys=True),
+        "hyperparameters": json.dumps(method.get("hyperparameters") or {}, sort_keys=True),
         "scores": record.get("scores") or "",
         "stale": record.get("stale") or "",
         "commit": git.get("commit"),
@@ -155,28 +156,15 @@ def _run(record: Record) -> dict[str, Any]:
         "warnings": "\n".join(" ".join(w.split()) for w in record.get("warnings") or ()),
         "folder": str(record.get("folder", "")),
     }
-    result |= {n: get("parameters", n) for n in PARAMETERS} | {n: get("cost", n) for n in COST}
+    result |= {n: parameters.get(n) for n in PARAMETERS} | {n: cost.get(n) for n in COST}
     result |= {name: packages.get(name) for name in PACKAGES}
-    result |= {
-        name: get("provenance", name)
-        for name in ("python", "threads", "device", "started", "ended")
-    }
+    result |= {name: made.get(name) for name in ("python", "threads", "device", "started", "ended")}
     if isinstance(identity, Mapping):
         result |= {f"identity.{name}": identity.get(name) for name in IDENTITY}
     for name, value in (record.get("protocol") or {}).items():
         plain = json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
         result[f"protocol.{name}"] = plain
     return result
-
-
-def _reader(record: Record) -> Callable[..., Any]:
-    def get(*path: str) -> Any:
-        node: Any = record
-        for key in path:
-            node = node.get(key) if isinstance(node, Mapping) else None
-        return node
-
-    return get
 
 
 def _numbers(record: Record, subsets: bool) -> Iterable[tuple[Any, ...]]:

@@ -200,16 +200,28 @@ class Results:
                     f"Settings of {n} of {len(self.made)} runs are those of {name}: chosen on "
                     "validation examples, after as many trials for every row."
                 )
-        warned: Counter[str] = Counter()
-        for texts, n in _tallied(self.made, "warnings").items():
-            warned.update({text: n for text in texts.split("\n") if text != AT_CHANCE})
-        notes += [f"Warning of {n} of {len(self.made)} runs: {t}." for t, n in warned.most_common()]
+        notes += self._warnings()
         stale = int((self.made["stale"] != "").sum())
         if stale:
             notes.append(
                 f"{stale} of {len(self.made)} runs do not fit the current configuration (stale)."
             )
         return notes
+
+    def _warnings(self) -> list[str]:
+        """Warnings of the runs, the most frequent first, with the rows if these are not all."""
+        warned: dict[str, list[str]] = defaultdict(list)
+        for method, texts in zip(self.made["method"], self.made["warnings"], strict=True):
+            for text in str(texts).split("\n"):
+                if text and text != AT_CHANCE:
+                    warned[text].append(str(method))
+        rows, runs = set(self.made["method"]), len(self.made)
+        found = []
+        for text, methods in sorted(warned.items(), key=lambda item: -len(item[1])):
+            names = list(dict.fromkeys(methods))
+            of = "" if len(names) == len(rows) else f" ({some(names)})"
+            found.append(f"Warning of {len(methods)} of {runs} runs{of}: {text}.")
+        return found
 
 
 def combine(members: Sequence[tuple[str, Outcome]], *, visible: bool) -> Outcome:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from pydantic.fields import FieldInfo
 
 from snella.errors import UserError, one_line, unknown
 from snella.models.backbone_files import input_size
@@ -43,8 +43,26 @@ EIGHT_BIT = {"adam8bit": "adam", "adamw8bit": "adamw"}
 ARGUMENTS: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "bool": (bool,),
     "Optional[int]": (int, type(None)), "Optional[float]": (int, float, type(None)),
+    "str": (str,), "Optional[bool]": (bool, type(None)), "Tuple[int, ...]": (list,),
+    "Union[int, Tuple[int, int]]": (int, list),
 }  # fmt: skip
 """Annotations of timm's that are taken at their word, and the types that fit."""
+LISTS = ("Tuple[int, ...]", "Union[int, Tuple[int, int]]")
+"""Those of them that may hold several numbers."""
+COUNTS = frozenset({
+    "depth", "depths", "dims", "embed_dim", "num_heads", "patch_size", "image_size",
+    "encoder_dim", "encoder_depth", "encoder_heads", "decoder_dim", "decoder_mlp_dim",
+    "decoder_heads",
+})  # fmt: skip
+"""Arguments of timm's and of SAM that count something there has to be."""
+WIDTHS = (
+    ("embed_dim", "num_heads"), ("encoder_dim", "encoder_heads"), ("image_size", "patch_size"),
+)  # fmt: skip
+"""Arguments of which the first has to be a multiple of the second."""
+
+
+PIPELINES = {"StableDiffusion3Pipeline": "sd3"}
+"""Pipelines whose folder may be a backbone; their sizes stand in it."""
 
 
 Layer = tuple[tuple[str, ...], Mapping[str, Any]]
@@ -96,9 +114,16 @@ def check_dataset(config: Config, name: str) -> None:
     """A data set's task, kind and options; raises :class:`~snella.errors.UserError`."""
     spec = config.datasets[name]
     try:
-        find_task(spec.task, config.tasks).check(name, spec)
+        info = find_task(spec.task, config.tasks)
+        info.check(name, spec)
     except UserError as error:
         raise _placed(config.where(("datasets", name, "options")), error) from error
+    if spec.kind in info.made and (spec.path is not None or spec.num_classes is not None):
+        key = "path" if spec.path is not None else "num_classes"
+        raise _placed(config.where(("datasets", name, key)), UserError(
+            f"Data set {name!r} is of kind {spec.kind}, which is made here, so `{key}` does "
+            "nothing; for data of your own choose another name, or say of which `kind` they are."
+        ))  # fmt: skip
 
 
 def check_hyperparameters(file: str, layers: Layers) -> None:
@@ -134,24 +159,68 @@ def check_packages(config: Config, suite: SuiteEntry, info: TaskInfo, layers: La
         place = config.where(("backbones", suite.backbone, "arch"))
         raise _placed(place, unknown("timm architecture", arch, packages.architectures()))
     if "vit" in info.families:
-        _check_kwargs(config, suite.backbone)
+        _check_kwargs(config, suite.backbone, packages.arguments(arch) or {})
+    if "sd3" in info.families:
+        place = config.where(("backbones", suite.backbone, "arch"))
+        look_up("pipeline of diffusers", arch, PIPELINES, place)
+        for key in config.backbones[suite.backbone].kwargs:
+            place = config.where(("backbones", suite.backbone, "kwargs", key))
+            raise _placed(place, unknown(f"argument of a {arch}:", key, ()))
+    if "sam" in info.families:
+        sizes, place = packages.sam_sizes(), config.where(("backbones", suite.backbone, "arch"))
+        _check_kwargs(config, suite.backbone, look_up("SAM architecture", arch, sizes, place))
 
 
-def _check_kwargs(config: Config, name: str) -> None:
-    """A backbone's keyword arguments: those that its architecture knows, plain values by type."""
+def _check_kwargs(config: Config, name: str, known: Mapping[str, str]) -> None:
+    """A backbone's keyword arguments: those that its architecture knows, plain values by type.
+
+    ``known`` gives the annotation of each; nothing is checked where none is known.
+    """
     backbone = config.backbones[name]
-    known = (packages.arguments(backbone.arch) if backbone.kwargs else None) or {}
     for key, value in backbone.kwargs.items() if known else ():
         place = config.where(("backbones", name, "kwargs", key))
         if key not in known:
             kind = f"argument of {backbone.arch} in `kwargs` of backbone {name!r}:"
             raise _placed(place, unknown(kind, key, known))
-        wanted = ARGUMENTS.get(known[key])
-        if wanted and (type(value) not in wanted):
+        annotation = "" if key == "img_size" else known[key]  # which `check_image_size` knows
+        if problem := _misfit(key, value, annotation):
             raise _placed(place, UserError(
                 f"`backbones.{name}.kwargs.{key}` is {shown(value)}, {backbone.arch} takes "
-                f"{known[key]}; correct it."
+                f"{problem}; correct it."
             ))  # fmt: skip
+    sizes = {**packages.defaults(backbone.arch), **backbone.kwargs}
+    for width, heads in WIDTHS:
+        if {width, heads} & backbone.kwargs.keys() and _remainder(sizes, width, heads):
+            raise _placed(config.where(("backbones", name, "kwargs")), UserError(
+                f"Backbone {name!r}: {width} {sizes[width]} is no multiple of {heads} "
+                f"{sizes[heads]}; correct its `kwargs`."
+            ))  # fmt: skip
+
+
+def _misfit(name: str, value: Any, annotation: str) -> str:
+    """What a model takes in the place of a value that it cannot be built with; empty if it can."""
+    if annotation.startswith("Literal["):
+        choices = ast.literal_eval(annotation.removeprefix("Literal"))
+        return "" if value in choices else f"one of {', '.join(map(repr, choices))}"
+    if annotation in ARGUMENTS and type(value) not in ARGUMENTS[annotation]:
+        return annotation
+    numbers = [n for n in _listed(value) if isinstance(n, int | float) and not isinstance(n, bool)]
+    if not all(math.isfinite(n) and n >= 0 for n in numbers):
+        return "finite numbers from 0"
+    if name in COUNTS and 0 in numbers:
+        return "whole numbers from 1"
+    if annotation in LISTS and len(numbers) != len(_listed(value)):
+        return annotation
+    return "a number below 1" if name.endswith("_rate") and max(numbers, default=0) >= 1 else ""
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _remainder(sizes: Mapping[str, Any], width: str, heads: str) -> bool:
+    a, b = sizes.get(width), sizes.get(heads)
+    return isinstance(a, int) and isinstance(b, int) and a % b != 0
 
 
 def check_image_size(
@@ -245,7 +314,13 @@ def declared(file: str, changed: int) -> type[BaseModel] | None:
         log.warning("Method file %s imports %s, which is not installed here.", file, package)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     own = [node for node in classes.values() if node.name[0] != "_" and _family(node, classes)]
-    if len(own) != 1:
+    if len(own) > 1 or not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree)):
+        names = ", ".join(node.name for node in own) or "none"
+        raise UserError(
+            f"Method file {file} must define exactly one Method class, found {names}; start the "
+            "names of helper classes with an underscore."
+        )
+    if not own:
         return None
     fields: dict[str, Any] = {}
     for node in reversed(_family(own[0], classes) or []):
@@ -276,14 +351,11 @@ def _family(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.Cl
 
 
 def _field(item: ast.AnnAssign) -> tuple[Any, Any]:
-    """The type and default of a field, as far as its text tells; every field may be left out."""
+    """The type and default of a field, as far as its text tells."""
     kind = _evaluate(item.annotation)
-    default = _evaluate(item.value) if item.value is not None else None
-    if kind is None:
-        return Any, None
-    if isinstance(default, FieldInfo) and default.is_required():
-        default = FieldInfo.merge_field_infos(default, default=None)
-    return kind, default
+    if item.value is None:
+        return Any if kind is None else kind, ...
+    return (Any, None) if kind is None else (kind, _evaluate(item.value))
 
 
 def _evaluate(node: ast.expr) -> Any:

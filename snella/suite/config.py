@@ -41,6 +41,8 @@ Name = Annotated[str, AfterValidator(check_name)]
 Column = Annotated[str, AfterValidator(partial(check_name, dots=False))]
 """A data set, group or suite: part of paths, and of file names that Snakemake takes apart."""
 TableName = Annotated[str, AfterValidator(partial(check_name, dots=False, hyphens=False))]
+Digest = Annotated[str, Field(pattern="^[0-9A-Fa-f]+$"), AfterValidator(str.lower)]
+"""A published digest or its beginning, in hexadecimal."""
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED, strict=True)]
 
 
@@ -96,8 +98,8 @@ class BackboneEntry(Strict):
     fresh: list[str] = []
     holds: list[str] = []
     lacks: list[str] = []
-    md5: str | None = None
-    sha256: str | None = None
+    md5: Digest | None = None
+    sha256: Digest | None = None
     package: str | None = None
     title: str = ""
     source: str = ""
@@ -232,8 +234,8 @@ class Cluster(Strict):
     cpu_partition: str = _from_environment("SNELLA_CPU_PARTITION")
     account: str = _from_environment("SNELLA_ACCOUNT")
     gpus: Annotated[int, Field(ge=0, le=1, strict=True)] = 1
-    memory_mb: Annotated[int, Field(ge=500, strict=True)] = 16000
-    minutes: Annotated[int, Field(ge=1, strict=True)] = 120
+    memory_mb: Annotated[int, Field(ge=500, le=100_000_000, strict=True)] = 16000
+    minutes: Annotated[int, Field(ge=1, le=525_600, strict=True)] = 120
 
 
 class Config(Strict):
@@ -266,9 +268,10 @@ class Config(Strict):
 
     def once(self, key: tuple[Any, ...], make: Callable[[], Answer]) -> Answer:
         """What ``make`` returned when it was first called for ``key``."""
-        if key not in self._known:
-            self._known[key] = make()
-        found: Answer = self._known[key]
+        known = self._known  # pydantic looks long for a private attribute
+        if key not in known:
+            known[key] = make()
+        found: Answer = known[key]
         return found
 
     @property
@@ -360,8 +363,23 @@ def _merged(
         merged["methods"] = {name: _row(name, row) for name, row in merged["methods"].items()}
     config = validate(Config, merged, "configuration", origins)
     config._origins = origins
+    _check_case(config)
     _check_folders(config)
     return config
+
+
+def _check_case(config: Config) -> None:
+    """Names must differ in more than case: a slip of the shift key, or one folder on some disks."""
+    for section in (*SECTIONS, "tables", "figures"):
+        seen: dict[str, str] = {}
+        for name in getattr(config, section):
+            other = seen.setdefault(name.casefold(), name)
+            if other != name:
+                place = config.where((section, name)) or "configuration"
+                raise UserError(
+                    f"{place}: {section}.{name} and {section}.{other} differ in case alone; write "
+                    "both alike, or choose another name."
+                )
 
 
 def _check_folders(config: Config) -> None:
@@ -397,7 +415,13 @@ def _sections(folder: Path, stamp: tuple[tuple[str, int], ...]) -> tuple[dict[st
     for section in ("tables", "figures"):
         base[section] = {}
         for file in sorted((folder / section).glob("*.yaml")):
-            base[section].update(read_yaml(file, origins, section))
+            found = read_yaml(file, origins, section)
+            for name in found.keys() & base[section].keys():
+                raise UserError(
+                    f"{file}: {name!r} stands in another file of {folder / section}, too; rename "
+                    "one of the two."
+                )
+            base[section].update(found)
     base["searched"] = {
         file.stem: read_yaml(file, origins, "searched", file.stem)
         for file in sorted((folder / "search").glob("*.yaml"))
@@ -413,7 +437,10 @@ def _released(folder: Path, datasets: dict[str, Any], origins: Origins) -> dict[
     """
     found: dict[str, Any] = {}
     for file in sorted(folder.glob("*.yaml")):
-        for row, sets in read_yaml(file, origins, "released").get("rows", {}).items():
+        rows = read_yaml(file, origins, "released").get("rows", {})
+        if not (isinstance(rows, dict) and all(isinstance(sets, dict) for sets in rows.values())):
+            raise UserError(f"{file}: `rows` maps rows to data sets, and these to settings.")
+        for row, sets in rows.items():
             twins = {f"{name}-tfds": entry for name, entry in sets.items()}
             sets = {**sets, **{name: e for name, e in twins.items() if name in datasets}}
             found[row] = {**found.get(row, {}), **sets}

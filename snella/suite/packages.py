@@ -10,14 +10,21 @@ import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 CLASS = re.compile(rb"^class ([A-Za-z]\w+)", re.MULTILINE)
 ENTRY = re.compile(rb"^def ([a-z]\w+)\(pretrained", re.MULTILINE)
 """The function of a timm architecture."""
 BUILDER = "build_model_with_cfg"
 """The function that every architecture's file hands its class to."""
-INTERNAL = ("self", "kwargs", "variant", "model_cls", "model_name", "pretrained")
-"""Arguments that users of timm do not give."""
+INTERNAL = (
+    "self", "kwargs", "variant", "model_cls", "model_name", "pretrained", "pretrained_strict",
+    "num_classes", "in_chans", "out_indices", "use_naflex", "device", "dtype",
+)  # fmt: skip
+"""Arguments that are no setting of a backbone: the data, the entry and the run give them."""
+CLASSES = ("Callable", "Type[nn.Module]")
+"""Annotations of what a configuration cannot hold."""
+SAM = Path(__file__).parents[1] / "models/sam.py"
 
 
 @cache
@@ -40,6 +47,8 @@ def architectures() -> frozenset[str]:
 def is_architecture(name: str) -> bool:
     """Whether timm's text speaks of an architecture: a present one, or an older one's new name."""
     text, word = _text("timm", "models"), name.partition(".")[0].encode()
+    if not word.isalnum() and not word.replace(b"_", b"").isalnum():
+        return False
     return not text or b"def %b(" % word in text or b"'%b'" % word in text
 
 
@@ -53,24 +62,29 @@ def lacking(tree: ast.Module, folder: Path) -> list[str]:
     return [
         top for top in tops
         if not any((folder / f"{top}{ending}").exists() for ending in ("", ".py"))
-        if find_spec(top) is None
+        if not _is_installed(top)
     ]  # fmt: skip
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # of a module that has no specification, such as __main__
+        return True
 
 
 @cache
 def arguments(arch: str) -> dict[str, str] | None:
     """What a timm architecture can be built with: names, each with its annotation's text.
 
-    Those of the classes that the architecture's file hands to timm's builder, of their bases, and
-    of the builder itself. None where the text does not tell.
+    Those of the classes that the architecture's file hands to timm's builder, and of their bases.
+    None where the text does not tell.
     """
-    name = arch.partition(".")[0].encode()
-    files = _files("timm", "models")
-    file = next((f for f, text in files.items() if b"\ndef %b(pretrained" % name in text), None)
+    file = _file_of(arch)
     if file is None:
         return None
     found: dict[str, str] = {}
-    lines = files[file].splitlines()
+    lines = file.read_bytes().splitlines()
     for builder in (node for node in _parsed(file).body if isinstance(node, ast.FunctionDef)):
         if BUILDER.encode() not in b"\n".join(lines[builder.lineno : builder.end_lineno]):
             continue
@@ -78,12 +92,39 @@ def arguments(arch: str) -> dict[str, str] | None:
         for node in ast.walk(builder):
             if isinstance(node, ast.Name):
                 found |= _initial(node.id, file) or {}
-    factory = file.with_name("_factory.py"), file.with_name("_builder.py")
-    for place in factory if found else ():
-        for node in _parsed(place).body:
-            if isinstance(node, ast.FunctionDef) and node.name in ("create_model", BUILDER):
-                found |= dict.fromkeys(_taken(node), "")
-    return {k: v for k, v in found.items() if k not in INTERNAL} or None
+    return {k: v for k, v in found.items() if k not in INTERNAL and v not in CLASSES} or None
+
+
+@cache
+def defaults(arch: str) -> dict[str, Any]:
+    """What a timm architecture gives its class, of plain values."""
+    file, name = _file_of(arch), arch.partition(".")[0]
+    functions = [node for node in _parsed(file).body if isinstance(node, ast.FunctionDef)
+                 and node.name == name] if file is not None else []  # fmt: skip
+    calls = [node for function in functions for node in ast.walk(function)
+             if isinstance(node, ast.Call) and ast.unparse(node.func) == "dict"]  # fmt: skip
+    words = [word for call in calls for word in call.keywords]
+    return {w.arg: w.value.value for w in words if w.arg and isinstance(w.value, ast.Constant)}
+
+
+def _file_of(arch: str) -> Path | None:
+    """The file of timm that defines an architecture's function."""
+    start = b"\ndef %b(pretrained" % arch.partition(".")[0].encode()
+    return next((f for f, text in _files("timm", "models").items() if start in text), None)
+
+
+@cache
+def sam_sizes() -> dict[str, dict[str, str]]:
+    """SAM's architectures and what each can be built with, as :func:`arguments`; from our text."""
+    found = {
+        node.target.id: ast.literal_eval(node.value)
+        for node in _parsed(SAM).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if node.value is not None
+    }
+    sizes = [*found["_COMMON"], "encoder_dim", "encoder_depth", "encoder_heads"]
+    known = dict.fromkeys(sizes, "int") | {"global_blocks": "Tuple[int, ...]"}
+    return dict.fromkeys([*found["_SIZES"], "sam_vit"], known)
 
 
 def _initial(name: str, file: Path) -> dict[str, str] | None:

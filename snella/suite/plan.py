@@ -60,6 +60,8 @@ def current_suite(config: Config) -> SuiteEntry:
     for dataset in suite.search.datasets or ():
         place = config.where((*at, "search", "datasets"))
         look_up(f"data set of suite {config.suite}:", dataset, dict.fromkeys(suite.datasets), place)
+    if (table := suite.search.table) is not None:
+        look_up("table", table, config.tables, config.where((*at, "search", "table")))
     for method in suite.search.rows:
         look_up("method", method, config.methods, config.where((*at, "search", "rows", method)))
     check_suite(config, suite)
@@ -103,7 +105,9 @@ def resolve(config: Config, method: str, dataset: str, seed: int) -> Run:
         dataset=Dataset(
             name=dataset,
             task=data.task,
-            prepared=prepared_folder(config, dataset).as_posix(),
+            prepared=config.once(
+                ("prepared", dataset), lambda: prepared_folder(config, dataset).as_posix()
+            ),
             scored="test" if trial is None else "val",
         ),
         method=MethodChoice(name=method, file=file, hyperparameters=hyperparameters),

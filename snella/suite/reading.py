@@ -152,6 +152,18 @@ def _unreadable(text: str) -> bool:
     return yaml.reader.Reader.NON_PRINTABLE.search(text) is not None
 
 
+def _check_key(key: yaml.Node, value: yaml.Node, place: str) -> None:
+    """Refuse names that YAML reads as true, false or null, and what a decimal comma makes."""
+    if key.tag.endswith((":bool", ":null")):
+        read = "null" if key.tag.endswith(":null") else "true or false"
+        raise UserError(f"{place}: YAML reads the name {key.value} as {read}; put it in quotes.")
+    if key.tag.endswith(":int") and value.tag.endswith(":null") and value.value == "":
+        raise UserError(
+            f"{place}: {key.value} stands where a name is needed; the decimals of a number follow "
+            "a point, 0.001, and no comma."
+        )
+
+
 def _walk(
     node: yaml.Node,
     path: tuple[str, ...],
@@ -180,6 +192,7 @@ def _walk(
         for key, value in node.value:
             name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
             place = f"{where}, line {key.start_mark.line + 1}"
+            _check_key(key, value, place)
             if name in seen and name != "<<":
                 raise UserError(f"{place}: key {'.'.join((*path, name))!r} stands twice.")
             seen.add(name)

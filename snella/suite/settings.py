@@ -45,7 +45,9 @@ def settings_of(
     info = find_task(config.datasets[dataset].task, config.tasks)
     official = config.datasets[dataset].options.get("official")
     collection = str(official or "").partition("/")[0]
-    protocol, hyperparameters = _configured(config, suite, method, collection)
+    layers_key = ("layers", config.suite, method, collection)
+    found_layers = config.once(layers_key, lambda: _configured(config, suite, method, collection))
+    protocol, hyperparameters = map(list, found_layers)
     at, found, notes = _found(config, method, dataset, Layers(config, protocol))
     # The suite's own word on a row, which comes last, holds against what was found for it.
     protocol.insert(-1, ((*at, "protocol"), found.protocol))

@@ -23,9 +23,12 @@ from snella.data.readers.pixels import SMALL, Seen, decoded, look_at_all
 from snella.errors import UserError, one_line, record_traceback
 from snella.files import user_path
 
-__all__ = ["Listing", "Options", "list_images", "read_images", "read_listing"]
+__all__ = ["Listing", "Options", "check_lists", "list_images", "read_images", "read_listing"]
+
 
 LAYOUTS = {"vtab": vtab, "vpt": vpt, "tfds": tfds, "original": original, "classes": classes}
+TEXTS = ("vtab", "vpt")
+"""Layouts whose lists are texts, quick to read."""
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".gz", ".rar", ".7z", ".tar.bz2")
 
 Splits = dict[str, dict[str, Any]]
@@ -95,6 +98,22 @@ def _set_aside(listing: Listing, share: float, seed: int) -> None:
         f"{len(val)} training images were set aside as val (seed {seed}); which ones VPT took for "
         "fine-grained sets, only its json files say"
     )
+
+
+def check_lists(
+    root: str | Path, name: str, num_classes: int | None, options: Mapping[str, Any]
+) -> None:
+    """Raise :class:`~snella.errors.UserError` for a folder in no known layout, or faulty lists.
+
+    No image is opened, and only lists that are texts are read: planning can ask.
+    """
+    root, chosen = user_path(root), options_of(name, dict(options))
+    found = chosen.layout == "auto" and root.is_dir()
+    layout = _layout(root, name) if found else chosen.layout
+    if layout in (*TEXTS, "auto"):  # without a folder, the list says that there is none
+        listing = list_images(root, name, chosen)
+        check_labels(listing, num_classes, chosen, name)
+        check_listing(listing)
 
 
 @contextmanager

@@ -46,7 +46,9 @@ def read(root: Path, options: Options) -> Listing:
             f"{given['test']} has classes that {given['train']} lacks: {few(unknown_classes)}."
         )
     lines = {}
+    left_out = []
     for role, folder in given.items():
+        left_out += [p for p in folder.rglob("*") if _is_other(p)]
         lines[role] = [
             Line(str(folder), image.relative_to(root).as_posix(), names.index(class_folder.name))
             for class_folder in sorted(_folders(folder))
@@ -54,7 +56,15 @@ def read(root: Path, options: Options) -> Listing:
         ]
         if not lines[role]:
             raise UserError(f"{folder} has no images in its class folders.")
-    return Listing("classes", root, lines, class_names=names)
+    kinds = few(sorted({p.suffix or p.name for p in left_out}))
+    notes = [f"{len(left_out)} files are of no kind that is read ({kinds})"] if left_out else []
+    return Listing("classes", root, lines, class_names=names, notes=notes)
+
+
+def _is_other(path: Path) -> bool:
+    """Whether a file is no image by its name, and none of those that systems leave behind."""
+    hidden = path.name[0] == "." or path.name in ("Thumbs.db", "desktop.ini")
+    return path.suffix.lower() not in SUFFIXES and not hidden and path.is_file()
 
 
 def _folders(folder: Path) -> list[Path]:

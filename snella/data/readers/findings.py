@@ -52,6 +52,8 @@ def check_labels(listing: Listing, given: int | None, options: Options, name: st
                 )
             label = line.label + options.first_label
             raise UserError(f"{line.where}: label {label} is out of range, {allowed}{hint}.")
+    if known is not None and classes > MAX_CLASSES:
+        raise UserError(f"Data set {name!r} has {classes:,} classes; at most {MAX_CLASSES:,} work.")
     if classes > MAX_CLASSES:
         line = next(line for line in lines if line.label == highest)
         raise UserError(
@@ -140,7 +142,7 @@ def class_warnings(listing: Listing, num_classes: int) -> list[str]:
     """Labels that start at 1, classes without an image, and classes without a training image."""
     counts = {role: np.asarray(n) for role, n in class_counts(listing, num_classes).items()}
     total = np.sum(list(counts.values()), axis=0)
-    found = []
+    found = ["there is one class alone, so that any answer is right"] if num_classes == 1 else []
     empty = np.flatnonzero(total == 0).tolist()
     if empty and empty[0] == 0 and total[1:].all():
         found.append(

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 ROLES = ("train", "val", "test")
-MAX_CLASSES = 100_000
-"""Labels are class indices; a head of more classes is a mistake in a list, and takes gigabytes."""
+MAX_CLASSES = 2**15
+"""Predicted classes are stored as int16; more is hardly ever meant, but a mistake in a list."""
 
 Images = np.ndarray | Sequence[bytes]
 

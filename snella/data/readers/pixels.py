@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
+import stat
 import threading
 import warnings
 from collections.abc import Sequence
@@ -25,6 +27,8 @@ SMALL = 64 * 64
 """Pixels up to which images of one size are stored decoded."""
 LARGE = 1 << 24
 """Pixels above which images are decoded one at a time, since several would fill the memory."""
+LARGEST = 2**29
+"""Bytes of an image file that are read; more would fill the memory."""
 _LARGE = threading.Lock()
 _TEXTS = (
     (b"{", "a text in JSON (a server's error?), not an image"),
@@ -92,10 +96,20 @@ def _remedy(root: Path, path: str) -> str:
 
 def _look_at_file(root: Path, line: Line) -> Seen:
     try:
-        data = (root / line.path).read_bytes()
+        data = image_bytes(root / line.path)
     except OSError as error:
         raise UserError(f"{line.where}: {line.path} cannot be read: {error.strerror}.") from error
     return look(data, f"{line.where}: image {line.path}")
+
+
+def image_bytes(path: Path) -> bytes:
+    """A picture's bytes; raises ``OSError`` also for what is no regular file, or far too large."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "no regular file")
+    if found.st_size > LARGEST:
+        raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, so it is no image")
+    return path.read_bytes()
 
 
 def look(data: bytes, where: str) -> Seen:

@@ -10,14 +10,17 @@ from typing import Any
 
 from snella.errors import UserError
 
+LARGEST = 2**27
+"""Bytes of a list: millions of lines; more is some other file, and would fill the memory."""
+
 
 def read_text(file: Path, needed: str = "") -> str:
     """The content of a UTF-8 text file; ``needed`` says what for where it is missing."""
-    if file.exists() and not file.is_file() and not file.is_dir():
-        raise UserError(
-            f"{file} is no regular file; a text file is expected there."
-        )  # a pipe hangs
     try:
+        if file.exists() and not file.is_file() and not file.is_dir():  # a pipe hangs
+            raise UserError(f"{file} is no regular file; a text file is expected there.")
+        if file.is_file() and file.stat().st_size > LARGEST:
+            raise UserError(f"{file} has over {LARGEST >> 20} MB: no list; correct the path.")
         return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{file} is missing{needed and ': ' + needed}.") from None

@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
+from collections import Counter
 from pathlib import Path
 
 from snella.data.options import Options
-from snella.data.readers.listing import Line, Listing
+from snella.data.readers.listing import Line, Listing, few
 from snella.data.readers.text import is_file, read_text, whole_number
 from snella.errors import UserError
 
@@ -44,6 +45,8 @@ def read(root: Path, options: Options) -> Listing:
         listing.lines = {ROLE[split]: lists[split] for split in needed if split in ROLE}
         listing.union = lists.get(UNION)
     listing.class_names = class_names(root)
+    if twice := [name for name, n in Counter(listing.class_names).items() if n > 1]:
+        notes.append(f"classes.txt names {few(twice)} twice; numbers by class name the last alone")
     return listing
 
 

@@ -99,6 +99,11 @@ def _photographs(name: str, spec: DatasetSpec) -> tuple[list[bytes], dict[str, A
             f"({', '.join(SUFFIXES)}) or correct `datasets.{name}`."
         )
     images = [_checked(path) for path in files]
+    warnings = [
+        f"{len(items) - len(set(items))} of {len(items)} {what} repeat another"
+        for what, items in (("photographs", images), ("prompts", templates))
+        if len(set(items)) < len(items)
+    ]
     if len(images) == 1:
         raise UserError(
             f"Subject {subject!r} has one photograph in {root / subject}; add another, for the "
@@ -110,6 +115,7 @@ def _photographs(name: str, spec: DatasetSpec) -> tuple[list[bytes], dict[str, A
         "prompts": templates,
         "source": "DreamBooth (Ruiz et al., CVPR 2023), github.com/google/dreambooth",
         "licence": "see references_and_licenses.txt of the data set",
+        **({"warnings": warnings} if warnings else {}),
     }
     return images, info
 
@@ -146,10 +152,10 @@ def _checked(path: Path) -> bytes:
     from PIL import Image, ImageOps
 
     from snella.data.images import decode
-    from snella.data.readers.pixels import orientation, refuse_text, why_undecodable
+    from snella.data.readers.pixels import image_bytes, orientation, refuse_text, why_undecodable
 
     try:
-        data = path.read_bytes()
+        data = image_bytes(path)
         refuse_text(data, str(path))
         decode(data)
         if orientation(data) == 1:

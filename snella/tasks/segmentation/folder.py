@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snella.data.images import decode
-from snella.data.readers.pixels import orientation, refuse_text, why_undecodable
+from snella.data.readers.pixels import image_bytes, orientation, refuse_text, why_undecodable
+from snella.data.readers.text import read_text
 from snella.data.storage import hash_image
 from snella.errors import UserError
 from snella.tasks.segmentation.duplicates import perceptual_hash
-from snella.tasks.segmentation.masks import encode_mask, read_mask
+from snella.tasks.segmentation.masks import Mask, encode_mask, read_mask
 from snella.validation import shown
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
@@ -88,7 +89,7 @@ def _read(name: str, image: Path, mask: Path, allow_empty: bool) -> Pair:
             f"{image}: the image cannot be decoded: {why_undecodable(error)}; replace or remove it."
         ) from error
     truth_data = _bytes(mask, "mask")
-    truth = read_mask(mask, allow_empty)
+    truth = _mask(mask, allow_empty)
     turned = orientation(data), orientation(truth_data)
     if turned[0] != turned[1]:
         raise UserError(
@@ -106,10 +107,23 @@ def _read(name: str, image: Path, mask: Path, allow_empty: bool) -> Pair:
     )  # fmt: skip
 
 
+def _mask(path: Path, allow_empty: bool) -> Mask:
+    """A mask; what Pillow says of one that it cannot decode is put into words."""
+    try:
+        return read_mask(path, allow_empty)
+    except UserError as error:
+        if not isinstance(error.__cause__, Exception):
+            raise
+        reason = why_undecodable(error.__cause__)
+        raise UserError(
+            f"{path}: the mask cannot be decoded: {reason}; replace or remove it."
+        ) from error
+
+
 def _bytes(path: Path, what: str) -> bytes:
     """A picture's bytes; what cannot be read, or is a text, is named."""
     try:
-        data = path.read_bytes()
+        data = image_bytes(path)
     except OSError as error:
         raise UserError(
             f"{path}: the {what} cannot be read: {error.strerror}; replace or remove it."
@@ -120,14 +134,7 @@ def _bytes(path: Path, what: str) -> bytes:
 
 def read_list(file: Path, known: Sequence[str]) -> list[str]:
     """Names of a list file, one a line (with or without ending); raises for a name not known."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"List {file} is missing; correct `options:` of the data set.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"List {file} is not a text file in UTF-8; save it so.") from None
-    except OSError as error:
-        raise UserError(f"List {file} cannot be read: {error.strerror}; name a file.") from error
+    lines = read_text(file, "correct `options:` of the data set").splitlines()
     have, names = set(known), []
     for number, line in enumerate(lines, start=1):
         entry = line.strip()
