@@ -57,6 +57,7 @@ FILES = {
     "open bracket": ("suite: [1\n", ["not valid YAML (line"]),
     "object": ("suite: !!python/object:os.system x\n", ["not valid YAML"]),
     "list": ("- suite\n", ["mapping"]),
+    "table": ("tables: {audit2: {rows: []}}\n", ["tables.audit2", "other results are called so"]),
     "twice": ("suite: quick\nsuite: smoke\n", ["line 2", "'suite' stands twice"]),
     "endless": ("suite: &a [*a]\n", ["anchors repeat"]),
     "billions": (

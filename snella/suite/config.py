@@ -40,7 +40,19 @@ Name = Annotated[str, AfterValidator(check_name)]
 """A row, backbone or protocol: part of paths."""
 Column = Annotated[str, AfterValidator(partial(check_name, dots=False))]
 """A data set, group or suite: part of paths, and of file names that Snakemake takes apart."""
-TableName = Annotated[str, AfterValidator(partial(check_name, dots=False, hyphens=False))]
+TAKEN = re.compile(r"(figure|audit|report|lr_sweep).*|.*_(statistics|ranks|vs_published).*")
+"""What other results are called; the rules of the workflow tell them from tables so."""
+
+
+def _not_taken(name: str) -> str:
+    if TAKEN.fullmatch(name):
+        raise ValueError("other results are called so; choose a name such as 'table_1'")
+    return name
+
+
+TableName = Annotated[
+    str, AfterValidator(partial(check_name, dots=False, hyphens=False)), AfterValidator(_not_taken)
+]
 Digest = Annotated[str, Field(pattern="^[0-9A-Fa-f]+$"), AfterValidator(str.lower)]
 """A published digest or its beginning, in hexadecimal."""
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED, strict=True)]
