@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -18,6 +19,8 @@ from typing import IO, Any, BinaryIO
 from snella.errors import REMEDIES, UserError
 
 CHUNK = 1 << 24
+OWN = f"{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-"
+"""Begins the ending of temporary files of this machine; the process number follows."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -28,7 +31,7 @@ def atomic(path: Path) -> Iterator[Path]:
     What earlier processes left behind when they were killed is removed.
     Raises :class:`~snella.errors.UserError` when the disk is full or not writable.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{OWN}{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, glob.escape(path.name))
@@ -45,9 +48,12 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what processes left behind in ``folder`` when they were killed while they wrote."""
-    for old in folder.glob(f".{name}.*"):
-        number = old.name.rpartition(".")[2]
+    """Remove what processes of this machine left behind in ``folder`` when they were killed.
+
+    Others may write to the same folder; whether theirs are alive cannot be told from here.
+    """
+    for old in folder.glob(f".{name}.{OWN}*"):
+        number = old.name.rpartition("-")[2]
         if number.isdigit() and not _alive(int(number)):
             old.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from snella.data.prepared import Prepared, SealedTargets
 from snella.errors import UserError
+from snella.files import OWN
 from snella.runs import execute as running
 from snella.runs.evaluate import evaluate
 from snella.runs.train import load_run
@@ -266,11 +267,12 @@ def test_what_a_killed_process_was_writing_is_removed_at_the_start(make_run, tmp
     chosen = make_run(epochs=1, warmup_epochs=0)
     execute(chosen, tmp_path)
     folder = file(tmp_path, ".lock").parent
-    dead, alive = folder / ".checkpoint.pt.4194305", folder / f".x.json.{os.getpid()}"
-    dead.write_bytes(b"half")
-    alive.write_bytes(b"half")
+    dead, alive = folder / f".checkpoint.pt.{OWN}4194305", folder / f".x.json.{OWN}{os.getpid()}"
+    elsewhere = folder / ".checkpoint.pt.0123abcd-4194305"
+    for path in (dead, alive, elsewhere):
+        path.write_bytes(b"half")
     execute(chosen, tmp_path)
-    assert not dead.exists() and alive.exists()
+    assert not dead.exists() and alive.exists() and elsewhere.exists()
 
 
 def test_a_second_process_waits_and_takes_what_the_first_finished(make_run, tmp_path, capsys):
