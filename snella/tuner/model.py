@@ -193,8 +193,10 @@ class SnellaModel(BaseTuner):
         state: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        # By their names too, which the modules inside FullyShardedDataParallel do not tell PEFT.
-        return state | {key: t for key, t in state_dict.items() if f".{cls.prefix}" in key}
+        # FullyShardedDataParallel hides the names by which PEFT looks for modules inside it.
+        if any("_fsdp_wrapped_module" in name for name, _ in model.named_modules()):
+            state |= {key: t for key, t in state_dict.items() if f".{cls.prefix}" in key}
+        return state
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
