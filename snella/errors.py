@@ -80,6 +80,9 @@ def explain(error: BaseException) -> Outcome:
     if isinstance(error, UnicodeDecodeError):
         where = f"byte {error.start}, {error.reason}"
         return Outcome(f"A text file is not UTF-8 ({where}); save it as UTF-8.", MISTAKE)
+    if isinstance(error, UnicodeEncodeError):
+        word = ascii(error.object)[:LINE]
+        return Outcome(f"{word} holds letters that cannot be written; rename it.", MISTAKE)
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and package not in ("", "snella"):
         line = f"The Python package {package!r} is missing; install it (`pip install {package}`)"

@@ -87,7 +87,20 @@ def test_no_record_is_none(tmp_path):
     assert records.read_record(tmp_path) is None
 
 
-@pytest.mark.parametrize("content", ['{"schema": 0}', "{}", "[]", '{"schema": 99}'])
+def test_a_record_of_a_newer_version_is_no_reason_to_delete_it(tmp_path):
+    (tmp_path / "record.json").write_text('{"schema": 99}')
+    with pytest.raises(UserError, match=r"record\.json.*schema 99.*update snella"):
+        records.read_record(tmp_path)
+
+
+def test_text_that_is_no_utf8_stays_readable(tmp_path):
+    """Arguments with such bytes stand in a record as lone surrogates."""
+    (tmp_path / "record.json").write_text('{"schema": 0, "x": "\\udcff"}')
+    with pytest.raises(UserError, match="schema 0"):
+        records.read_record(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"schema": 0}', "{}", "[]"])
 def test_another_schema_is_refused_with_the_remedy(tmp_path, content):
     (tmp_path / "record.json").write_text(content)
     with pytest.raises(UserError, match=r"record\.json.*schema.*delete"):
@@ -154,3 +167,11 @@ def test_a_file_that_is_no_record_names_the_copy_that_counts(tmp_path, kind):
     (tmp_path / "finished.json").unlink()
     with pytest.raises(UserError, match="delete it and rerun"):
         records.read_record(tmp_path)
+
+
+def test_settings_of_another_shape_are_shown_as_far_as_they_go(tmp_path):
+    from snella.report.runs.details import describe
+
+    (tmp_path / "config.json").write_text('{"backbone": 3, "method": ["x"], "suite": "mine"}')
+    run = describe(tmp_path)["run"]
+    assert (run["suite"], run["backbone"], run["method"]) == ("mine", "", "")

@@ -226,6 +226,15 @@ def test_what_training_drops_costs_nothing(settings):
     assert found == [40 * protocol.epochs, 32 * protocol.epochs]
 
 
+@pytest.mark.parametrize("text", ["[]", '{"counts": [1]}', '{"counts": {"train": "many"}}'])
+def test_a_manifest_of_another_shape_tells_no_sizes(settings, text):
+    from snella.jobs.budget import split_sizes
+
+    config = configured(settings)
+    (plan.prepared_folder(config, "tiny") / "manifest.json").write_text(text)
+    assert split_sizes(config, "tiny") is None
+
+
 def test_what_runs_lack_is_named_at_once(settings, tmp_path):
     from snella.jobs.inputs import missing_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import shutil
 import statistics
 from collections import Counter, defaultdict
@@ -206,8 +207,9 @@ def split_sizes(config: Config, name: str) -> dict[str, int] | None:
     """Examples per split: as prepared, else as published, else unknown."""
     try:
         manifest = (plan.prepared_folder(config, name) / MANIFEST).read_text()
-        return dict(json.loads(manifest)["counts"])
-    except (OSError, ValueError, KeyError):
+        counts = json.loads(manifest)["counts"]
+        return {split: operator.index(count) for split, count in counts.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         official = OFFICIAL.get(str(config.datasets[name].options.get("official")))
     if official is None:
         return None

@@ -61,11 +61,12 @@ def describe(folder: Path, *, check: bool = True) -> dict[str, Any]:
 
 def _unfinished(settings: Mapping[str, Any]) -> Record:
     """What is known of a run before it has a record."""
-    names = {part: settings.get(part, {}).get("name", "") for part in ("backbone", "dataset")}
+    parts = ("backbone", "dataset", "method")
+    found = {part: settings.get(part) for part in parts}
+    names = {k: v.get("name", "") if isinstance(v, dict) else "" for k, v in found.items()}
     run = {
         "suite": settings.get("suite", ""),
         **names,
-        "method": settings.get("method", {}).get("name", ""),
         "protocol": settings.get("protocol_name", ""),
         "seed": settings.get("seed", 0),
     }
