@@ -65,7 +65,7 @@ def test_from_one_file_to_a_row_in_the_table(elsewhere: Path) -> None:
     """A new file, a file by path, a broken one: good rows finish; an edit retrains its row only."""
     assert main(["new-baseline", "mymethod"]) == 0
     file = elsewhere / "baselines" / "mymethod.py"
-    (elsewhere / "broken.py").write_text("import torhc\n")
+    (elsewhere / "broken.py").write_text(f"{EXAMPLE.read_text()}\nimport torhc\n")
     rows = {"mymethod": {"label": "My method"}, "svf": {"file": str(EXAMPLE), "label": "SVF"}}
     write_config(elsewhere, {**rows, "broken": {"file": "broken.py"}})
 

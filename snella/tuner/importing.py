@@ -112,6 +112,9 @@ def _fit(layer: SnellaLayer, delta: Tensor, steps: int) -> None:
         _bilinear(kernel, a, b, scalars.view(layer.slices, -1), _before(target, config.sparsify))
     if not target.any():
         return
+    own = [t for t in (a, b, scalars) if t.numel()]
+    # Copies: an optimizer's steps on the adapter's own tensors would count as its training.
+    a, b, scalars = (t.detach().clone().requires_grad_() for t in (a, b, scalars))
     trained = [t for t in (a, b, scalars) if t.numel()]
     rates = [0.001 * float(t.detach().abs().mean()) for t in trained]
     groups = [{"params": [t], "lr": rate} for t, rate in zip(trained, rates, strict=True)]
@@ -134,9 +137,8 @@ def _fit(layer: SnellaLayer, delta: Tensor, steps: int) -> None:
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        for tensor, value in zip(trained, kept, strict=True):
+        for tensor, value in zip(own, kept, strict=True):
             tensor.copy_(value)
-            tensor.grad = None
 
 
 def _before(update: Tensor, form: str | None) -> Tensor:
