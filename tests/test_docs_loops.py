@@ -40,8 +40,11 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert kept == int(0.3 * sum(layer.slice_size * layer.slices for layer in layers))
 
 
-def test_lightning_resumes_exactly_in_mid_epoch(tmp_path: Path) -> None:
+def test_lightning_resumes_exactly_in_mid_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lightning = pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)  # Lightning writes its last checkpoint where it is called
     classes, _, training = EXAMPLES["Lightning"].partition("dataset = ")
     space: dict[str, Any] = {}
     exec(classes, space)
