@@ -28,8 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "slurm"))
 from cluster import Cluster, missing  # noqa: E402
 
-from snella.jobs.worker import IDLE_SECONDS  # noqa: E402
-
 SPENT: list[float] = []
 """CPU seconds of each orphan that has ended."""
 
@@ -77,7 +75,6 @@ def finished_tree(work: Path, seeds: int, cluster: Cluster) -> Path:
     }  # fmt: skip
     (work / "my.yaml").write_text(yaml.safe_dump(config))
     snakemake(work, cluster)
-    time.sleep(IDLE_SECONDS + 5)  # the local workers end, and do not count
     return work
 
 

@@ -193,7 +193,7 @@ def test_any_pairs(tmp_path, pairs):
 )
 def test_any_arguments(arguments):
     verb = arguments[0] if arguments else ""
-    if verb not in ("run", "worker", "execute", "prepare", "check", "new-baseline", "schema"):
+    if verb not in ("run", "execute", "prepare", "check", "new-baseline", "schema"):
         calmly("methods", *arguments)
         if arguments:
             calmly(*arguments)

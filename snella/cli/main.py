@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from snella.errors import BROKEN, MISTAKE, UserError, explain, plain, record_traceback
 
-WARM = ["execute", "--warm"]
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     _speakable()
     try:
-        if given[:2] == WARM and (done := _hand_over(given)) is not None:
+        if given[:1] == ["execute"] and (done := _hand_over(given)) is not None:
             return done
         from snella.cli.parser import OVERVIEW, parse  # imports more than handing over costs
 
@@ -37,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         options = parse(given)  # --help and --version end here
         _check_environment()
-        options.main = main
         status = _call(options)
         sys.stdout.flush()
         return status
@@ -66,7 +64,7 @@ def _hand_over(given: Sequence[str]) -> int | None:
     """Let a warm worker do a run of the workflow; None where there is none."""
     from snella.jobs import worker
 
-    return worker.call(["execute", *given[2:]]) if worker.available() else None
+    return worker.call(list(given)) if worker.PLACE in os.environ else None
 
 
 def _say(line: str, status: int) -> int:

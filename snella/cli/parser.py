@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,6 +88,7 @@ def _verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
     return found
 
 
+@cache
 def build_parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -134,8 +136,6 @@ def _running(verb: Callable[..., Any]) -> None:
     execute.add_argument(
         "--stage", choices=("all", "train"), default="all", help="where to stop (default: all)"
     )
-    execute.add_argument("--warm", action="store_true", help="use a warm worker")
-    verb(verbs.worker, "snella worker")
 
     retry = _with_config(verb(runs.retry, "snella retry", "snella retry digits/lora-8/seed0"))
     retry.add_argument("runs", nargs="*", help="runs (default: all that failed)")

@@ -78,13 +78,6 @@ def execute(options: argparse.Namespace) -> int:
     return 0 if record["status"] in ("ok", "diverged") else 1
 
 
-def worker(options: argparse.Namespace) -> None:
-    """Run many short jobs without paying torch's import for each; the workflow starts it."""
-    from snella.jobs import worker as warm
-
-    warm.serve(options.main)
-
-
 def check(options: argparse.Namespace) -> int:
     """Run the contract suite on one method and print a report; status 1 if something fails."""
     from snella.suite import plan as planning

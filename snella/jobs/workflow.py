@@ -58,32 +58,14 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-def _keep_going(workflow: Any) -> None:
-    """Let a cluster job of several cells go on after one of them failed.
-
-    Profiles do not reach Snakemake on a node. Its settings are there once it plans its jobs, which
-    is when it asks for their inputs.
-    """
-    if workflow.remote_exec and workflow.execution_settings is not None:
-        workflow.execution_settings.keep_going = True
-
-
 class WorkflowPlan:
     """The plan of a configuration, indexed by the paths that Snakemake knows."""
 
-    def __init__(
-        self,
-        config: Config,
-        overlay: dict[str, Any],
-        remote: Callable[[], bool] = lambda: False,
-        dryrun: Callable[[], bool] = lambda: False,
-        settle: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.config, self.dryrun, self.settle = config, dryrun, settle
-        self.requests = Requests(config, remote)
+    def __init__(self, config: Config, overlay: dict[str, Any], workflow: Any = None) -> None:
+        self.config, self.workflow = config, workflow
+        self.requests = Requests(config, lambda: workflow is not None and workflow.non_local_exec)
         self._overlay = json.dumps(overlay, sort_keys=True, default=str)
         self.runs = {run.record.as_posix(): run for run in plan.plan(config)}
-        self.warm = "--warm" if config.warm_workers else ""
         devices.announce(config.gpu_share)
         self._origin = cache(lambda name: json.dumps(origin_of(config, name), sort_keys=True))
 
@@ -98,15 +80,7 @@ class WorkflowPlan:
             merged = configuration.typed(dict(config), files)
             found = configuration.from_snakemake(merged, files)
             os.environ.setdefault("SNELLA_CHECKOUT", str(configuration.CHECKOUT))  # for envs/
-            if found.warm_workers and workflow.remote_exec:
-                worker.start_in_job(sys.argv)
-            return cls(
-                found,
-                merged,
-                lambda: bool(workflow.non_local_exec),
-                lambda: bool(workflow.dryrun),
-                lambda: _keep_going(workflow),
-            )
+            return cls(found, merged, workflow)
         except Exception as error:
             outcome = explain(error)
             if outcome.status != MISTAKE:
@@ -180,8 +154,8 @@ class WorkflowPlan:
             self._require_inputs(jobs)
             records = [str(job.output[0]) for job in jobs if job.rule.name == "run"]
             cells.begin(records)
-            if records and self.warm and not workflow.non_local_exec:
-                worker.start_early()
+            if records and self.config.warm_workers and not workflow.non_local_exec:
+                self.worker = worker.start()
             chosen = retries.Retries(records, name)
             retries.install(chosen, _say)
             if name:
@@ -201,11 +175,24 @@ class WorkflowPlan:
     def _records(self, runs: Iterable[Run]) -> list[str]:
         """The records of runs; a dry run says here what these lack."""
         runs = list(runs)
-        if self.dryrun():
+        if self.workflow is not None and self.workflow.dryrun:
             for line in missing_of(self.config, runs):
                 if self.config.first_time("missing", line):
                     _say(line)
         return [run.record.as_posix() for run in runs]
+
+    def _settle_in_job(self) -> None:
+        """In a cluster job of several cells, share the imports, and go on after one has failed.
+
+        Neither profiles nor hooks reach Snakemake on a node. Its settings are there once it plans
+        its jobs, which is when it asks for their inputs.
+        """
+        here = self.workflow
+        if here is not None and here.remote_exec and here.execution_settings is not None:
+            here.execution_settings.keep_going = True
+            several = len(here.dag_settings.target_jobs) > 1
+            if several and self.config.warm_workers and worker.PLACE not in os.environ:
+                self.worker = worker.start()
 
     def _begin_slurm(self, workflow: Any) -> str:
         """Check what is asked of SLURM, wait for former jobs, return the new jobs' common name."""
@@ -239,7 +226,7 @@ class WorkflowPlan:
 
     def backbone_file(self, wildcards: Any) -> list[str]:
         """The files of the backbone's weights that are there."""
-        self.settle()
+        self._settle_in_job()
         return [file.as_posix() for file in present(self.run(wildcards).backbone.entry)]
 
     def method_file(self, wildcards: Any) -> str:

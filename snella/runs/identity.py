@@ -26,7 +26,7 @@ from snella.errors import UserError, one_line
 from snella.files import digest_file, digest_json, sha256
 from snella.models.backbone_files import RANDOM, file_digest, require, weights_path
 from snella.runs.run import Run
-from snella.tasks import TaskInfo, find_task, task_names
+from snella.tasks import TaskInfo
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _PLUMBING = (
@@ -94,11 +94,9 @@ def _stage(method: str, entry: str, task: str, tasks: str, own: tuple[str, ...])
 
 
 def preload() -> None:
-    """Read the sources that runs of the shipped tasks share, for processes that are forked off."""
-    for name in task_names():
-        info = find_task(name)
-        _stage("", info.implementation, name, "tasks", TRAINING)
-        _stage("", info.scorer, name, "tasks", EVALUATION)
+    """Read all sources that runs may share, for processes that are forked off."""
+    for file in PACKAGE.rglob("*.py"):
+        _read(file, file.stat().st_mtime_ns, False)
 
 
 def prepare_key(task: TaskInfo) -> dict[str, object]:

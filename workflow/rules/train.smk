@@ -26,9 +26,8 @@ rule run:
     params:
         settings=PLAN.settings,
         code=PLAN.code,
-        warm=PLAN.warm,
     shell:
-        "snella execute {params.warm} --settings {params.settings:q} > {log:q} 2>&1"
+        "snella execute --settings {params.settings:q} > {log:q} 2>&1"
         " && {{ [ -t 2 ] || tail -n 1 {log:q} >&2; }} || {{ tail -n 1 {log:q} >&2; exit 1; }}"
 
 
@@ -54,7 +53,6 @@ rule train:
     params:
         settings=PLAN.settings,
         code=PLAN.training_code,
-        warm=PLAN.warm,
     shell:
-        "snella execute {params.warm} --stage train --settings {params.settings:q}"
+        "snella execute --stage train --settings {params.settings:q}"
         " > {log:q} 2>&1 || {{ tail -n 1 {log:q} >&2; exit 1; }}"
