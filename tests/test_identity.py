@@ -21,7 +21,7 @@ from snella.jobs import tables
 from snella.jobs.prepare import prepare_dataset
 from snella.records import write_record
 from snella.runs import execute as running
-from snella.runs import identity, train
+from snella.runs import identity, sources, train
 from snella.runs.train import load_run, open_data, run_identity
 from snella.suite import plan, status
 from snella.suite.config import load
@@ -38,7 +38,8 @@ EDITS = {
     "snella/equations/sparsify.py": {"snella"},
     "snella/tuner/allocator.py": {"snella"},
     "snella/backends/cpu.cpp": {"snella"},
-    "snella/methods/calibration.py": {"snella", "gps", "lora", "full"},
+    "snella/methods/calibration.py": {"gps"},
+    "snella/tuner/export.py": set(),
     "snella/methods/step.py": {"snella", "gps", "lora", "full"},
     "snella/runs/trainer.py": {"snella", "gps", "lora", "full"},
     "snella/tasks/classification/task.py": {"snella", "gps", "lora", "full"},
@@ -105,6 +106,39 @@ def test_an_edit_makes_exactly_the_runs_stale_that_it_can_move(copy):
         assert {row for row in ROWS if after[row][0] != before[row][0]} == stale, name
         scored = name.endswith("score.py")
         assert all((after[row][1] != before[row][1]) == scored for row in ROWS), name
+
+
+def test_a_name_that_an_interface_hands_on_counts_for_those_who_import_it(copy):
+    before = keys(copy)
+    file = copy / "snella" / "method.py"
+    original = file.read_text()
+    more = original.replace('    "trainable",\n', '    "trainable",\n    "freeze",\n')
+    file.write_text(more.replace("import count_parameters,", "import count_parameters, freeze,"))
+    assert more != file.read_text() != original and keys(copy) == before
+    file.write_text(original.replace("    slots,\n", "    block_paths as slots,\n"))
+    after = keys(copy)
+    file.write_text(original)
+    assert {row for row in ROWS if after[row] != before[row]} == {"snella", "lora"}
+
+
+@pytest.mark.parametrize(
+    "statement,followed",
+    [
+        ("from snella import SnellaConfig", True),
+        ("import snella", True),
+        ("import snella.tuner.export", True),
+        ("from snella.tuner import *", True),
+        ("from snella.tuner import convert_to_lora", True),
+        ("from snella.tuner import SnellaConfig", False),
+        ("from snella.method import Method", False),
+    ],
+)
+def test_names_of_the_package_lead_to_the_code_behind_them(tmp_path, make_run, statement, followed):
+    file = tmp_path / "mine.py"
+    file.write_text(statement)
+    run = make_run()
+    run = run.model_copy(update={"method": run.method.model_copy(update={"file": str(file)})})
+    assert ("snella.tuner.export" in identity.training_sources(run).code) == followed
 
 
 def test_docstrings_and_comments_move_nothing(copy):
@@ -309,9 +343,9 @@ def test_what_counts_of_a_method_file(tmp_path, make_run, old, new, training, me
     def keys(source: str) -> tuple[object, str]:
         file.write_text(source)
         identity._stage.cache_clear()
-        identity._read.cache_clear()
-        identity._merge_code.cache_clear()
-        return identity.training_key(run)["code"], identity.merge_code(str(file))
+        sources._read.cache_clear()
+        sources._merge_code.cache_clear()
+        return identity.training_key(run)["code"], sources.merge_code(str(file))
 
     assert METHOD.count(old) >= 1
     before, after = keys(METHOD), keys(METHOD.replace(old, new, 1))
@@ -327,7 +361,7 @@ def test_a_helper_beside_a_method_file_counts(tmp_path, make_run):
     for content in ("x = 1\n", "x = 2\n"):
         (tmp_path / "beside_it.py").write_text(content)
         identity._stage.cache_clear()
-        identity._read.cache_clear()
+        sources._read.cache_clear()
         found.append(identity.training_sources(run))
     assert found[0].code["beside_it"] != found[1].code["beside_it"]
     assert found[0].libraries == found[1].libraries and "beside_it" not in found[0].libraries
@@ -339,8 +373,7 @@ def test_a_helper_beside_a_method_file_counts(tmp_path, make_run):
 def test_sources_in_other_encodings_are_read(tmp_path, content):
     file = tmp_path / "mine.py"
     file.write_bytes(content)
-    text, _, _ = identity._read(file, 0, True)
-    assert text.startswith("X = ")
+    assert sources._read(file, 0, True).text.startswith("X = ")
 
 
 FAMILY = {
@@ -382,7 +415,7 @@ def test_a_family_of_ones_own_is_followed_through_relative_imports(tmp_path, mak
         before = key()
         file = tmp_path / name / f"{module}.py"
         file.write_text(file.read_text() + "MOVED = 1\n")
-        identity._read.cache_clear()
+        sources._read.cache_clear()
         return key() != before
 
     assert edited("drawing", lambda: identity.prepare_key(run.task))

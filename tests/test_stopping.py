@@ -148,6 +148,67 @@ def test_a_signal_while_predicting_costs_no_training(make_run, tmp_path, monkeyp
     assert same(*runs)
 
 
+class Killed(BaseException):
+    """What no one catches, as nothing runs after SIGKILL."""
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize(
+    "method,protocol", [("full", {"ema_decay": 0.9}), ("snella", {"evaluate_every": 1})]
+)
+def test_a_kill_while_predicting_costs_no_step(
+    make_run, tmp_path, monkeypatch, method, protocol, epoch
+):
+    from snella.tasks.classification.task import Classification
+
+    chosen = make_run(method, **{"evaluate_every": 1, **protocol})
+    runs = [at(chosen, tmp_path / name) for name in ("whole", "killed")]
+    complete, predict = running.execute(runs[0]), Classification.predict
+
+    def killed(self, model, split, folder):
+        if f"epoch{epoch:04d}" in folder.parts and split == "test":
+            raise Killed
+        return predict(self, model, split, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "predict", killed)
+        with pytest.raises(Killed):
+            running.execute(runs[1])
+    steps = count_steps(monkeypatch)
+    assert running.execute(runs[1])["files"] == complete["files"]
+    assert steps == [3 * (2 - epoch)] and same(*runs)
+
+
+def test_what_was_predicted_before_a_kill_is_kept(make_run, tmp_path, monkeypatch):
+    """Also what the last epoch predicted; the time of a part is no time per image."""
+    run = at(make_run(evaluate_every=10), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("snella.runs.train._write_adapter", lambda *arguments: 1 / 0)
+        assert running.execute(run)["status"] == "failed"
+    (file,) = (run.folder / "predictions/epoch0002/test").iterdir()
+    written = file.stat().st_mtime_ns
+    assert count_steps(monkeypatch) == [0]
+    record = running.execute(run)
+    assert record["status"] == "ok" and file.stat().st_mtime_ns == written
+    assert record["cost"]["inference_seconds_per_image"] is None
+
+
+def test_a_method_that_moves_frozen_weights_fails_however_often_it_is_tried(make_run, tmp_path):
+    file = tmp_path / "mover.py"
+    file.write_text(
+        "from snella.method import Method\n"
+        "class Mover(Method):\n"
+        "    def adapt(self, model):\n        model.cls_token.requires_grad_(True)\n"
+        "    def on_step_end(self, model):\n        model.pos_embed.data += 1\n"
+    )
+    run = at(make_run(), tmp_path)
+    run = run.model_copy(update={"method": run.method.model_copy(update={"file": str(file)})})
+    run = run.model_copy(update={"protocol": run.protocol.model_copy(update={"epochs": 1})})
+    for _ in range(2):
+        with pytest.raises(running.UserError, match="moves pos_embed"):
+            running.execute(run)
+
+
 def test_a_second_signal_does_not_disturb_the_checkpoint(make_run, tmp_path, monkeypatch):
     run = at(make_run(), tmp_path)
     with monkeypatch.context() as patch:

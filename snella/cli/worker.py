@@ -50,12 +50,12 @@ def _preload() -> None:
         __import__(name)
     from snella import records
     from snella.cli import parser
-    from snella.runs import identity
+    from snella.runs import sources
     from snella.tasks import find_task, task_names
 
     parser.build_parser()
     records.provenance()
-    identity.preload()
+    sources.preload()
     for name in task_names():
         info = find_task(name)
         info.task_class()

@@ -338,6 +338,6 @@ class WorkflowPlan:
 def _report_code() -> str:
     """The digest of all that writes tables, published numbers included."""
     from snella.files import digest_tree
-    from snella.runs.identity import PACKAGE
+    from snella.runs.sources import PACKAGE
 
     return digest_tree(PACKAGE / "report")

@@ -1,48 +1,24 @@
 """Identity: what can move a number makes a run stale, and nothing else.
 
-A stage depends on the source of every module that it imports, found by following imports from
-its entry points; on the versions of the libraries these import; on the resolved settings; and on
-the contents of data and weights. Comments, docstrings, blank lines and the order of imports are no
-part of a source, nor are modules that only carry messages and files. All is by content and never by
-a local path, so that two laboratories can compare identities.
+A stage depends on the sources that it executes (:mod:`snella.runs.sources`), on the versions of the
+libraries that these import, on the resolved settings, and on the contents of data and weights. All
+is by content and never by a local path, so that two laboratories can compare identities.
 """
 
 from __future__ import annotations
 
-import ast
-import io
-import os
 import sys
-import tokenize
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
-from importlib.util import find_spec, resolve_name
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from snella.errors import UserError, one_line
-from snella.files import digest_file, digest_json, sha256
+from snella.files import digest_file, digest_json
 from snella.models.backbone_files import RANDOM, file_digest, require, weights_path
 from snella.runs.run import Run
+from snella.runs.sources import PACKAGE, Sources, closure, merge_code
 from snella.tasks import TaskInfo
 
-PACKAGE = Path(__file__).resolve().parents[1]
-_PLUMBING = (
-    "errors",
-    "files",
-    "validation",
-    "records",
-    "runs.identity",
-    "runs.run",
-    "runs.stopping",
-)
-PLUMBING = frozenset(f"snella.{name}" for name in _PLUMBING)
-"""Modules that carry messages, files and settings, and compute nothing of a result."""
-METHOD = "method"
-TRAINING = ("runs/train.py",)
-EVALUATION = ("runs/evaluate.py",)
+TRAINING, EVALUATION = "snella.runs.train:train", "snella.runs.evaluate:evaluate"
 _SHARED: dict[str, Any] = {
     **dict.fromkeys(("backbone", "method", "protocol", "settings", "tasks"), True),
     "dataset": {"task"},
@@ -50,25 +26,6 @@ _SHARED: dict[str, Any] = {
 _Stats = tuple[tuple[Path, int, int], ...]
 _digests: dict[str, str] = {}
 _latest: list[tuple[tuple[object, ...], str]] = []
-ALWAYS = ("numpy", "torch")
-DISTRIBUTIONS = {
-    "PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml",
-    "segment_anything": "segment-anything", "open_clip": "open_clip_torch",
-}  # fmt: skip
-NO_RESULT = frozenset({"rich", "pydantic", "yaml", "typing_extensions"})
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The digest of each source by module name, and the versions of the imported libraries."""
-
-    code: dict[str, str]
-    libraries: dict[str, str]
-
-    @cached_property
-    def key(self) -> dict[str, object]:
-        """What of it enters an identity."""
-        return {"code": digest_json(self.code), "libraries": self.libraries}
 
 
 def training_sources(run: Run) -> Sources:
@@ -82,46 +39,19 @@ def evaluation_sources(run: Run) -> Sources:
 
 
 @cache
-def _stage(method: str, entry: str, task: str, tasks: str, own: tuple[str, ...]) -> Sources:
+def _stage(method: str, entry: str, task: str, tasks: str, own: str) -> Sources:
     roots = {"snella": PACKAGE}
     if (Path(tasks) / task / "__init__.py").exists():
         roots[task] = (Path(tasks) / task).resolve()
-    starts = [_Module(METHOD, Path(method))] if method else []
-    starts += [_Module(f"snella/{name}", PACKAGE / name) for name in own]
-    name = entry.partition(":")[0]
-    starts += _find(name, roots[name.partition(".")[0]])
-    return _closure(starts, roots)
-
-
-def preload() -> None:
-    """Read all sources that runs may share, for processes that are forked off."""
-    for file in PACKAGE.rglob("*.py"):
-        _read(file, file.stat().st_mtime_ns, False)
+    return closure((own, entry), roots, method)
 
 
 def prepare_key(task: TaskInfo) -> dict[str, object]:
     """What preparing a family's data executes."""
     module = task.prepare.__module__
-    file = Path(sys.modules[module].__file__ or "")
     top = module.partition(".")[0]
-    if top == "snella":
-        return _closure([_Module("prepare", file)], {top: PACKAGE}).key
     folder = Path(sys.modules[top].__file__ or "").parent
-    return _closure([_Module(module, file)], {"snella": PACKAGE, top: folder}).key
-
-
-def merge_code(file: str) -> str:
-    """The digest of a method file's ``merge`` methods, which run after training."""
-    return _merge_code(file, os.stat(file).st_mtime_ns)
-
-
-@cache
-def _merge_code(file: str, changed: int) -> str:
-    tree, lines = _parse(Path(file))
-    statements = list(_statements(tree))
-    merge = {n for node in statements if _is_merge(node) for n in _lines(node)}
-    rest = set(range(1, len(lines) + 1)) - merge
-    return sha256(_normalised(lines, rest | _docstrings(tree, statements, lines)).encode())
+    return closure([f"{module}:{task.prepare.__name__}"], {"snella": PACKAGE, top: folder}).key
 
 
 def settings_digest(run: Run) -> str:
@@ -219,203 +149,3 @@ def backbone_digest(run: Run) -> str:
 def weights_digest(path: Path, changed: _Stats) -> str:
     """The same of a file or folder with such :func:`stats`."""
     return file_digest(path)
-
-
-@dataclass(frozen=True)
-class _Module:
-    name: str
-    file: Path
-
-    def absolute(self, name: str) -> str:
-        """The full name of an import, which begins with dots where it is relative."""
-        if not name.startswith("."):
-            return name
-        package = self.name if self.file.stem == "__init__" else self.name.rpartition(".")[0]
-        try:
-            return resolve_name(name, package)
-        except ImportError:
-            return name.strip(".")  # which will not import
-
-
-def _closure(starts: Iterable[_Module], roots: dict[str, Path]) -> Sources:
-    """Follow imports from ``starts``; modules outside the roots count by their version."""
-    code: dict[str, str] = {}
-    libraries: set[str] = set(ALWAYS)
-    waiting = list(starts)
-    while waiting:
-        module = waiting.pop()
-        if module.name in code or module.name in PLUMBING:
-            continue
-        text, imports, companions = _read(
-            module.file, module.file.stat().st_mtime_ns, module.name == METHOD
-        )
-        code[module.name] = sha256("\n".join((text, *companions)).encode())
-        for name in (module.absolute(name) for name in imports):
-            top = name.partition(".")[0]
-            beside = module.file.with_name(f"{top}.py")
-            if top in roots:
-                waiting += _find(name, roots[top])
-            elif not top or top in sys.stdlib_module_names or top in NO_RESULT:
-                continue
-            elif _version(top) is None and beside.is_file():  # a helper that the file finds itself
-                waiting.append(_Module(top, beside))
-            else:
-                libraries.add(top)
-    return Sources(code, {name: v for name in sorted(libraries) if (v := _version(name))})
-
-
-@cache
-def _find(name: str, folder: Path) -> tuple[_Module, ...]:
-    """The module ``name`` and the packages it lies in; a trailing attribute is no module.
-
-    Top packages state public names, and those of tasks describe them: both compute nothing.
-    ``folder`` is that of the top package.
-    """
-    top, *parts = name.split(".")
-    found = []
-    for depth, part in enumerate(parts, 1):
-        path = ".".join((top, *parts[:depth]))
-        if (folder / part / "__init__.py").is_file():
-            folder = folder / part
-            if not path.startswith("snella.tasks"):  # which only describe, and import `prepare`
-                found.append(_Module(path, folder / "__init__.py"))
-        elif (folder / f"{part}.py").is_file():
-            found.append(_Module(path, folder / f"{part}.py"))
-            break
-    return tuple(found)
-
-
-def _parse(file: Path) -> tuple[ast.Module, list[str]]:
-    """A source and its lines; raises ``UserError`` for one that Python would not read."""
-    try:
-        tree = ast.parse(file.read_bytes(), str(file))
-        with tokenize.open(file) as stream:
-            return tree, stream.read().split("\n")
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{file} does not import: {one_line(error)}; correct the file.") from error
-
-
-@cache
-def _read(file: Path, changed: int, method: bool) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """A file's normalised text, the names it imports, and the digests of companion sources.
-
-    The ``merge`` of a method file, which training does not call, is left out.
-    """
-    tree, lines = _parse(file)
-    statements = list(_statements(tree))
-    imports = [n for n in statements if isinstance(n, ast.Import | ast.ImportFrom)]
-    dropped = _docstrings(tree, statements, lines)
-    dropped |= {n for node in imports for n in _whole_lines(node, lines)}
-    if method:
-        dropped |= {n for node in statements if _is_merge(node) for n in _lines(node)}
-    text = "\n".join((*sorted(map(ast.unparse, _single(imports))), _normalised(lines, dropped)))
-    companions: tuple[str, ...] = ()
-    if ".cpp" in text or ".cu" in text:
-        companions = tuple(
-            sha256((file.parent / node.value).read_bytes())
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Constant) and isinstance(node.value, str)
-            if node.value.endswith((".cpp", ".cu")) and (file.parent / node.value).is_file()
-        )
-    return text, tuple(dict.fromkeys(_imports(imports))), companions
-
-
-def _statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """All statements, without looking into expressions, and those that only a type checker sees."""
-    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-        for node in getattr(tree, field, ()):
-            yield node
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-                node = ast.Module(node.orelse, [])
-            yield from _statements(node)
-
-
-def _docstrings(tree: ast.Module, statements: Iterable[ast.AST], source: Sequence[str]) -> set[int]:
-    """The lines of docstrings."""
-    lines: set[int] = set()
-    for node in (tree, *statements):
-        body = getattr(node, "body", None)
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        if isinstance(node, kinds) and body and ast.get_docstring(node, clean=False) is not None:
-            lines.update(_whole_lines(body[0], source))
-    return lines
-
-
-def _whole_lines(node: ast.stmt, source: Sequence[str]) -> range:
-    """The lines of a statement, unless other code shares the first or the last of them."""
-    lines = _lines(node)
-    before = source[lines[0] - 1].encode()[: node.col_offset].strip()
-    after = source[lines[-1] - 1].encode()[node.end_col_offset :].strip()
-    return range(0) if before or (after and not after.startswith(b"#")) else lines
-
-
-def _is_merge(node: ast.AST) -> TypeGuard[ast.FunctionDef]:
-    """Whether this is the hook, and no function of that name that training may call."""
-    if not isinstance(node, ast.FunctionDef) or node.name != "merge":
-        return False
-    return [argument.arg for argument in node.args.args] == ["self", "model"]
-
-
-def _lines(node: ast.stmt) -> range:
-    """Of a statement, with its decorators."""
-    first = min(n.lineno for n in (node, *getattr(node, "decorator_list", ())))
-    return range(first, (node.end_lineno or first) + 1)
-
-
-def _normalised(source: Sequence[str], dropped: set[int]) -> str:
-    """The source without comments, the lines ``dropped``, trailing space and blank lines.
-
-    Within a string of several lines space is part of it.
-    """
-    lines, strings = list(source), set[int]()
-    for token in tokenize.generate_tokens(io.StringIO("\n".join(source)).readline):
-        (row, column), (end, _) = token.start, token.end
-        if token.type == tokenize.COMMENT:
-            lines[row - 1] = lines[row - 1][:column]
-        elif end > row and token.string.strip():
-            strings.update(range(row, end))
-    numbered = [(n, line) for n, line in enumerate(lines, 1) if n not in dropped]
-    kept = (line if n in strings else line.rstrip() for n, line in numbered)
-    return "\n".join(
-        line for (n, _), line in zip(numbered, kept, strict=True) if line or n in strings
-    )
-
-
-def _single(imports: Iterable[ast.Import | ast.ImportFrom]) -> Iterator[ast.stmt]:
-    """A statement for each imported name: how they are grouped and ordered is of no consequence."""
-    for node in imports:
-        for name in node.names:
-            if isinstance(node, ast.Import):
-                yield ast.Import([name])
-            else:
-                yield ast.ImportFrom(node.module, [name], node.level)
-
-
-def _imports(imports: Iterable[ast.Import | ast.ImportFrom]) -> Iterator[str]:
-    """Names of all imported modules."""
-    for node in imports:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        else:
-            module = "." * node.level + (node.module or "")
-            yield module
-            dot = "." if node.module else ""
-            yield from (f"{module}{dot}{alias.name}" for alias in node.names)
-
-
-@cache
-def _version(package: str) -> str | None:
-    """The version of the library that a top-level module belongs to; None if there is none."""
-    try:
-        return version(DISTRIBUTIONS.get(package, package))
-    except PackageNotFoundError:
-        pass
-    if find_spec(package) is None:
-        return None
-    names = _distributions().get(package, ())
-    return " ".join(f"{name} {version(name)}" for name in sorted(set(names))) or None
-
-
-@cache
-def _distributions() -> Mapping[str, list[str]]:
-    return packages_distributions()

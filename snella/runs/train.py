@@ -196,12 +196,12 @@ def _cost(progress: Progress) -> dict[str, Any]:
     """Costs of training, and of prediction as the model was trained."""
     rows = progress.history
     seconds = sum(row["train_seconds"] for row in rows)
-    seen = [row for row in rows if "predicted" in row][-1]
+    timed = [row["predict_seconds"] / row["predicted"] for row in rows if "predict_seconds" in row]
     return {
         "peak_memory_mb": progress.peak_memory_mb,
         "train_seconds": seconds,
         "train_seconds_per_image": seconds / sum(row["examples"] for row in rows),
-        "inference_seconds_per_image": seen["predict_seconds"] / seen["predicted"],
+        "inference_seconds_per_image": timed[-1] if timed else None,
     }
 
 

@@ -1,9 +1,10 @@
 """The one training loop: any method, any task, one protocol.
 
-Every epoch is seeded from (run seed, epoch) and ends with a checkpoint, so that a run killed
-at any moment continues from its last whole epoch to the bit-identical result. A run that a signal
-ends writes one after the step under way and continues from there. Predictions are files beside
-the checkpoint; the trainer knows no label and no metric.
+Every epoch is seeded from (run seed, epoch), and a checkpoint follows its last step, so that a run
+killed at any moment continues from its last whole epoch to the bit-identical result: where it
+was predicting, with the predictions that are missing. A run that a signal ends writes one after
+the step under way and continues from there. Predictions are files beside the checkpoint; the
+trainer knows no label and no metric.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,7 @@ class Trainer:
             self._restore(saved, optimizer)
         try:
             for epoch in range(self.progress.epoch + 1, self.epochs):
-                self._epoch(epoch, optimizer)
-                self._check_frozen(frozen)
+                self._epoch(epoch, optimizer, frozen)
         except Terminated:
             if self.begun is None or self.begun.losses:
                 self._write_checkpoint(optimizer)
@@ -169,17 +169,20 @@ class Trainer:
         augmented = views(split, seed, method.calibration_views)
         return ({**b, "views": v} for b, v in zip(batches, augmented, strict=True))
 
-    def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+    def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer, frozen: dict[str, int]) -> None:
+        """Train what is left of an epoch, keep that, and predict what is left to predict."""
         row = self._train(epoch, optimizer)
+        self._check_frozen(frozen)
+        last = epoch == self.epochs - 1
+        if last or (epoch + 1) % self.protocol.checkpoint_every == 0:
+            with whole():
+                self._write_checkpoint(optimizer)
         if self.protocol.looks(epoch, self.epochs):
             row |= self._predict(epoch)
         with whole():
             self.begun = None
             self.progress.epoch = epoch
             self.progress.history.append(row)
-            last = epoch == self.epochs - 1
-            if last or (epoch + 1) % self.protocol.checkpoint_every == 0:
-                self._write_checkpoint(optimizer)
         self.report(row, self.epochs)
 
     def _check_frozen(self, before: dict[str, int]) -> None:
@@ -276,10 +279,11 @@ class Trainer:
                 found = self.validate(folder)
                 if found is not None:
                     row["val"] = found
-            begin = time.perf_counter()
             folder = self._prediction_folder(epoch, "test")
+            begin, resumed = time.perf_counter(), any(folder.iterdir())
             row["predicted"] = self.task.predict(self.model, "test", folder)
-            row["predict_seconds"] = time.perf_counter() - begin
+            if not resumed:  # else this is the time of a part
+                row["predict_seconds"] = time.perf_counter() - begin
         return row
 
     def _prediction_folder(self, epoch: int, split: str) -> Path:
@@ -328,8 +332,10 @@ class Trainer:
                 parameter.copy_(values[name])
 
     def _write_checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.begun is not None and self.begun.random is None:
-            self.begun.random = random_state()
+        begun = None
+        if self.begun is not None:
+            self.begun.random = self.begun.random or random_state()
+            begun = {**vars(self.begun), "losses": torch.stack(self.begun.losses)}
         content = {
             "fingerprint": self.fingerprint,
             "state": self.method.state(self.model),
@@ -340,7 +346,7 @@ class Trainer:
             "epoch": self.progress.epoch,
             "history": self.progress.history,
             "peak_memory_mb": self.progress.peak_memory_mb,
-            "begun": None if self.begun is None else asdict(self.begun),
+            "begun": begun,
         }
         with atomic(self.checkpoint) as path:
             torch.save(content, path)
@@ -362,7 +368,8 @@ class Trainer:
             self.scaler.load_state_dict(saved["scaler"])
         self.ema = saved["ema"]
         self.progress = Progress(saved["epoch"], saved["history"], saved["peak_memory_mb"])
-        self.begun = None if saved["begun"] is None else Begun(**saved["begun"])
+        if (begun := saved["begun"]) is not None:
+            self.begun = Begun(**{**begun, "losses": list(begun["losses"])})
 
 
 def _grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

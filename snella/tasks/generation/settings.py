@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-import snella
 from snella.tasks.base import TaskSettings
 
 IMAGES, BASE, DRIFT = "images", "base", "drift"
@@ -15,7 +14,7 @@ IMAGES, BASE, DRIFT = "images", "base", "drift"
 
 LOCAL = "local-dir:"
 """Before a folder in open_clip's layout, in the place of an architecture's name."""
-CHECKOUT = Path(snella.__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[3]
 
 
 class GenerationSettings(TaskSettings):
