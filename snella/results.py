@@ -118,10 +118,5 @@ def _records(
         known = {folder.resolve() for folder in folders}
         for run in plan.plan(config):
             if run.folder.resolve() not in known:
-                yield Missing(
-                    run.method.name,
-                    run.dataset.name,
-                    run.seed,
-                    suite=run.suite,
-                    backbone=run.backbone.name,
-                )
+                names = run.method.name, run.dataset.name, run.seed
+                yield Missing(*names, run.suite, run.backbone.name)

@@ -130,10 +130,10 @@ def scored(
 def make(runs: Iterable[Any], suite: SuiteInfo | None = None, **changes: Any) -> Table:
     """A table of records."""
     suite = suite or REAL
-    selection, methods = changes.pop("selection", None), changes.pop("methods", METHODS)
+    methods = changes.pop("methods", METHODS)
     described = spec(**changes)
     frame = tidy(runs, subsets=described.subsets)
-    return build_table("table1", described, suite, methods, frame, selection)
+    return build_table("table1", described, suite, methods, frame)
 
 
 def write(

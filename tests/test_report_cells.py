@@ -45,7 +45,7 @@ def test_mean_over_tasks_weighs_tasks_and_over_groups_weighs_groups():
 @given(st.sets(st.sampled_from(DATASETS), min_size=1))
 def test_an_empty_cell_never_enters_a_mean(lost):
     runs = [
-        Missing("full", r["run"]["dataset"], 0)
+        Missing("full", r["run"]["dataset"], 0, "mine")
         if r["run"]["method"] == "full" and r["run"]["dataset"] in lost
         else r
         for r in records()
@@ -120,13 +120,12 @@ def test_parameters_survive_a_failed_run_and_costs_do_not():
 
 
 def test_another_selection_can_be_shown_from_the_same_records():
-    runs = records()
-    for run in runs:
-        run["metrics"]["best-test"] = {"epoch": 3, "top1": 0.6}
-    table = make(runs, selection="best-test")
+    metrics = {"last": {"epoch": 9, "top1": 0.5}, "best-test": {"epoch": 3, "top1": 0.6}}
+    table = make(records(metrics=metrics, protocol={"selection": "best-test"}))
     assert table.cells["full", "beetles"].mean == pytest.approx(60)
     assert "chosen on the test set" in table.caption
-    assert "no 'val' selection" in make(runs, selection="val").cells["full", "beetles"].note
+    lacking = make(records(metrics=metrics, protocol={"selection": "val"}))
+    assert "no 'val' selection" in lacking.cells["full", "beetles"].note
 
 
 def test_records_that_differ_may_not_share_a_table():
@@ -157,7 +156,7 @@ def test_a_record_of_another_suite_or_a_second_one_is_refused():
     with pytest.raises(UserError, match="suite 'quick' in a table of suite 'mine'"):
         make(records(suite="quick"))
     with pytest.raises(UserError, match="Two records of full on beetles, seed 0"):
-        make([record("full", "beetles", 0.5), Missing("full", "beetles", 0)])
+        make([record("full", "beetles", 0.5), Missing("full", "beetles", 0, "mine")])
 
 
 def test_no_metric_is_special():
@@ -174,13 +173,11 @@ def test_no_metric_is_special():
     assert table.cells["full", "beetles error"].text == "12.35"
     assert table.label(table.columns[2]) == "beetles ↓"
     assert "mDice, Error (%)" in table.caption
-    digits = [{"datasets_of": "fgvc", "metric": "error", "digits": 0}]
-    assert make(runs, columns=digits).cells["full", "beetles error"].text == "12"
     plain = make(runs, columns=[{"datasets_of": "fgvc"}])
     assert plain.cells["full", "beetles"].text == "0.9123"  # the records' primary metric
 
 
-def test_groups_of_a_record_are_columns_and_spread():
+def test_groups_of_a_record_are_columns():
     runs = records(datasets=["beetles"])
     for run in runs:
         run["groups"] = {"last": {"top1": {"b": 0.7, "a": 0.5}}}
@@ -192,9 +189,6 @@ def test_groups_of_a_record_are_columns_and_spread():
         ("All", "beetles"),
     ]
     assert [table.cells["full", c.key].text for c in table.columns] == ["50.0", "70.0", "50.0"]
-    spread = make(runs, columns=[{"datasets_of": "fgvc"}], spread="subsets")
-    assert spread.cells["full", "beetles"].spread == "14.1"
-    assert "parts of the test set" in spread.remarks[0]
 
 
 def test_columns_of_another_suite_stand_beside_it():

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from report_support import METHODS, QUICK, REAL, make, record, records, write
 from rich.console import Console
 
-from snella.report import Missing, compile_pdf, print_table
+from snella.errors import UserError
+from snella.report import Missing, compile_pdf, print_table, tidy
 from snella.report.latex import ONE_COLUMN, TWO_COLUMNS, choose_layout, escape, to_latex
 from snella.report.pdf import PAGE, run_pdflatex
+from snella.report.published import audit_texts
 from snella.report.table import Cell
 from snella.report.text import (
     Grid,
@@ -106,7 +108,7 @@ def test_spread_over_seeds_is_printed():
 def test_wide_and_tidy_csv_hold_full_precision(tmp_path):
     runs = records(1 / 3, seeds=[0, 1])
     runs = [r for r in runs if r["run"]["method"] != "linear"]
-    runs += [Missing("linear", "beetles", 0)]
+    runs += [Missing("linear", "beetles", 0, "mine")]
     write(tmp_path, runs)
     wide = {r["method"]: r for r in csv.DictReader((tmp_path / "t.csv").open())}
     assert float(wide["full"]["beetles"]) == pytest.approx(100 / 3, abs=1e-9)
@@ -174,7 +176,7 @@ def test_hard_labels_compile_to_a_pdf(tmp_path):
     methods = {"full": HARD, "linear": "Linear", "lora-8": "LoRA-8"}
     write(tmp_path, runs, methods=methods, caption="{metric} " + HARD.replace("{y}", ""))
     made = compile_pdf(tmp_path / "t.tex")
-    assert made is not None and made[0].read_bytes().startswith(b"%PDF")
+    assert made[0].read_bytes().startswith(b"%PDF")
     if shutil.which("pdftoppm"):
         assert made[1] is not None and made[1].stat().st_size > 10_000
 
@@ -219,15 +221,17 @@ def test_every_latin_character_compiles(tmp_path):
 
 
 @needs_latex
-def test_broken_latex_is_one_warning(tmp_path, caplog):
+def test_broken_latex_is_named(tmp_path):
     (tmp_path / "t.tex").write_text(r"\undefinedcommand")
-    assert compile_pdf(tmp_path / "t.tex") is None
-    assert "Undefined control sequence" in caplog.text
+    with pytest.raises(UserError, match=r"t\.tex: ! Undefined control sequence; correct the file"):
+        compile_pdf(tmp_path / "t.tex")
 
 
 def test_without_latex_there_is_one_line_and_no_pdf(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert compile_pdf(tmp_path / "t.tex") is None
-    assert [r.message for r in caplog.records] == [
-        f"No pdflatex on this machine: {tmp_path / 't.tex'} is not compiled."
-    ]
+    (tmp_path / "t.tex").write_text("text")
+    with pytest.raises(UserError, match="LaTeX is not installed"):
+        compile_pdf(tmp_path / "t.tex")
+    assert tmp_path / "audit.pdf" not in audit_texts.write(tidy([]), tmp_path)
+    (line,) = caplog.messages
+    assert line.startswith("audit.pdf is not made: LaTeX is not installed")

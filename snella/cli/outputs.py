@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -60,17 +58,6 @@ class _Progress:
             sys.stderr.write(f"{name}: {done / 1e6:,.0f} MB{share}\n")
 
 
-class _Collect(logging.Handler):
-    """Keeps messages in a list."""
-
-    def __init__(self, messages: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self.messages = messages
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
 def pdf(options: argparse.Namespace) -> None:
     """Compile a table to PDF and PNG."""
     from snella.report.pdf import compile_pdf
@@ -86,20 +73,7 @@ def pdf(options: argparse.Namespace) -> None:
             f"{options.tex} is not UTF-8 (byte {error.start}); save it so, or write it anew with "
             "`snella table`."
         ) from error
-    if shutil.which("pdflatex") is None:
-        raise UserError("LaTeX is not installed (Debian: texlive-latex-recommended poppler-utils).")
-    reasons: list[str] = []
-    handler = _Collect(reasons)
-    logger = logging.getLogger("snella.report.pdf")
-    logger.addHandler(handler)
-    try:
-        done = compile_pdf(options.tex)
-    finally:
-        logger.removeHandler(handler)
-    if done is None:
-        reason = reasons[-1] if reasons else f"pdflatex does not compile {options.tex}"
-        raise UserError(f"{reason.rstrip('.')}; correct the file, or write it anew.")
-    sys.stdout.write(f"{done[0]}\n")
+    sys.stdout.write(f"{compile_pdf(options.tex)[0]}\n")
 
 
 def statistics(options: argparse.Namespace) -> None:

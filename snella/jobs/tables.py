@@ -141,7 +141,7 @@ def _read(run: Run, stale: bool, other: Collection[str]) -> dict[str, Any] | Mis
         why = found.reason or found.name
         reason = f"stale, {why}" if found.name == "stale" else why
         names = run.method.name, run.dataset.name, run.seed
-        return Missing(*names, reason, suite=run.suite, backbone=run.backbone.name)
+        return Missing(*names, run.suite, run.backbone.name, reason)
     note = found.reason if found.name == "stale" else ""
     # A record holds the numbers of all selections; which one counts is asked now.
     protocol = {**(record.get("protocol") or {}), "selection": run.protocol.selection}

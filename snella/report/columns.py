@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from snella.errors import UserError, unknown
 from snella.report.spec import (
     DatasetColumns,
-    GroupColumns,
     MeanColumn,
     MetricColumns,
     RowGroup,
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Kind = Literal["dataset", "mean_of_tasks", "mean_of_groups", "value"]
+MEANS: dict[str, Kind] = {"tasks": "mean_of_tasks", "groups": "mean_of_groups"}
 
 
 @dataclass(frozen=True)
@@ -189,24 +188,11 @@ def expand_columns(
         if isinstance(description, ValueColumn):
             own = value(description.value)
             wanted = build.home(description.suite)
-            home = wanted if any(c.suite is wanted for c in found) else found[0].suite
-            covered = _covered(c for c in found if c.suite is home)
-            part.append(
-                Column(own.name, description.label, None, "value", own, covered, home or suite)
-            )
+            home = next((c.suite for c in found if c.suite is wanted), found[0].suite)
+            shown = dict.fromkeys(d for c in found if c.suite is home for d in c.datasets)
+            members = {"": tuple(shown)}
+            part.append(Column(own.name, description.label, None, "value", own, members, home))
     return [column for part in parts for column in part]
-
-
-def _covered(columns: Iterable[Column]) -> dict[str, tuple[str, ...]]:
-    """Every data set that the columns show, once, by the group it is first shown in."""
-    result: dict[str, tuple[str, ...]] = {}
-    seen: set[str] = set()
-    for column in columns:
-        for group, datasets in column.members.items():
-            new = tuple(d for d in datasets if d not in seen)
-            result[group] = result.get(group, ()) + new
-            seen.update(new)
-    return {group: datasets for group, datasets in result.items() if datasets}
 
 
 @dataclass(frozen=True)
@@ -232,105 +218,76 @@ class _Builder:
         result = []
         for name in names:
             own = self.metrics[name or self.spec.metric]
-            if description.digits is not None:
-                units = tuple(replace(u, digits=description.digits) for u in own.units)
-                own = replace(own, units=units)
             suffix = "" if name is None else f" {own.name}"
             if home is not self.suite:
                 suffix += f" ({home.name})"
             block = home.block(description.block)
             if several:
                 block = f"{block}: {own.title}" if block else own.title
-            if isinstance(description, SubsetColumns):
-                result += self._parts(description, home, own, block, suffix)
-            elif isinstance(description, MeanColumn):
-                members = _members(description.mean_of, home, description.optional)
-                make = partial(Column, block=block if several else None, quantity=own, suite=home)
-                key = f"mean{suffix}"
-                result += _means(description.mean, make, key, description.label, members)
-            else:
-                result += _of_groups(description, home, own, block, suffix)
+            first = Column("", "", block, "dataset", own, {}, home)
+            result += self._expand(description, first, suffix)
         return result
 
-    def _parts(
-        self,
-        description: SubsetColumns,
-        home: SuiteInfo,
-        own: Quantity,
-        block: str | None,
-        suffix: str,
-    ) -> list[Column]:
+    def _expand(self, description: MetricColumns, first: Column, suffix: str) -> list[Column]:
+        """The columns of one entry in one metric; all are ``first`` with members of their own."""
+        home, optional = first.suite, description.optional
+        if isinstance(description, SubsetColumns):
+            return self._parts(description, first, suffix)
+        if isinstance(description, MeanColumn):
+            members = _members(description.mean_of, home, optional)
+            mean = replace(first, key=f"mean{suffix}", label=description.label, members=members)
+            return _means(description.mean, mean)
+        if isinstance(description, DatasetColumns):
+            groups = [description.datasets_of]
+            members = _members(groups, home, optional)
+            columns = [
+                replace(first, key=d + suffix, label=home.label(d), members={g: (d,)})
+                for g, ds in members.items()
+                for d in ds
+            ]
+        else:
+            groups = description.groups
+            members = _members(groups, home, optional)
+            first = replace(first, kind="mean_of_tasks")
+            columns = [
+                replace(first, key=g + suffix, label=_capital(home.label(g)), members={g: ds})
+                for g, ds in members.items()
+            ]
+        key = f"{description.block or groups[0]} mean{suffix}"
+        mean = replace(first, key=key, label="Mean", members=members, visible=True)
+        return columns + _means(description.mean, mean)
+
+    def _parts(self, description: SubsetColumns, first: Column, suffix: str) -> list[Column]:
         """A column per part of a data set's test set, and one for the whole."""
-        dataset = description.subsets_of
+        dataset, home = description.subsets_of, first.suite
         group = next((g for g, ds in home.groups.items() if dataset in ds), None)
         if group is None:
             if description.optional:
                 return []
             known = [d for ds in home.groups.values() for d in ds]
             raise unknown(f"data set of suite {home.name!r}:", dataset, known)
-        make = partial(
-            Column, block=block or home.label(dataset), kind="dataset", quantity=own,
-            members={group: (dataset,)}, suite=home,
-        )  # fmt: skip
-        names = description.subsets or list(self.subsets.get(dataset, ()))
+        first = replace(
+            first, block=first.block or home.label(dataset), members={group: (dataset,)}
+        )
         columns = [
-            make(key=f"{dataset}/{name}{suffix}", label=home.label(name), subset=name)
-            for name in names
+            replace(first, key=f"{dataset}/{name}{suffix}", label=home.label(name), subset=name)
+            for name in self.subsets.get(dataset, ())
         ]
         if description.mean is not None or not columns:
-            columns.append(make(key=f"{dataset}{suffix}", label="All"))
+            columns.append(replace(first, key=f"{dataset}{suffix}", label="All"))
         return columns
 
 
-def _of_groups(
-    description: DatasetColumns | GroupColumns,
-    home: SuiteInfo,
-    own: Quantity,
-    block: str | None,
-    suffix: str,
-) -> list[Column]:
-    """A column per data set or per group, and their mean."""
-    make = partial(Column, block=block, quantity=own, suite=home)
-    columns: list[Column]
-    if isinstance(description, DatasetColumns):
-        groups = [description.datasets_of]
-        members = _members(groups, home, description.optional)
-        columns = [
-            make(key=d + suffix, label=home.label(d), kind="dataset", members={g: (d,)})
-            for g, ds in members.items()
-            for d in ds
-        ]
-    else:
-        groups = description.groups
-        members = _members(groups, home, description.optional)
-        columns = [
-            make(key=g + suffix, label=_capital(home.label(g)), kind="mean_of_tasks",
-                 members={g: ds})
-            for g, ds in members.items()
-        ]  # fmt: skip
-    if description.mean is not None:
-        key = f"{description.block or groups[0]} mean{suffix}"
-        columns += _means(description.mean, partial(make, visible=True), key, "Mean", members)
-    return columns
-
-
-def _means(
-    kind: str,
-    make: Callable[..., Column],
-    key: str,
-    label: str,
-    members: Mapping[str, tuple[str, ...]],
-) -> list[Column]:
-    """One mean, or with ``both`` one over tasks and one over groups; none over nothing."""
-    if not members:
+def _means(kind: str | None, mean: Column) -> list[Column]:
+    """The column as a mean of that kind, with ``both`` of each; none over nothing."""
+    if kind is None or not mean.members:
         return []
     if kind != "both":
-        return [make(key=key, label=label, kind=f"mean_of_{kind}", members=members)]
+        return [replace(mean, kind=MEANS[kind])]
     return [
-        make(key=f"{key} over {over}", label=f"{label} ({over})", kind=f"mean_of_{over}",
-             members=members)
-        for over in ("tasks", "groups")
-    ]  # fmt: skip
+        replace(mean, key=f"{mean.key} over {over}", label=f"{mean.label} ({over})", kind=name)
+        for over, name in MEANS.items()
+    ]
 
 
 def _members(groups: Sequence[str], suite: SuiteInfo, optional: bool) -> dict[str, tuple[str, ...]]:

@@ -54,9 +54,9 @@ class Missing:
     method: str
     dataset: str
     seed: int
-    reason: str = NOT_RUN
-    suite: str = ""
+    suite: str
     backbone: str = ""
+    reason: str = NOT_RUN
 
 
 def tidy(
@@ -90,7 +90,7 @@ def tidy(
         run["label"] = (labels or {}).get(run["method"], run["method"])
         run["group"] = (groups or {}).get(run["suite"], {}).get(run["dataset"], "")
         run["run"] = number
-        runs.append({k: known.setdefault(v, v) if type(v) is str else v for k, v in run.items()})
+        runs.append({name: share(value) for name, value in run.items()})
         numbers = [] if isinstance(record, Missing) else list(_numbers(record, subsets))
         for row in numbers or [_without_value(record)]:
             rows.append(tuple(map(share, row)))
@@ -122,10 +122,8 @@ def seeds_of(rows: pd.DataFrame, number: str = "value") -> Seeds:
 
 
 def _missing(run: Missing) -> dict[str, Any]:
-    names = {n: getattr(run, n) for n in ("suite", "backbone", "dataset", "method", "seed")}
-    return {**names, "protocol": "", "task": "", "status": NOT_RUN, "reason": run.reason} | {
-        name: "" for name in ("stale", "folder", "scores", "warnings")
-    }
+    empty = dict.fromkeys(("protocol", "task", "stale", "folder", "scores", "warnings"), "")
+    return {**vars(run), **empty, "status": NOT_RUN}
 
 
 def _run(record: Record) -> dict[str, Any]:

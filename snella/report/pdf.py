@@ -6,8 +6,10 @@ import logging
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+from snella.errors import UserError
 from snella.report.latex import ONE_COLUMN, TWO_COLUMNS
 
 log = logging.getLogger(__name__)
@@ -33,42 +35,38 @@ PAGE = r"""\documentclass{article}
 """
 
 
-def compile_pdf(tex: Path) -> tuple[Path, Path | None] | None:
-    """Compile ``tex`` to a PDF and a PNG beside it.
+def compile_pdf(tex: Path) -> tuple[Path, Path | None]:
+    """Compile a table to a PDF and a PNG beside it; return their paths (no PNG without pdftoppm).
 
-    Returns their paths (no PNG without pdftoppm), or None, with one line logged, where pdfLaTeX
-    is missing or does not accept the file.
+    Raises UserError where pdfLaTeX is missing or does not accept the file.
     """
-    if shutil.which("pdflatex") is None:
-        log.warning("No pdflatex on this machine: %s is not compiled.", tex)
-        return None
     text = tex.read_text(encoding="utf-8")
     width = TWO_COLUMNS if r"\begin{table*}" in text else ONE_COLUMN
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        (work / "table.tex").write_text(text, encoding="utf-8")
-        (work / "page.tex").write_text(PAGE % {"width": width, "file": "table.tex"})
-        problem = run_pdflatex(work)
-        if problem:
-            log.warning("pdflatex does not compile %s: %s", tex, problem)
-            return None
-        pdf = Path(shutil.copyfile(work / "page.pdf", tex.with_suffix(".pdf")))
+    page = PAGE % {"width": width, "file": "table.tex"}
+    pdf = _compile(tex, {"table.tex": text, "page.tex": page})
     return pdf, _png(pdf)
 
 
-def compile_document(tex: Path) -> Path | None:
-    """Compile a whole document to a PDF beside it; None, with one line logged, as above."""
+def compile_document(tex: Path) -> Path:
+    """Compile a whole document to a PDF beside it; raises as above."""
+    return _compile(tex, {"page.tex": tex.read_text(encoding="utf-8")}, passes=2)
+
+
+def _compile(tex: Path, files: Mapping[str, str], passes: int = 1) -> Path:
+    """Compile ``page.tex`` among ``files`` to the PDF beside ``tex``; long tables need 2 passes."""
     if shutil.which("pdflatex") is None:
-        log.warning("No pdflatex on this machine: %s is not compiled.", tex)
-        return None
+        raise UserError("LaTeX is not installed (Debian: texlive-latex-recommended poppler-utils).")
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        shutil.copyfile(tex, work / "page.tex")
-        problem = run_pdflatex(work) or run_pdflatex(work)  # long tables need a second pass
-        if problem:
-            log.warning("pdflatex does not compile %s: %s", tex, problem)
-            return None
-        return Path(shutil.copyfile(work / "page.pdf", tex.with_suffix(".pdf")))
+        for name, text in files.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        for _ in range(passes):
+            problem = run_pdflatex(Path(folder))
+            if problem:
+                raise UserError(
+                    f"pdflatex does not compile {tex}: {problem.rstrip('.')}; correct the file, or "
+                    "write it anew."
+                )
+        return Path(shutil.copyfile(Path(folder, "page.pdf"), tex.with_suffix(".pdf")))
 
 
 def run_pdflatex(work: Path) -> str:

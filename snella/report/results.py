@@ -57,26 +57,20 @@ class Outcome:
 class Results:
     """The part of the frame that a table shows, indexed by suite, method and data set.
 
-    ``selection`` None takes the one that the records' own protocol names. Raises UserError for
-    a run given twice, or records that may not share a table.
+    ``selection`` is the one that the records' own protocol names. Raises UserError for a run given
+    twice, or records that may not share a table.
     """
 
-    def __init__(
-        self, frame: pd.DataFrame, selection: str | None = None, mixed: str = "refuse"
-    ) -> None:
+    def __init__(self, frame: pd.DataFrame, mixed: str = "refuse") -> None:
         self.frame = frame
         self.runs = frame.drop_duplicates("run")
         _no_duplicates(self.runs)
         constant = self.runs["method"].astype(str).str.startswith(CONSTANT)
         self.made = self.runs[(self.runs["status"] != NOT_RUN) & ~constant]
         self.notes: list[str] = []
-        own = sorted(_tallied(self.made, "protocol.selection"))
-        for suite in dict.fromkeys(self.made["suite"]):
-            part = self.made[self.made["suite"] == suite]
-            self.notes += check_comparable(part, mixed, chosen=selection is not None)
-        if selection is None and len(own) > 1:
-            raise _disagree(own, "selection")
-        self.selection = selection or (own[0] if own else "last")
+        self.selection = _only(self.made, "protocol.selection") or "last"
+        for _, part in self.made.groupby("suite", sort=False):
+            self.notes += check_comparable(part, mixed)
         self.seeds = sorted({int(s) for s in self.runs["seed"]}) or [0]
         self._index: dict[tuple[str, str, str], dict[int, Any]] = defaultdict(dict)
         keep = ["suite", "method", "dataset", "seed", "status", "reason", "stale", "run"]
@@ -257,18 +251,15 @@ def column_outcome(results: Results, method: str, column: Column) -> Outcome:
     return combine(tasks, visible=column.visible)
 
 
-def check_comparable(runs: pd.DataFrame, mixed: str, *, chosen: bool) -> list[str]:
+def check_comparable(runs: pd.DataFrame, mixed: str) -> list[str]:
     """Refuse runs of a suite that may not share a table; return notes on differences that may.
 
     Rows are compared within a column, so within a data set every protocol field but the tuned
-    ones (learning rates, weight decay, drop path) has to agree; backbone and, unless the reader
-    ``chosen`` one, selection have to agree in the whole table. Hyper-parameters released or
-    searched per method and ``mixed="note"`` turn a differing protocol into a note.
+    ones (learning rates, weight decay, drop path) has to agree, and the backbone in all of them.
+    Hyper-parameters released or searched per method and ``mixed="note"`` turn a differing protocol
+    into a note.
     """
-    for name in ("backbone", "protocol.selection"):
-        found = sorted(_tallied(runs, name))
-        if len(found) > 1 and not (chosen and name == "protocol.selection"):
-            raise _disagree(found, name.removeprefix("protocol."))
+    _only(runs, "backbone")
     fields = [c for c in runs.columns if c.startswith("protocol.")]
     fields = [c for c in fields if c.removeprefix("protocol.") not in TUNED | {"selection"}]
     notes: dict[str, list[str]] = defaultdict(list)
@@ -309,10 +300,15 @@ def _tallied(runs: pd.DataFrame, column: str) -> Counter[str]:
     return found
 
 
-def _disagree(values: Sequence[str], name: str) -> UserError:
-    return UserError(
-        f"Records of one table differ in {name}: {', '.join(values)}; make one table for each."
-    )
+def _only(runs: pd.DataFrame, column: str) -> str:
+    """The one value that all runs have (empty: none does); raises UserError if they differ."""
+    values = sorted(_tallied(runs, column))
+    if len(values) > 1:
+        name = column.removeprefix("protocol.")
+        raise UserError(
+            f"Records of one table differ in {name}: {', '.join(values)}; make one table for each."
+        )
+    return values[0] if values else ""
 
 
 def _no_duplicates(runs: pd.DataFrame) -> None:

@@ -16,7 +16,7 @@ MeanKind = Literal["tasks", "groups"]
 CONSTANT = "= "
 CAPTION_NAMES = ("suite", "backbone", "protocol", "metric")
 """What a caption may have in braces."""
-Spread = Literal["seeds", "images", "subsets", "datasets"]
+Spread = Literal["seeds", "images", "datasets"]
 
 
 class RowGroup(Strict):
@@ -59,14 +59,12 @@ class _MetricColumns(Strict):
     """``metric`` overrides the table's; a list makes a block of columns for each.
 
     ``suite`` takes the numbers of another suite (another backbone, say) than the configured
-    one; ``optional`` drops groups and suites that the configuration lacks; ``digits`` overrides
-    the decimals.
+    one; ``optional`` drops groups and suites that the configuration lacks.
     """
 
     metric: str | list[str] | None = None
     optional: bool = False
     suite: str | None = None
-    digits: int | None = Field(None, ge=0, le=8)
     block: str | None = None
 
 
@@ -78,10 +76,9 @@ class DatasetColumns(_MetricColumns):
 
 
 class SubsetColumns(_MetricColumns):
-    """One column per group of a record (subject, test set), all of them by default; their mean."""
+    """One column per group of a record (subject, test set), and their mean."""
 
     subsets_of: str
-    subsets: list[str] | None = None
     mean: Literal["tasks"] | None = None
 
 
@@ -101,18 +98,12 @@ class MeanColumn(_MetricColumns):
 
 
 class PublishedTable(Strict):
-    """The printed table to compare with.
-
-    Rows are matched by what the methods are (``names.yaml`` beside the published numbers);
-    ``rows`` overrides that with a printed label, or with a row's number where a label is
-    printed twice.
-    """
+    """The printed table to compare with; its rows are found by what the methods are."""
 
     source: str
     table: int
     backbone: str | None = None
     pretraining: str | None = None
-    rows: dict[str, str | int] = {}
 
 
 MetricColumns = DatasetColumns | SubsetColumns | GroupColumns | MeanColumn
@@ -135,7 +126,7 @@ class TableSpec(Strict):
     under the header ``others`` (null: left out). ``mixed="note"`` prints a table of records
     made under differing protocols, with a note, instead of refusing it. ``spread`` says what
     follows the ±: the standard deviation over seeds, the standard error over test images, or
-    the standard deviation over the records' groups or, in a mean, over its data sets.
+    in a mean the standard deviation over its data sets.
     ``constants`` are rows before all others that no method made. ``reference`` asks for the paired
     comparison with that row. ``task`` is the family whose suite the table shows.
     """
@@ -161,7 +152,7 @@ class TableSpec(Strict):
     @property
     def subsets(self) -> bool:
         """Whether the table needs the numbers of the records' groups."""
-        return self.spread == "subsets" or any(isinstance(c, SubsetColumns) for c in self.columns)
+        return any(isinstance(c, SubsetColumns) for c in self.columns)
 
 
 def parse_spec(name: str, data: Mapping[str, Any]) -> TableSpec:

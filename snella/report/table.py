@@ -151,8 +151,6 @@ class Table:
                 f"{count}, mean ± standard deviation over data sets "
                 f"(95 % intervals of the mean: {self.name}_cells.csv)"
             )
-        if self.spec.spread == "subsets":
-            return f"{count}, mean ± standard deviation over the parts of the test set"
         if seeds > 1:
             return f"{count}, mean ± sample standard deviation"
         keys = {c.key for c in self.columns if c.kind == "dataset"}
@@ -213,7 +211,6 @@ def build_table(
     suite: SuiteInfo,
     methods: Mapping[str, str],
     frame: pd.DataFrame,
-    selection: str | None = None,
     others: Mapping[str, SuiteInfo] | None = None,
 ) -> Table:
     """Compute all cells from the frame of records.
@@ -236,7 +233,7 @@ def build_table(
     pairs = {(c.suite.name, d) for c in columns for d in c.datasets}
     keys = zip(frame["suite"], frame["dataset"], strict=True)
     covered = [i for i, key in enumerate(keys) if key in pairs]
-    results = Results(frame.iloc[covered], selection, spec.mixed)
+    results = Results(frame.iloc[covered], spec.mixed)
     units: dict[str, Unit] = {}
     cells: dict[tuple[str, str], Cell] = {}
     compared = set()
@@ -277,8 +274,6 @@ def with_constants(frame: pd.DataFrame, spec: TableSpec) -> pd.DataFrame:
 
 def _of_suites(frame: pd.DataFrame, suites: list[str]) -> pd.DataFrame:
     """The rows of the table's suites; raises UserError if there are only others."""
-    if (frame["suite"] == "").any():
-        frame = frame.assign(suite=frame["suite"].where(frame["suite"] != "", suites[0]))
     mine = frame["suite"].isin(suites)
     if len(frame) and not mine.any():
         foreign = frame["suite"].iloc[0]
@@ -307,10 +302,9 @@ def _cell(outcome: Outcome, column: Column, unit: Unit, seeds: list[int]) -> Cel
         notes.append(f"{len(outcome.values)} of {len(seeds)} seeds (seed {which} not run)")
     if outcome.stale:
         notes.append(f"stale: {outcome.stale}")
-    spread = "" if std is None or not column.ranked else f"{std:.{unit.digits}f}"
+    spread = _digits(std, unit) if column.ranked else ""
     values = {seed: v * unit.scale for seed, v in outcome.values.items()}
-    text = f"{mean:.{unit.digits}f}"
-    return Cell(text, spread, note="; ".join(notes), mean=mean, std=std, values=values)
+    return Cell(_digits(mean, unit), spread, "", "; ".join(notes), mean, std, values)
 
 
 def _judge(
@@ -325,32 +319,24 @@ def _judge(
         if all(e is not None for _, e in errors):
             error = math.sqrt(math.fsum((w * (e or 0.0)) ** 2 for w, e in errors))
             cell = replace(cell, error=error * unit.scale)
-        if spread != "seeds":
-            over = {"subsets": _over_subsets, "datasets": _over_datasets}.get(spread)
-            value = over(results, column, method) if over else cell.error
-            scaled = None if value is None else value * (1 if spread == "images" else unit.scale)
-            cell = replace(cell, spread="" if scaled is None else f"{scaled:.{unit.digits}f}")
+        if spread == "images":
+            cell = replace(cell, spread=_digits(cell.error, unit))
+        if spread == "datasets":
+            over = _over_datasets(results, column, method, unit)
+            cell = replace(cell, spread=_digits(over, unit))
         made[method] = _chance(cell, column, unit, results)
     return made
 
 
-def _over_subsets(results: Results, column: Column, method: str) -> float | None:
-    """Standard deviation over the record's groups, each the mean over seeds."""
-    if column.kind != "dataset" or column.subset:
-        return None
-    f = results.frame
-    rows = f[(f["metric"] == column.quantity.name) & (f["selection"] == results.selection)]
-    rows = rows[(rows["method"] == method) & (rows["dataset"] == column.datasets[0])]
-    rows = rows[(rows["subset"] != "") & (rows["suite"] == column.suite.name)]
-    means = rows.groupby("subset")["value"].mean()
-    return statistics.stdev(means) if len(means) > 1 else None
+def _digits(number: float | None, unit: Unit) -> str:
+    return "" if number is None else f"{number:.{unit.digits}f}"
 
 
-def _over_datasets(results: Results, column: Column, method: str) -> float | None:
-    """Standard deviation over a mean's data sets, each the mean over seeds."""
+def _over_datasets(results: Results, column: Column, method: str, unit: Unit) -> float | None:
+    """Standard deviation over a mean's data sets in its unit, each the mean over seeds."""
     means = [results.outcome(method, dataset, column).mean for dataset in column.datasets]
     known = [value for value in means if value is not None]
-    return statistics.stdev(known) if len(known) > 1 else None
+    return statistics.stdev(known) * unit.scale if len(known) > 1 else None
 
 
 def _chance(cell: Cell, column: Column, unit: Unit, results: Results) -> Cell:

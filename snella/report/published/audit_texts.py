@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html as escaping
+import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snella.errors import UserError
 from snella.report.latex import escape
 from snella.report.pdf import compile_document
 from snella.report.published.audit import TITLES, VERDICTS, audit, decided, summary, totals
@@ -17,6 +19,7 @@ from snella.report.write import to_csv, write_texts
 if TYPE_CHECKING:
     import pandas as pd
 
+log = logging.getLogger("snella")
 HEADS = ("Table", "Row", "Number", "Printed", "Ours", "Difference", "Verdict", "Why")
 LEGEND = (
     "Reproduced: a further seed of ours would fall as far from our mean in 95 % of cases. "
@@ -39,8 +42,11 @@ def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
         "audit.tex": latex(found),
     }
     paths = write_texts(folder, contents)
-    pdf = compile_document(folder / "audit.tex")
-    return paths + ([pdf] if pdf is not None else [])
+    try:
+        return [*paths, compile_document(folder / "audit.tex")]
+    except UserError as error:
+        log.warning("audit.pdf is not made: %s", error)
+        return paths
 
 
 def _where(row: dict[str, Any]) -> str:

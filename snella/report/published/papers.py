@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from snella.errors import UserError, unknown
+from snella.errors import unknown
 from snella.report.columns import Column
 from snella.report.frame import as_text
 from snella.validation import Strict
@@ -248,20 +248,16 @@ def our_metric(printed: str) -> str:
     return str(_yaml("names")["metrics"].get(printed, printed))
 
 
-def our_method(line: Printed, methods: Iterable[str] | None = None) -> str | None:
+def our_method(line: Printed) -> str | None:
     """The row of ours that a printed number belongs to; None where none or several fit."""
-    known = _yaml("names")["methods"]
     named = _named(line).get(int(line["row"]))
-    if named is not None and (methods is None or named in methods):
+    if named is not None:
         return named
+    known: dict[str, str] = _yaml("names")["methods"]
     wanted = line["method"], _pairs(line["variant"])
-    scored = {
-        m: s
-        for m in (known if methods is None else methods)
-        if (s := _score(known.get(m, ""), *wanted)) is not None
-    }
-    best = [m for m, s in scored.items() if s == max(scored.values())]
-    return best[0] if len(best) == 1 else None
+    scores = {m: score for m, name in known.items() if (score := _score(name, *wanted))}
+    best: str | None = _best(scores)
+    return best
 
 
 @cache
@@ -297,54 +293,40 @@ def _score(ours: str, method: str, variant: Mapping[str, str]) -> tuple[int, int
     return len(variant), len(variant) - len(own)
 
 
-def match_rows(
-    lines: Sequence[Printed], methods: Sequence[str], given: Mapping[str, str | int]
-) -> dict[str, int]:
+def _best(scores: Mapping[Any, tuple[int, int]]) -> Any:
+    """The name with the highest score; None without names, or if several have it."""
+    best = [name for name, score in scores.items() if score == max(scores.values())]
+    return best[0] if len(best) == 1 else None
+
+
+def match_rows(lines: Sequence[Printed], methods: Sequence[str]) -> dict[str, int]:
     """Which printed row (by number) belongs to which method of ours.
 
-    As ``given`` (a row's number or its label) or as the package knows it, else by what the method
-    is, else by the letters of its label. A row that several methods fit equally well belongs to
-    none of them. Raises UserError if a given row is not printed, or its label is printed twice.
+    As the package knows it, else by what the method is, else by the letters of its name. A row
+    that several methods fit equally well belongs to none of them.
     """
     rows = {int(line["row"]): line for line in lines}
     named = {m: row for line in lines[:1] for row, m in _named(line).items() if row in rows}
-    found = {m: _given(rows, m, n) for m, n in {**named, **given}.items() if m in methods}
     known = _yaml("names")["methods"]
-    rest = [m for m in methods if m not in found]
+    rest = [m for m in methods if m not in named]
     scores = {
         (m, number): score
         for m in rest
         for number, line in rows.items()
-        if number not in (*found.values(), *named.values())
-        if (score := _score(known.get(m, ""), line["method"], _pairs(line["variant"]))) is not None
+        if number not in named.values()
+        if (score := _score(known.get(m, ""), line["method"], _pairs(line["variant"])))
     }
+    found = {m: row for m, row in named.items() if m in methods}
     for method in rest:
-        mine = {n: s for (m, n), s in scores.items() if m == method}
-        best = [n for n, s in mine.items() if s == max(mine.values())]
-        if len(best) == 1:
-            rivals = [m for (m, n), s in scores.items() if n == best[0] and s >= mine[n]]
-            if rivals == [method]:
-                found[method] = best[0]
+        row = _best({n: score for (m, n), score in scores.items() if m == method})
+        if row is not None:
+            if _best({m: score for (m, n), score in scores.items() if n == row}) == method:
+                found[method] = row
         elif method not in known:
             same = [n for n, line in rows.items() if _letters(line["label"]) == _letters(method)]
             if len(same) == 1:
                 found[method] = same[0]
     return found
-
-
-def _given(rows: Mapping[int, Printed], method: str, wanted: str | int) -> int:
-    if isinstance(wanted, int):
-        if wanted not in rows:
-            raise unknown(f"number of a printed row (for {method})", wanted, map(str, rows))
-        return wanted
-    hits = [n for n, line in rows.items() if line["label"] == wanted]
-    if not hits:
-        labels = {line["label"] for line in rows.values()}
-        raise unknown(f"printed row (for {method})", wanted, labels)
-    if len(hits) > 1:
-        numbers = ", ".join(map(str, hits))
-        raise UserError(f"{wanted!r} is printed more than once; give a row's number: {numbers}.")
-    return hits[0]
 
 
 def _letters(text: str) -> str:

@@ -175,7 +175,7 @@ def compare_published(table: Table) -> Versus | None:
         if source.backbone in (None, line["backbone"])
         and source.pretraining in (None, line["pretraining"])
     ]
-    rows = match_rows(lines, table.shown, source.rows)
+    rows = match_rows(lines, table.shown)
     ours = {m: _ours(table, m) for m in rows}
     pairs: dict[tuple[str, str], Pair] = {}
     columns = []
