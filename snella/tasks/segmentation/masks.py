@@ -89,7 +89,8 @@ def encode_mask(mask: Mask) -> bytes:
 def decode_mask(data: bytes) -> Mask:
     """What :func:`encode_mask` encoded, bool (H, W)."""
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("1"))
+        # of Pillow's own array of a "1" the true bytes are 255, which numpy takes for 1 in places
+        return np.asarray(image.convert("L")) > 0
 
 
 def resize_mask(mask: Mask, size: int) -> Mask:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snella.tasks.segmentation.masks import resize_image, resize_mask
+from snella.tasks.segmentation.masks import decode_mask, resize_image, resize_mask
 
 if TYPE_CHECKING:
     from snella.data.prepared import Prepared
@@ -29,7 +29,7 @@ class ResizedSplit:
     def __init__(self, data: Prepared, split: str, size: int, masks: bool) -> None:
         self.size, self.count = size, data.size(split)
         self._images = data.images(split)
-        self._masks = data.images(split, "mask") if masks else None
+        self._masks = data.encoded(split, "mask") if masks else None
         self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._room = CACHE_BYTES // (4 * size * size)
 
@@ -40,7 +40,7 @@ class ResizedSplit:
             image = np.ascontiguousarray(resize_image(self._images[index], self.size))
             mask = None
             if self._masks is not None:
-                mask = torch.from_numpy(resize_mask(self._masks[index][..., 0] > 127, self.size))
+                mask = torch.from_numpy(resize_mask(decode_mask(self._masks[index]), self.size))
             found = torch.from_numpy(image.copy()).permute(2, 0, 1), mask
             if len(self._kept) < self._room:
                 self._kept[index] = found

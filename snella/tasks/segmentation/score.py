@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from PIL import Image
 from snella.errors import UserError
 from snella.tasks.base import Score, Scorer
 from snella.tasks.segmentation.collapse import collapsed
-from snella.tasks.segmentation.masks import resize_mask
+from snella.tasks.segmentation.masks import decode_mask, resize_mask
 from snella.tasks.segmentation.metrics import (
     Counts,
     boundary_f,
@@ -40,8 +40,8 @@ class _Image:
 
     original: Counts
     model_size: Counts
-    values: dict[str, float] = field(default_factory=dict)
-    shares: tuple[float, float] = (0.0, 0.0)
+    values: dict[str, float]
+    shares: tuple[float, float]
     """Of foreground, predicted and true."""
 
 
@@ -77,9 +77,8 @@ class SegmentationScorer(Scorer):
         pooled = {g: _pooled([images[i] for i in index]) for g, index in groups.items()}
         for name, value in _pooled([images[i] for i in own]).items():
             scores[name] = Score(value, {g: found[name] for g, found in pooled.items()})
-        problem = collapsed([image.shares for image in images])
-        if problem:
-            scores["dice"] = _with_warning(scores["dice"], problem)
+        if problem := collapsed([image.shares for image in images]):
+            scores["dice"] = replace(scores["dice"], warnings=(problem,))
         return scores
 
     def outcomes(self, predictions: Path, split: str = "test") -> Iterator[Outcome]:
@@ -106,8 +105,8 @@ class SegmentationScorer(Scorer):
         return self.data.column(split, "test_set")
 
     def _truths(self, split: str) -> Iterator[Mask]:
-        for picture in self.data.targets(split, "mask"):
-            yield picture[..., 0] > 127
+        masks = self.data.targets(split, "mask")
+        return (decode_mask(masks.encoded(i)) for i in range(len(masks)))
 
     def _pairs(self, predictions: Path, split: str) -> Iterator[tuple[Prediction, Mask]]:
         sizes = self.data.column(split, "size").tolist()
@@ -134,7 +133,8 @@ class SegmentationScorer(Scorer):
                 "s-measure": s_measure(level, truth),
                 "mae": mean_absolute_error(level, truth),
             }
-        return _Image(counts, at_model_size, values, (float(mask.mean()), float(truth.mean())))
+        shares = (counts.tp + counts.fp) / mask.size, (counts.tp + counts.fn) / mask.size
+        return _Image(counts, at_model_size, values, shares)
 
     # ------------------------------------------------------------------------- threshold
 
@@ -195,7 +195,3 @@ def _pooled(images: list[_Image]) -> dict[str, float]:
         "released-dice": dice,
         "released-iou": iou,
     }
-
-
-def _with_warning(score: Score, problem: str) -> Score:
-    return Score(score.value, score.per_group, score.per_example, (problem,))
