@@ -21,6 +21,9 @@ from snella.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = "baselines|benchmarks|config|docs|envs|profiles|snella|tests|workflow"
+NOT_HERE = ("config/search/NAME.yaml", "tests/test_custom_models.py")
+"""A placeholder, and a file of PEFT."""
 RUNS = ("show", "diff", "crate")
 """Verbs that look at runs: two of them are there."""
 SMALL = ["--config", "protocols.quick.epochs=1", "protocols.quick.warmup_epochs=0"]
@@ -46,21 +49,68 @@ def commands() -> list[str]:
     return list(found)
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
-    """The repository in a folder whose name has a space and an umlaut, with README's my.yaml."""
-    folder = tmp_path_factory.mktemp("docs") / "a folder, größer" / "snella-bench"
-    listed = subprocess.run(
+def listed() -> list[Path]:
+    """The repository's files, seen from its root."""
+    found = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, check=True,
     ).stdout.decode()  # fmt: skip
-    for name in filter(None, listed.split("\0")):
-        source = ROOT / name
-        if not name.startswith(("tests/", "docs/", "benchmarks/")) and source.is_file():
+    return [Path(name) for name in filter(None, found.split("\0")) if (ROOT / name).is_file()]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into a page may name: its headings, as GitHub and the site spell them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+def test_no_file_is_empty():
+    empty = [f for f in listed() if f.name != "py.typed" and not (ROOT / f).stat().st_size]
+    assert empty == []
+
+
+def test_every_document_has_a_heading_and_text():
+    for file in (f for f in listed() if f.suffix == ".md"):
+        first, _, rest = (ROOT / file).read_text().partition("\n")
+        assert first.startswith("# ") and len(rest.split()) > 5, file
+
+
+def test_the_navigation_holds_every_page_once():
+    text = (ROOT / "mkdocs.yml").read_text()
+    named = re.findall(r"\S+\.md$", text.partition("\nnav:")[2].partition("\nplugins:")[0], re.M)
+    assert sorted(named) == sorted(p.name for p in (ROOT / "docs").glob("*.md"))
+
+
+def test_links_lead_somewhere():
+    """Files and headings; what pages name in code is a file, too, where it looks like one."""
+    documents = [ROOT / file for file in listed() if file.suffix == ".md"]
+    for page in documents:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if target.startswith(("http://", "https://", "mailto:")):
+                continue
+            name, _, anchor = target.partition("#")
+            file = page.parent / name if name else page
+            assert file.exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(file), f"{page}: {target}"
+    for page in documents:
+        for name in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", page.read_text()):
+            assert (ROOT / name).exists() or name in NOT_HERE, f"{page}: {name}"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The repository in a folder whose name has a space and an umlaut, and files of pages."""
+    folder = tmp_path_factory.mktemp("docs") / "a folder, größer" / "snella-bench"
+    for name in listed():
+        if name.parts[0] not in ("tests", "docs", "benchmarks"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, folder / name)
+            shutil.copy2(ROOT / name, folder / name)
     (own,) = [b for b in blocks(ROOT / "README.md", "yaml") if b.startswith("# my.yaml")]
     (folder / "my.yaml").write_text(own)
+    (own,) = blocks(ROOT / "docs/add-a-task.md", "yaml")
+    (folder / "spots.yaml").write_text(own)
+    shutil.copytree(ROOT / "tests/families", folder / "tasks")
     return folder
 
 

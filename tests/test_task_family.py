@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,49 +20,23 @@ from snella.tasks import Metric, Score, find_task, task_names
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ROOT / "tests" / "families"
+GUIDE = ROOT / "docs" / "add-a-task.md"
 
 
 @pytest.fixture
 def mine(tmp_path) -> list[str]:
-    own = {
-        "suite": "spots",
-        "results": f"{tmp_path}/results",
-        "data": f"{tmp_path}/data",
-        "tasks": str(FAMILIES),
-        "backbones": {
-            "tiny": {
-                "arch": "vit_tiny_patch16_224", "file": "random", "title": "tiny ViT",
-                "kwargs": {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2,
-                           "num_heads": 2},
-            }
-        },
-        "datasets": {"spots": {"kind": "rendered", "task": "regression", "label": "Spots"}},
-        "protocols": {
-            "short": {
-                "train_split": "train", "epochs": 24, "warmup_epochs": 1, "batch_size": 16,
-                "evaluate_every": 8, "power": 1.0,
-            }
-        },
-        "methods": {
-            "full": {"protocol": {"lr": 5.0e-3}}, "linear": {}, "lora-8": {"protocol": {"lr": 0.01}}
-        },
-        "suites": {
-            "spots": {
-                "title": "Spots", "backbone": "tiny", "protocol": "short",
-                "groups": {"rendered": ["spots"]}, "methods": ["full", "linear", "lora-8"],
-            }
-        },
-        "tables": {
-            "spots": {
-                "caption": "{metric} on {suite}.", "metric": "rmse", "task": "regression",
-                "rows": [{"methods": ["full", "linear", "lora-8"]}],
-                "columns": [{"block": "Spots", "datasets_of": "rendered"}],
-            }
-        },
-    }  # fmt: skip
+    """The configuration that the guide shows, in a folder of its own."""
+    (own,) = re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.S)
+    places = {"results": f"{tmp_path}/results", "data": f"{tmp_path}/data", "tasks": str(FAMILIES)}
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(own))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(own), **places}))
     return ["--configfile", str(path)]
+
+
+def test_the_guide_shows_the_family_as_it_is():
+    for file in (FAMILIES / "regression").glob("*.py"):
+        shown = f"`tasks/regression/{file.name}`\n\n```python\n{file.read_text()}```"
+        assert shown in GUIDE.read_text(), file
 
 
 def test_a_family_outside_the_package_reaches_a_table(mine, tmp_path, monkeypatch):
@@ -70,7 +45,7 @@ def test_a_family_outside_the_package_reaches_a_table(mine, tmp_path, monkeypatc
         assert main(["run", "--method", method, "--dataset", "spots", *mine]) == 0
     assert main(["table", "spots", *mine]) == 0
     record = json.loads(
-        (tmp_path / "results/runs/spots/tiny/spots/full/seed0/record.json").read_text()
+        (tmp_path / "results/runs/spots/vit-quick/spots/full/seed0/record.json").read_text()
     )
     metrics = record["metrics"]
     assert record["metric"] == "rmse" and record["task"] == "regression"
@@ -78,16 +53,16 @@ def test_a_family_outside_the_package_reaches_a_table(mine, tmp_path, monkeypatc
     assert metrics["best-test"]["rmse"] <= min(metrics["last"]["rmse"], metrics["val"]["rmse"])
     assert metrics["last"]["rmse"] < 0.3 and 0 <= metrics["last"]["near"] <= 1
     assert "at chance level" not in record["warnings"]
-    scores = np.load(tmp_path / "results/runs/spots/tiny/spots/full/seed0" / record["scores"])[
+    scores = np.load(tmp_path / "results/runs/spots/vit-quick/spots/full/seed0" / record["scores"])[
         "last/rmse"
     ]
     assert np.sqrt((scores.astype(float) ** 2).mean()) == pytest.approx(metrics["last"]["rmse"])
     text = (tmp_path / "results/spots.tex").read_text()
-    assert "Root mean squared error" in text and f"{metrics['last']['rmse']:.3f}"[:4] in text
+    assert "RMSE" in text and f"{metrics['last']['rmse']:.3f}"[:4] in text
     assert main(["report", *mine]) == 0
     page = (tmp_path / "results/report.html").read_text()
     assert "The first test image." in page and page.count("data:image/webp") == 4
-    run = tmp_path / "results/runs/spots/tiny/spots/full/seed0"
+    run = tmp_path / "results/runs/spots/vit-quick/spots/full/seed0"
     for file in run.rglob("places.npy"):
         file.unlink()
     assert main(["report", *mine]) == 0
@@ -134,7 +109,7 @@ def test_a_failure_names_the_line_of_the_task(tmp_path):
 
 def test_settings_of_another_family_are_refused(mine, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    extra = ["--config", "protocols.short.label_smoothing=0.1"]
+    extra = ["--config", "protocols.spots.label_smoothing=0.1"]
     assert main(["run", "--method", "full", "--dataset", "spots", *mine, *extra]) == 2
     assert "'label_smoothing'" in capsys.readouterr().err
 

@@ -97,8 +97,8 @@ def versus(options: argparse.Namespace) -> None:
 def search(options: argparse.Namespace) -> None:
     """Write what a search of settings found, from the records of its trials; and its plot.
 
-    The workflow runs the trials and then this: snakemake -- results/SUITE/search.yaml. What it
-    costs is said by: snella plan --search.
+    The workflow runs the trials and then this: snakemake --cores all -- results/SUITE/search.yaml.
+    What it costs is said by: snella plan --search.
     """
     from snella.jobs import search as searching
     from snella.suite import plan

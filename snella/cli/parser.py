@@ -26,7 +26,7 @@ snella: parameter-efficient fine-tuning of vision models, measured so that numbe
   snella new-baseline NAME, snella check NAME      write a method of your own, and certify it
   snella doctor                                    what this machine and configuration lack
 
-Tables are made by the workflow:   snakemake -- results/table1.tex
+Tables are made by the workflow:   snakemake --cores all -- results/table1.tex
 All verbs: snella --help; one verb: snella VERB --help. Documentation: docs/ of the repository.
 """
 ENDING = """\

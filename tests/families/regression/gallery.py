@@ -1,7 +1,5 @@
 """Examples for the page: the first test image, with what each method found."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Distances between predicted and true places."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +14,9 @@ class Distance(Scorer):
         found = np.load(predictions / "places.npy")
         error = np.linalg.norm(found - self.data.targets(split, "place"), axis=1)
         near = error < 0.1
-        rmse = float(np.sqrt((error**2).mean()))
         return {
-            "rmse": Score(rmse, {}, error),
-            "near": Score(float(near.mean()), {}, near.astype(np.float32)),
+            "rmse": Score(float(np.sqrt((error**2).mean())), per_example=error),
+            "near": Score(float(near.mean()), per_example=near.astype(np.float32)),
         }
 
     def chance(self) -> dict[str, float]:
