@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from typing import Any
@@ -29,17 +30,25 @@ OPTIMIZERS = {
 
 
 def loop(
-    order: str, model: PeftModel | None = None, epochs: int = 3, **optimizer: Any
+    order: str,
+    model: PeftModel | None = None,
+    epochs: int = 3,
+    wrapped: Any = None,
+    **optimizer: Any,
 ) -> PeftModel:
-    """Train; a round in order: F forward and backward, S step, H hook, Z and z clear gradients."""
+    """Train; a round in order: F forward and backward, S step, H hook, Z and z clear gradients.
+
+    wrapped: what is called in the place of the model.
+    """
     model = model or adapted(target_sparsity=0.7)
+    called = model if wrapped is None else wrapped
     update = torch.optim.AdamW(trainable(model), lr=1e-2, **optimizer)
     for epoch in range(epochs):
         model.on_epoch_start(epoch, epochs)
         for _ in range(4):
             for event in order:
                 if event == "F":
-                    nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
+                    nn.functional.cross_entropy(called(IMAGES), LABELS).backward()
                 elif event == "S":
                     update.step()
                 elif event == "H":
@@ -74,11 +83,24 @@ WRONG = {
 }
 
 
+# A second hook is then seen as one without a step.
+WRONG_COMPILED = WRONG | {"FSHHZ": "without an optimizer step"}
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("order", WRONG)
 def test_wrong_orders_are_errors(order: str, optimizer: dict[str, bool]) -> None:
     with pytest.raises(UserError, match=WRONG[order]):
         loop(order, **optimizer)
+
+
+@pytest.mark.parametrize("order", ["FSHZ", "FSHz", "FFSHZ", *WRONG])
+def test_orders_of_a_compiled_model(order: str) -> None:
+    """Its forward passes are not seen; whether gradients are new ones is."""
+    model = adapted(target_sparsity=0.7)
+    error = pytest.raises(UserError, match=WRONG_COMPILED.get(order)) if order in WRONG else None
+    with error or contextlib.nullcontext():
+        loop(order, model, wrapped=torch.compile(model, backend="eager"), fused=True)
 
 
 def test_without_hooks_where_none_are_needed() -> None:

@@ -2,8 +2,8 @@
 
 Events are forward passes that record a graph (F), optimizer steps (S), which torch reports for all
 its optimizers (fused ones leave no other trace in what they change), and calls of on_step_end (H).
-Right is F S H. A compiled or captured model shows no F, a hand-written optimizer no S; where
-nothing is seen, nothing is concluded.
+Right is F S H. A compiled or captured model shows no F, but gradients tell that they are the ones
+of before; a hand-written optimizer shows no S; where nothing is seen, nothing is concluded.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Watch:
         self.forwards_ever = self.steps_ever = False
         self.forward = self.hooked = False  # an F since the last H; an H at all
         self.right = False  # an H after an S was seen: what follows does not mistake the order
+        self.taken: tuple[Tensor, int] | None = None  # a gradient of the last H, till right
         self.steps = 0  # S since the last H
         self.unseen: Counter[int] = Counter()  # S since any hook, by optimizer
         self.left_out: Tensor | None = None  # above 0: optimizers left S out, since the last H
@@ -75,8 +76,8 @@ class Watch:
                     del _watched[key]
             _watched[id(factor)] = weakref.ref(layer), name, self
 
-    def on_step(self, optimizer: Optimizer) -> None:
-        """S of an optimizer that holds factors with gradients; raises ``UserError``."""
+    def on_step(self, optimizer: Optimizer, grads: list[Tensor]) -> None:
+        """S of an optimizer that holds factors with these gradients; raises ``UserError``."""
         _optimizers.setdefault(self, weakref.WeakSet()).add(optimizer)
         self.steps_ever = True
         self.steps += 1
@@ -88,9 +89,16 @@ class Watch:
             self.left_out = found if before is None else before + found.to(before.device)
         if self.unseen[id(optimizer)] > PATIENCE:
             raise UserError(FORGOTTEN)
-        early = self.hooked and self.forwards_ever and not self.forward and self.steps == 1
-        if early and not self.right:
-            raise UserError(TOO_EARLY)
+        if self.hooked and self.steps == 1 and not self.right:
+            if not self.forward if self.forwards_ever else self._took(grads):
+                raise UserError(TOO_EARLY)
+
+    def _took(self, grads: list[Tensor]) -> bool:
+        """Whether the last H took these, and no backward pass has changed them since."""
+        if self.taken is None:
+            return False
+        taken, version = self.taken
+        return taken._version == version and any(grad is taken for grad in grads)
 
     def on_epoch_start(self) -> None:
         """The other hook: training calls hooks."""
@@ -110,14 +118,18 @@ class Watch:
         that knows. Raises ``UserError`` if the events before are wrong.
         """
         left_out = False if self.left_out is None else (self.left_out > 0).any()
-        if self.hooked and self.forwards_ever and self.steps == 0:
-            if self.forward and self.steps_ever:
+        if self.hooked and self.steps == 0:
+            on_host = all(g is None or g.device.type == "cpu" for g in grads)
+            # Elsewhere it may be a captured graph, which shows no F and no S.
+            if self.steps_ever and (self.forward or (on_host and not self.forwards_ever)):
                 if _finite(grads + self._other_gradients()):
                     raise UserError(TOO_OFTEN)
                 left_out = _finite(grads)  # else the scores see it themselves
-            if not self.forward and all(g is None or g.device.type == "cpu" for g in grads):
-                raise UserError(TWICE)  # elsewhere it may be a captured graph
+            elif self.forwards_ever and not self.forward and on_host:
+                raise UserError(TWICE)
         self.right |= self.steps > 0
+        first = next(grad for grad in grads if grad is not None)
+        self.taken = None if self.right else (first, first._version)
         self.hooked, self.forward, self.steps = True, False, 0
         self.unseen.clear()
         self.left_out = None
@@ -136,14 +148,14 @@ def _finite(grads: list[Tensor | None]) -> bool:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _watched:
         return
-    found = {}
+    found: dict[int, tuple[Watch, list[Tensor]]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             known = _watched.get(id(parameter))
             if known is not None and parameter.grad is not None and _holds(known, parameter):
-                found[id(known[2])] = known[2]
-    for watch in found.values():
-        watch.on_step(optimizer)
+                found.setdefault(id(known[2]), (known[2], []))[1].append(parameter.grad)
+    for watch, grads in found.values():
+        watch.on_step(optimizer, grads)
 
 
 def _holds(known: tuple[weakref.ref[Any], str, Watch], parameter: Tensor) -> bool:
