@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,24 @@ def test_a_server_is_of_the_clients_own_package(environment, tmp_path, monkeypat
 def test_jobs_of_another_environment_find_no_server(server, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/other/python")
     assert worker.call(["methods"]) is None
+
+
+def test_a_server_takes_no_job_after_an_edit_of_its_code(tmp_path):
+    """What it has imported is not what the run's identity would say."""
+    package = shutil.copytree(Path(worker.__file__).parents[1], tmp_path / "snella")
+    edit = f"Path({str(package)!r}, 'seeds.py').touch()"
+    script = "\n".join(
+        (
+            "from pathlib import Path",
+            "from snella.jobs import worker",
+            "server = worker.start()",
+            "before = worker.call(['--version'])",
+            edit,
+            "assert (before, worker.call(['--version'])) == (0, None)",
+        )
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
 
 
 def wait_for(path, seconds: float = 60) -> None:

@@ -1,7 +1,8 @@
 """The server of warm workers, which :func:`snella.jobs.worker.start` starts.
 
 One job is one forked process: a crash, a kill or a leak of memory is contained, and the server may
-end before it. A job whose client has gone ends as by SIGTERM. The server never touches CUDA.
+end before it. A job whose client has gone ends as by SIGTERM. The server never touches CUDA. Once a
+source of the package has changed it takes no more jobs: they would run the code that it imported.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 
 from snella.cli.main import main
 from snella.jobs.worker import PLACE, TAKEN
+from snella.runs.sources import PACKAGE
 
 PRELOAD = (
     "torch",
@@ -32,16 +35,22 @@ PRELOAD = (
 
 def serve(listener: socket.socket) -> None:
     """Fork a process for every connection, until the standard input is closed."""
+    imported = _sources()
     _preload()
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
         with connection:
-            if os.fork() == 0:
+            if _sources() == imported and os.fork() == 0:
                 listener.close()
                 _work(connection)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+
+
+def _sources() -> dict[Path, int]:
+    """When each source of the package was written."""
+    return {file: file.stat().st_mtime_ns for file in PACKAGE.rglob("*.py")}
 
 
 def _preload() -> None:
@@ -80,7 +89,10 @@ def _work(connection: socket.socket) -> None:
         sys.argv = ["snella", *request["arguments"]]
         connection.sendall(TAKEN)
         threading.Thread(target=_end_with, args=[connection], daemon=True).start()
-        status = main(request["arguments"])
+        try:
+            status: object = main(request["arguments"])
+        except SystemExit as end:  # what the parser ends with
+            status = end.code or 0
         sys.stdout.flush()
         sys.stderr.flush()
         connection.sendall(str(status).encode())
