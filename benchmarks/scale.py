@@ -30,7 +30,7 @@ from rich.table import Table
 
 from snella.files import digest_json
 from snella.records import provenance, write_record
-from snella.runs.identity import code_key
+from snella.runs.identity import backbone_digest, code_key
 from snella.runs.run import Run
 from snella.suite import config as configuration
 from snella.suite import plan
@@ -166,7 +166,7 @@ def record(run: Run, value: float, made: dict[str, Any], scores: bool) -> dict[s
         "warnings": list(run.notes),
         "identity": {
             **training, "run": "0" * 64, "training": "0" * 64, "merge": merge,
-            "evaluation": digest_json(evaluation), "backbone": "0" * 64,
+            "evaluation": digest_json(evaluation), "backbone": backbone_digest(run),
             "data": f"data of {run.dataset.name}",
         },
         "provenance": made,

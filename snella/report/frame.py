@@ -77,12 +77,8 @@ def tidy(
     """
     import pandas as pd
 
-    known: dict[str, str] = {}  # equal strings become one object: few different ones repeat
-
-    def share(value: Any) -> Any:
-        return known.setdefault(value, value) if type(value) is str else value
-
     runs: list[dict[str, Any]] = []
+    protocols: list[Mapping[str, Any]] = []
     index: list[int] = []
     rows: list[tuple[Any, ...]] = []
     for number, record in enumerate(records):
@@ -90,18 +86,30 @@ def tidy(
         run["label"] = (labels or {}).get(run["method"], run["method"])
         run["group"] = (groups or {}).get(run["suite"], {}).get(run["dataset"], "")
         run["run"] = number
-        runs.append({name: share(value) for name, value in run.items()})
+        runs.append(run)
+        protocols.append({} if isinstance(record, Missing) else record.get("protocol") or {})
         numbers = [] if isinstance(record, Missing) else list(_numbers(record, subsets))
-        for row in numbers or [_without_value(record)]:
-            rows.append(tuple(map(share, row)))
-            index.append(number)
-    per_run = pd.DataFrame.from_records(runs)
+        rows += numbers or [_without_value(record)]
+        index += [number] * max(1, len(numbers))
+    per_run = pd.DataFrame.from_records(runs).join(_fields(protocols))
     values = pd.DataFrame.from_records(rows, columns=list(METRIC))
     frame = values.join(per_run.iloc[index].reset_index(drop=True)) if runs else values
     protocol = sorted(c for c in frame.columns if c.startswith("protocol."))
     frame = frame.reindex(columns=[*COLUMNS, *protocol])
     for name in NUMBERS:
         frame[name] = pd.to_numeric(frame[name], errors="coerce")
+    return frame
+
+
+def _fields(protocols: list[Mapping[str, Any]]) -> pd.DataFrame:
+    """One column per protocol field; what is a list or mapping as JSON."""
+    import pandas as pd
+
+    frame = pd.DataFrame.from_records(protocols).add_prefix("protocol.")
+    for name in frame.columns[frame.dtypes == "object"]:
+        frame[name] = [
+            json.dumps(v, sort_keys=True) if isinstance(v, list | dict) else v for v in frame[name]
+        ]
     return frame
 
 
@@ -159,9 +167,6 @@ def _run(record: Record) -> dict[str, Any]:
     result |= {name: made.get(name) for name in ("python", "threads", "device", "started", "ended")}
     if isinstance(identity, Mapping):
         result |= {f"identity.{name}": identity.get(name) for name in IDENTITY}
-    for name, value in (record.get("protocol") or {}).items():
-        plain = json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
-        result[f"protocol.{name}"] = plain
     return result
 
 

@@ -197,15 +197,10 @@ def to_latex(grid: Grid) -> str:
 
 
 def _without_spread(grid: Grid) -> Grid:
-    sections = tuple(
-        replace(
-            s,
-            lines=tuple(
-                replace(x, cells=tuple(replace(c, spread="") for c in x.cells)) for x in s.lines
-            ),
-        )
-        for s in grid.sections
-    )
+    def plain(line: Line) -> Line:
+        return replace(line, cells=tuple(replace(cell, spread="") for cell in line.cells))
+
+    sections = tuple(replace(s, lines=tuple(map(plain, s.lines))) for s in grid.sections)
     remarks = (*grid.remarks, "The spread (±) is in the CSV and Markdown files.")
     return replace(grid, sections=sections, remarks=remarks)
 
@@ -285,7 +280,9 @@ def _widths(grid: Grid, column: int) -> tuple[int, int]:
 
 
 def _integer(text: str) -> int:
-    return len(text.partition(".")[0]) if text[:1].isdigit() else 0
+    """How many digits a number has before its point; none for what is no number."""
+    digits = text.lstrip("+−").partition(".")[0]
+    return len(digits) if digits.isdigit() else 0
 
 
 def _line(grid: Grid, line: Line, cells: Sequence[Cell], padding: Sequence[tuple[int, int]]) -> str:
@@ -305,7 +302,7 @@ def _cell(grid: Grid, cell: Cell, integers: int, spread_integers: int) -> str:
         text = rf"\textbf{{{text}}}"
     elif cell.mark == "tied":
         text = rf"\underline{{{text}}}"
-    if cell.text[:1].isdigit():
+    if _integer(cell.text):
         text = _phantom(integers - _integer(cell.text)) + text
     if cell.spread:
         pad = _phantom(spread_integers - _integer(cell.spread))

@@ -169,15 +169,15 @@ class Results:
         if self.made.empty:
             return []
         notes = []
-        dirty = self.made["dirty"].eq(True)
-        commits = self.made["commit"].astype("object").where(self.made["commit"].notna(), "")
-        short = commits.map(lambda c: str(c)[:7]) + dirty.map(
-            {True: " with local edits", False: ""}
+        edited = self.made["dirty"].eq(True)
+        shown = Counter(
+            f"{commit[:7]} with local edits" if dirty else commit[:7]
+            for commit, dirty in zip(self.made["commit"], edited, strict=True)
+            if isinstance(commit, str)
         )
-        shown = Counter(text for text in short if text.strip())
         if len(shown) > 1:
             notes.append(f"Runs were made at different commits: {_tally(shown)}.")
-        elif dirty.any():
+        elif shown and edited.any():
             notes.append(f"Runs were made at commit {next(iter(shown))}.")
         titles = ("python", "torch", "timm", "peft", "numpy", "hardware", "threads", "device")
         for name in titles:
@@ -190,9 +190,10 @@ class Results:
             notes.append(f"Rows whose runs were made by different code: {some(mixed)}.")
         for name, n in _tallied(self.made, "protocol.hyperparameters").items():
             if name.startswith("search/"):
+                part = "" if n == len(self.made) else f" of {n} of {len(self.made)} runs"
                 notes.append(
-                    f"Settings of {n} of {len(self.made)} runs are those of {name}: chosen on "
-                    "validation examples, after as many trials for every row."
+                    f"Settings{part} are those of {name}: chosen on validation examples, after "
+                    "as many trials for every row."
                 )
         notes += self._warnings()
         stale = int((self.made["stale"] != "").sum())

@@ -356,8 +356,7 @@ def statistics_grid(statistics: Statistics) -> Grid:
         low, high = (_number(v, f"+.{digits}f") for v in (row.low, row.high))
         interval = DASH if row.low is None else f"{low} to {high}"
         result = [_number(rank(row.method), ".1f"), _number(row.difference, f"+.{max(2, digits)}f")]
-        result += [interval]
-        result += [_probability(row.p), _probability(row.p_holm)]
+        result += [interval, _probability(row.p), _probability(row.p_holm)]
         result += [_probability(row.p_images_holm)] if images else []
         return [*result, f"{row.wins}/{row.ties}/{row.losses}"]
 

@@ -133,8 +133,9 @@ class Table:
     def remarks(self) -> list[str]:
         """What the reader has to know about the numbers, one sentence each."""
         selection = SELECTION_WORDS.get(self.results.selection, self.results.selection)
+        backbone = "" if self.backbone in self.caption else f"Backbone {self.backbone}. "
         result = [
-            f"Backbone {self.backbone}, protocol {self.protocol}, {selection}, {self._spread()}.",
+            f"{backbone}Protocol {self.protocol}, {selection}, {self._spread()}.",
             self._marks(),
         ]
         result += self._columns()
@@ -161,8 +162,8 @@ class Table:
         return f"{count}; standard error of a cell over test images {typical:.2g} (median)"
 
     def _marks(self) -> str:
-        ranked = [c.key for c in self.columns if c.ranked]
-        if not ranked:
+        ranked = {c.key for c in self.columns if c.ranked}
+        if all(cell.mean is None for (_, key), cell in self.cells.items() if key in ranked):
             return ""
         if not self.compared:
             return (

@@ -30,12 +30,14 @@ _latest: list[tuple[tuple[object, ...], str]] = []
 
 def training_sources(run: Run) -> Sources:
     """What the training of a run executes; the method's ``merge`` comes after training."""
-    return _stage(run.method.file, run.task.implementation, run.task.name, run.tasks, TRAINING)
+    task = run.task
+    return _stage(run.method.file, task.implementation, task.name, run.tasks, TRAINING)
 
 
 def evaluation_sources(run: Run) -> Sources:
     """What scoring a run's predictions executes."""
-    return _stage("", run.task.scorer, run.task.name, run.tasks, EVALUATION)
+    task = run.task
+    return _stage("", task.scorer, task.name, run.tasks, EVALUATION)
 
 
 @cache
@@ -78,9 +80,10 @@ def training_key(run: Run) -> dict[str, object]:
 
 def evaluation_key(run: Run) -> dict[str, object]:
     """The same for scoring."""
-    metrics = [[m.name, m.unit, m.higher_is_better] for m in run.task.metrics]
+    task = run.task
+    metrics = [[m.name, m.unit, m.higher_is_better] for m in task.metrics]
     key = {**evaluation_sources(run).key, "metrics": metrics}
-    scoring = set(run.task.settings.scoring)
+    scoring = set(task.settings.scoring)
     if not scoring:
         return key
     settings = run.task_settings
@@ -104,8 +107,8 @@ def _content_of(path: Path, stats: _Stats) -> str:
 
 def stats(path: Path) -> _Stats:
     """Size and time of a file, or of all files of a folder."""
-    parts = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = ((p, p.stat()) for p in parts if p.is_file())
+    parts = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    found = ((p, p.stat()) for p in parts)
     return tuple((p, s.st_size, s.st_mtime_ns) for p, s in found)
 
 

@@ -17,6 +17,7 @@ from snella.models.backbone_files import RANDOM, weights_path
 from snella.records import FINAL, Record, read_failure, read_record
 from snella.runs.identity import code_key, stats, weights_digest
 from snella.runs.run import Run
+from snella.tasks.base import Backbone
 
 PARTS = {
     "settings": "other settings",
@@ -28,6 +29,7 @@ PARTS = {
     "backbone": "other weights",
 }
 """What a record's identity may differ in from the plan's, in words."""
+_latest: list[tuple[Backbone, Path | None]] = []
 LARGE = 1 << 30
 """Bytes of weights that take seconds to read."""
 
@@ -85,7 +87,7 @@ def differences(run: Run, record: Record, moved: Collection[str] = ()) -> list[s
 def _weights_digest(run: Run) -> str | None:
     """Of the weights; None where they are missing, or large and no younger than the record."""
     try:
-        path = weights_path(run.backbone.entry)
+        path = _weights_path(run.backbone)
         if path is None:
             return RANDOM
         files = stats(path)
@@ -96,6 +98,13 @@ def _weights_digest(run: Run) -> str | None:
         return weights_digest(path, files) if files else None
     except (OSError, UserError):
         return None
+
+
+def _weights_path(backbone: Backbone) -> Path | None:
+    """Where the weights lie; the runs of a suite follow each other and share their backbone."""
+    if not (_latest and _latest[0][0] is backbone):
+        _latest[:] = [(backbone, weights_path(backbone.entry))]
+    return _latest[0][1]
 
 
 def _data_digest(folder: str) -> str | None:

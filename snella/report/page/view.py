@@ -17,7 +17,7 @@ from snella.report.page import scatter
 from snella.report.page.content import Content, PageRun, PageTable, RunKey
 from snella.report.page.pictures import views
 from snella.report.published.audit import TITLES, VERDICTS, summary
-from snella.report.published.audit_texts import HEADS, LEGEND, number_cells, total_rows
+from snella.report.published.audit_texts import HEADS, LEGEND, TOTAL_HEADS, number_cells, total_rows
 from snella.report.published.versus import Pair, compare_published
 from snella.report.results import column_outcome
 from snella.report.runs.details import shown_metrics
@@ -347,6 +347,6 @@ def _audit(found: pd.DataFrame, pool: Pool) -> dict[str, Any]:
     ]
     return {
         "summary": summary(found), "legend": LEGEND, "heads": HEADS,
-        "total_heads": ["Table", *(TITLES[v] for v in VERDICTS), "numbers"],
+        "total_heads": TOTAL_HEADS,
         "totals": total_rows(found), "verdicts": [(v, TITLES[v]) for v in VERDICTS], "rows": rows,
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html as escaping
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("snella")
 HEADS = ("Table", "Row", "Number", "Printed", "Ours", "Difference", "Verdict", "Why")
+TOTAL_HEADS = ("Table", *(TITLES[v] for v in VERDICTS), "numbers")
 LEGEND = (
     "Reproduced: a further seed of ours would fall as far from our mean in 95 % of cases. "
     "Explained: beyond that, with a known difference of protocol or a doubt about the printed "
@@ -98,9 +100,8 @@ def total_rows(found: pd.DataFrame) -> list[list[str]]:
 
 def markdown(found: pd.DataFrame) -> str:
     """Totals per table, then every number that is decided."""
-    heads = ["Table", *[TITLES[v] for v in VERDICTS], "numbers"]
     lines = ["# Audit of the published numbers", "", summary(found), "", LEGEND, ""]
-    lines += [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+    lines += [_row(TOTAL_HEADS), _row(["---", *["---:"] * (len(TOTAL_HEADS) - 1)])]
     lines += [_row(row) for row in total_rows(found)]
     rows = list(decided(found))
     if rows:
@@ -110,39 +111,34 @@ def markdown(found: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: list[str]) -> str:
+def _row(cells: Iterable[str]) -> str:
     return markdown_row(c if c.startswith(("`", "-")) else escape_markdown(c) for c in cells)
 
 
 def html(found: pd.DataFrame) -> str:
     """One self-contained page with all numbers, filtered by verdict, table and text."""
     template = (FOLDER / "audit.html").read_text(encoding="utf-8")
-    heads = ["Table", *[TITLES[v] for v in VERDICTS], "numbers"]
     body = [
-        "<tr data-verdict='{}' title='{}'>{}</tr>".format(
-            row["verdict"],
-            escaping.escape(row["command"], quote=True),
-            "".join(f"<td>{escaping.escape(cell)}</td>" for cell in number_cells(row)),
-        )
+        f"<tr data-verdict='{row['verdict']}' title='{escaping.escape(row['command'])}'>"
+        f"{_elements('td', number_cells(row))}</tr>"
         for row in found.to_dict("records")
     ]
-    counted = [
-        f"<tr>{''.join(f'<td>{escaping.escape(c)}</td>' for c in r)}</tr>"
-        for r in total_rows(found)
-    ]
-    choices = [f"<option value='{v}'>{TITLES[v]}</option>" for v in VERDICTS]
     parts = {
         "SUMMARY": escaping.escape(summary(found)),
         "LEGEND": escaping.escape(LEGEND),
-        "VERDICTS": "".join(choices),
-        "TOTAL_HEADS": "".join(f"<th>{escaping.escape(h)}</th>" for h in heads),
-        "TOTALS": "\n".join(counted),
-        "HEADS": "".join(f"<th>{escaping.escape(h)}</th>" for h in HEADS),
+        "VERDICTS": "".join(f"<option value='{v}'>{TITLES[v]}</option>" for v in VERDICTS),
+        "TOTAL_HEADS": _elements("th", TOTAL_HEADS),
+        "TOTALS": "\n".join(f"<tr>{_elements('td', row)}</tr>" for row in total_rows(found)),
+        "HEADS": _elements("th", HEADS),
         "ROWS": "\n".join(body),
     }
     for name, content in parts.items():
         template = template.replace(f"<!--{name}-->", content)
     return template
+
+
+def _elements(tag: str, texts: Iterable[str]) -> str:
+    return "".join(f"<{tag}>{escaping.escape(text)}</{tag}>" for text in texts)
 
 
 def latex(found: pd.DataFrame) -> str:

@@ -293,12 +293,8 @@ def _one(places: Places, row: int, where: Where) -> Printed | None:
 
 def in_unit(printed: Printed, unit: Unit, *, cost: bool) -> float | None:
     """A printed number in a unit of ours; None where it cannot be converted."""
-    number = float(printed["value"])
-    if cost:
-        base = COST_UNITS.get(printed["unit"])
-        return None if base is None else number * base * unit.scale
-    base = SCALES.get(printed["unit"])
-    return None if base is None else number * base * unit.scale
+    base = (COST_UNITS if cost else SCALES).get(printed["unit"])
+    return None if base is None else float(printed["value"]) * base * unit.scale
 
 
 def versus_grid(versus: Versus) -> Grid:
