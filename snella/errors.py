@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import textwrap
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 LINE = 300
 """Characters of an exception that a line of ours repeats; PyTorch's can fill pages."""
@@ -171,3 +174,20 @@ def one_line(error: BaseException, *places: Path) -> str:
 def _last_frame(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
+@contextmanager
+def no_silent_end() -> Iterator[None]:
+    """Make ``os._exit`` an error in this process: who calls it would leave status 0, no record."""
+    end, process = os._exit, os.getpid()
+
+    def refused(status: int) -> NoReturn:
+        if os.getpid() != process:  # a child's own affair
+            end(status)
+        raise SystemExit(f"os._exit({status})")
+
+    os._exit = refused
+    try:
+        yield
+    finally:
+        os._exit = end

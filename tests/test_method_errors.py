@@ -173,6 +173,52 @@ def test_one_line_names_file_field_and_remedy(tmp_path: Path, run, case: str) ->
     assert not _failure(tmp_path).exists()
 
 
+HOOKS = {
+    "parameter_groups(self, model, lr, weight_decay)": (
+        ("pass", 2, "parameter_groups: TypeError: 'NoneType'"),
+        ("return []", 2, "parameter_groups: ValueError: optimizer got an empty parameter list"),
+        ("return 2 * [{'params': [model.cls_token]}]", 2, "in more than one parameter group"),
+    ),
+    "auxiliary_loss(self, model, batch, loss_fn)": (
+        ("return 'much'", 2, "auxiliary_loss: it must return a scalar tensor or None"),
+        ("return model.cls_token", 2, "auxiliary_loss: it must return a scalar tensor or None"),
+    ),
+    "state(self, model)": (("return {'rank': 1}", 2, "state: it must return tensors by name"),),
+    "training_state(self, model)": (
+        ("return [model.cls_token]", 2, "training_state: it must return tensors by name"),
+    ),
+    "on_step_end(self, model)": (
+        ("import os; os._exit(0)", 1, "SystemExit: os._exit(0)"),
+        ("raise SystemExit", 1, "SystemExit:"),
+        ("raise GeneratorExit", 1, "GeneratorExit:"),
+        ("self.on_step_end(model)", 1, "RecursionError:"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "hook,body,status,words", [(hook, *case) for hook, cases in HOOKS.items() for case in cases]
+)
+def test_what_a_hook_returns_or_raises_is_one_line_with_its_place(
+    tmp_path: Path, run, hook: str, body: str, status: int, words: str
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"{IMPORTS}{FULL}\n    def {hook}:\n        {body}\n")
+    found, _ = run(file)
+    failure = json.loads(_failure(tmp_path).read_text())
+    assert (found, failure["status"]) == (status, "failed")
+    assert words in failure["reason"] and "mine.py, line 1" in failure["reason"]
+    assert "\n" not in failure["reason"]
+
+
+def test_a_merge_that_ends_the_process_costs_no_training(tmp_path: Path, run) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"{IMPORTS}{FULL}\n    def merge(self, model):\n        raise SystemExit(0)\n")
+    assert run(file) == (0, "")
+    record = json.loads(_failure(tmp_path).with_name("record.json").read_text())
+    assert record["merge"]["failed"] and "SystemExit: 0 (mine.py, line 1" in str(record["merge"])
+
+
 def test_a_missing_method_file_is_one_line(capsys) -> None:
     rows = "methods.mine={file: nowhere/mine.py}"
     assert main(["run", "--method", "mine", "--dataset", "digits", "--config", rows]) == 2

@@ -148,10 +148,6 @@ def test_a_signal_while_predicting_costs_no_training(make_run, tmp_path, monkeyp
     assert same(*runs)
 
 
-class Killed(BaseException):
-    """What no one catches, as nothing runs after SIGKILL."""
-
-
 @pytest.mark.parametrize("epoch", [0, 2])
 @pytest.mark.parametrize(
     "method,protocol", [("full", {"ema_decay": 0.9}), ("snella", {"evaluate_every": 1})]
@@ -167,12 +163,12 @@ def test_a_kill_while_predicting_costs_no_step(
 
     def killed(self, model, split, folder):
         if f"epoch{epoch:04d}" in folder.parts and split == "test":
-            raise Killed
+            raise KeyboardInterrupt  # after which nothing runs, as after a kill
         return predict(self, model, split, folder)
 
     with monkeypatch.context() as patch:
         patch.setattr(Classification, "predict", killed)
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             running.execute(runs[1])
     steps = count_steps(monkeypatch)
     assert running.execute(runs[1])["files"] == complete["files"]

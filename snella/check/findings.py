@@ -49,7 +49,7 @@ def finding(check: str, family: str, file: Path, call: Callable[[], str]) -> Fin
         return Finding(check, family, "noted", "refused", str(reason))
     except (Failure, UserError) as failure:
         return Finding(check, family, "failed", "FAILED", str(failure))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Finding(check, family, "failed", "FAILED", one_line(error, file))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from snella.check.contract import restore
 from snella.check.findings import Failure
 from snella.check.subject import Subject
-from snella.errors import one_line
+from snella.errors import no_silent_end, one_line
 from snella.methods.base import build_method
 
 SECONDS = 120
@@ -86,10 +86,11 @@ def serve(folder: Path) -> None:
             found, names = restore(Subject(method, kind), load_file(folder / f"{kind}.safetensors"))
             save_file({"answer": found.contiguous()}, folder / f"{kind}.answer.safetensors")
             reply["names"][kind] = names
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reply["problems"][kind] = one_line(error, path)
     (folder / "reply.json").write_text(json.dumps(reply))
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    with no_silent_end():
+        serve(Path(sys.argv[1]))

@@ -319,6 +319,13 @@ def _in_single_precision(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
+def wrong_result(method: Method, hook: str, problem: str) -> UserError:
+    """The error for what a hook returned, which fails in code that is not the method's own."""
+    function = getattr(type(method), hook)
+    line = function.__code__.co_firstlineno
+    return UserError(f"{inspect.getfile(function)}, line {line}: {hook}: {problem}; correct it.")
+
+
 def _nothing_marked(method: Method, hook: str) -> UserError:
     return UserError(
         f"{method_file(method)}: {type(method).__name__}.{hook} marks nothing trainable; set "

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from snella.methods.base import Batch, LossFn, Method
+from snella.methods.base import Batch, LossFn, Method, wrong_result
 
 
 def train_step(
@@ -45,7 +45,7 @@ def train_step(
     for batch in batches:
         with precision():
             value = loss(model, batch)
-            extra = None if method is None else method.auxiliary_loss(model, batch, loss)
+            extra = None if method is None else _auxiliary(method, model, batch, loss)
         objective = value if extra is None else value + extra
         if len(batches) > 1:
             objective = objective / len(batches)
@@ -64,3 +64,10 @@ def train_step(
     if method is not None:
         method.on_step_end(model)
     return seen[0] if len(seen) == 1 else torch.stack(seen).mean()
+
+
+def _auxiliary(method: Method, model: nn.Module, batch: Batch, loss: LossFn) -> Tensor | None:
+    extra = method.auxiliary_loss(model, batch, loss)
+    if extra is not None and not (isinstance(extra, Tensor) and extra.numel() == 1):
+        raise wrong_result(method, "auxiliary_loss", "it must return a scalar tensor or None")
+    return extra

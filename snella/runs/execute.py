@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from snella.data.prepared import Prepared
-from snella.errors import Diverged, UserError, one_line
+from snella.errors import Diverged, UserError, no_silent_end, one_line
 from snella.files import digest_file, remove_leftovers, try_lock, write_text
 from snella.records import (
     FINAL,
@@ -55,7 +55,7 @@ def execute(
     """
     folder = run.folder
     _make(folder)
-    with exclusive(folder), _log_file(folder / "log.txt"), terminable():
+    with exclusive(folder), _log_file(folder / "log.txt"), terminable(), no_silent_end():
         remove_leftovers(folder)
         torch.set_num_threads(run.protocol.threads)
         write_text(folder / "config.json", run.to_json() + "\n")
@@ -77,7 +77,9 @@ def execute(
         except UserError as error:
             _finish(folder, record | {"transient": transient(error)}, "failed", str(error))
             raise
-        except (Exception, SystemExit, Terminated) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a method may raise what it likes
             log.exception("The run ended before its record was complete")
             record["transient"] = transient(error)
             _finish(folder, record, _status(error), _reason(error, run))

@@ -91,16 +91,11 @@ class Run(Strict):
         """The task family's settings, typed."""
         return validate(self.task.settings, self.settings, f"protocol {self.protocol_name!r}")
 
-    def canonical(self) -> dict[str, Any]:
-        """What training depends on, without names that only label it and without local paths."""
-        return {
-            **self.shared(),
-            "dataset": self.dataset.model_dump(exclude={"prepared"}, exclude_defaults=True),
-            "seed": [self.base_seed, self.seed],
-        }
-
     def shared(self) -> dict[str, Any]:
-        """The part of it that a row has on most data sets and with every seed."""
+        """What training depends on that a row has on most data sets and with every seed.
+
+        Without names that only label it and without local paths.
+        """
         skip = {"selection", "hyperparameters", "checkpoint_every"}
         settings = self.task_settings
         return {

@@ -178,7 +178,7 @@ def _fold(loaded: Loaded, code: str) -> dict[str, Any]:
         merge["reason"] = None
     except CannotMerge as error:
         merge["reason"] = str(error)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         log.exception("merge failed after complete training")
         merge |= {"failed": True, "reason": one_line(error, Path(loaded.run.method.file))}
     return {"merge": merge, "gflops": _gflops(loaded, batch)}

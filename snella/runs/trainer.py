@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from snella.data.placement import travel
-from snella.errors import Diverged, UserError
+from snella.errors import Diverged, UserError, one_line
 from snella.files import atomic
-from snella.methods.base import Batch, Method, check_marked, method_file
+from snella.methods.base import Batch, Method, check_marked, method_file, wrong_result
 from snella.methods.step import train_step
 from snella.models.parameters import (
     checkpoint_blocks,
@@ -143,9 +143,12 @@ class Trainer:
     def _optimizer(self) -> torch.optim.Optimizer:
         protocol = self.protocol
         groups = self.method.parameter_groups(self.model, protocol.lr, protocol.weight_decay)
-        optimizer = build_optimizer(
-            protocol.optimizer, groups, protocol.lr, protocol.momentum, fused=self.scaler is None
-        )
+        try:
+            optimizer = build_optimizer(
+                protocol.optimizer, groups, protocol.lr, protocol.momentum, self.scaler is None
+            )
+        except (TypeError, ValueError, LookupError) as error:
+            raise wrong_result(self.method, "parameter_groups", one_line(error)) from error
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         if protocol.ema_decay:
             self.ema = {n: p.detach().clone() for n, p in trainable(self.model).items()}
@@ -338,8 +341,8 @@ class Trainer:
             begun = {**vars(self.begun), "losses": torch.stack(self.begun.losses)}
         content = {
             "fingerprint": self.fingerprint,
-            "state": self.method.state(self.model),
-            "training_state": self.method.training_state(self.model),
+            "state": self._tensors("state"),
+            "training_state": self._tensors("training_state"),
             "optimizer": optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "ema": self.ema,
@@ -350,6 +353,13 @@ class Trainer:
         }
         with atomic(self.checkpoint) as path:
             torch.save(content, path)
+
+    def _tensors(self, hook: str) -> dict[str, Tensor]:
+        """What a hook wants kept; asked before the first step, so that no training is in vain."""
+        found: dict[str, Tensor] = getattr(self.method, hook)(self.model)
+        if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+            raise wrong_result(self.method, hook, "it must return tensors by name")
+        return found
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint of this very run; one of another identity or a damaged one is ignored."""
