@@ -72,6 +72,8 @@ def list_images(root: str | Path, name: str, options: Options) -> Listing:
         state = f"{root} is a file, not a folder" if root.exists() else f"there is no folder {root}"
         raise UserError(f"Data set {name!r}: {state}; correct `path:` (docs/data.md).")
     layout = options.layout if options.layout != "auto" else _layout(root, name)
+    if layout == "original" and (options.official or "").startswith("vtab1k/"):
+        layout = "tfds"  # VTAB's part of it, by the order that TFDS gives it
     with _readable(f"Data set {name!r}: {root} cannot be read as a copy in {layout} layout"):
         listing: Listing = LAYOUTS[layout].read(root, options)
     check_layout(name, options, listing.layout, "val" in listing.lines)
@@ -162,8 +164,8 @@ def _layout(root: Path, name: str) -> str:
     needed = ", ".join(f"{split}.txt" for split in vtab.LISTS)
     raise UserError(
         f"Data set {name!r}: {root} is in no known layout: VTAB-1k lists ({needed}), VPT's "
-        "train.json and test.json, class folders (train/<class>/), an original release, or "
-        "TFDS-prepared files (docs/data.md)."
+        "train.json and test.json, class folders (train/<class>/), an original release, "
+        "TFDS-prepared files, or with `layout: tfds` VTAB's archives (docs/data.md)."
     )
 
 

@@ -197,7 +197,8 @@ def _mat(file: Path) -> dict[str, Any]:
             f"{file}: reading .mat files needs scipy; pip install snella[bench]."
         ) from None
     try:
-        content: dict[str, Any] = loadmat(file)
+        with open(file, "rb") as stream:
+            content: dict[str, Any] = loadmat(stream)
         return content
     except FileNotFoundError:
         raise UserError(f"{file} is missing.") from None

@@ -94,6 +94,21 @@ class Records(Sequence[bytes]):
             return stream.read(length)
 
 
+class Column(Sequence[bytes]):
+    """The encoded images of some records, read at access."""
+
+    def __init__(self, records: Records, rows: Sequence[int]) -> None:
+        self.records, self.rows = records, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return bytes(parse_example(self.records[self.rows[index]])["image"][0])
+
+
 def _array_record(shard: Path) -> Any:
     try:
         from array_record.python.array_record_module import ArrayRecordReader

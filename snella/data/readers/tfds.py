@@ -1,28 +1,30 @@
-"""TFDS-prepared data sets: the records by whose order VTAB-1k is defined, and their labels.
+"""VTAB-1k as TFDS has it: the examples by whose order it is defined, and their labels.
 
 VTAB's 1000 images are positions in the TFDS example order: the first 800 of its training part and
 the first 200 of its validation part, which is official or begins at a percentage of the records
 (`task_adaptation/data/*.py` of google-research/task_adaptation). Pixels never went through
 another JPEG here. Labels of Clevr, KITTI, dSprites and sNORB are computed from annotations.
 
-The folder is the one with `features.json` or `dataset_info.json`
-(`<data_dir>/cifar100/3.0.2`, or a folder above it with one version).
+The folder holds the records that TFDS wrote (`<data_dir>/cifar100/3.0.2`, or a folder above it with
+one version), or the unpacked original archives, of which `tfds_order` makes the same sequence.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from snella.data.images import decode
 from snella.data.options import Options
-from snella.data.readers.listing import Line, Listing
-from snella.data.readers.records import Feature, Records, parse_example
+from snella.data.readers.listing import Images, Line, Listing
+from snella.data.readers.records import Column, Feature, Records, parse_example
 from snella.data.readers.text import read_json
+from snella.data.readers.tfds_order import Examples, read_originals
 from snella.errors import UserError
 
 SHARD = re.compile(
@@ -139,37 +141,44 @@ def _folder(root: Path) -> Path | None:
 def read(root: Path, options: Options) -> Listing:
     """The images and labels of the set that ``options.official`` names, by TFDS order."""
     folder = _folder(root)
-    if folder is None:
-        raise UserError(f"{root} holds no TFDS-prepared records (*.tfrecord-*, *.array_record-*).")
     suite, _, name = (options.official or "").partition("/")
     table = {"vtab1k": RECIPES, "full_image": FULL}.get(suite, {})
     if name not in table:
         known = [f"vtab1k/{n}" for n in RECIPES] + [f"full_image/{n}" for n in FULL]
         raise UserError(
-            f"{folder}: which data set the records are must be said, since labels and parts "
+            f"{root}: which data set this is must be said, since labels and parts "
             f"depend on it: `options: {{official: ...}}`, one of {', '.join(known)}."
         )
     recipe = table[name]
-    records = {split: Records(shards) for split, shards in _shards(folder).items()}
+    if folder is not None and (name != "dmlab" or (folder / "dataset_info.json").is_file()):
+        splits, notes = _recorded(folder), _version_notes(folder)
+    else:  # DMLab's own archive holds records too
+        splits, notes = read_originals(root, name), []
     limits = dict(zip(("train", "val"), options.subset or SUBSET, strict=True))
     lines: dict[str, list[Line]] = {}
-    images: dict[str, Any] = {}
+    images: dict[str, Images] = {}
     for role in ("train", "val", "test"):
         part = getattr(recipe, role)
         if part is None:
             continue
         limit = limits.get(role) if suite == "vtab1k" else None
-        span = _span(folder, records, part, limit)
-        held = records[part.split]
-        labels = [recipe.label(_parse(held, i, folder)) for i in span]
-        lines[role] = [
-            Line(str(folder), f"{part.split}[{i}]", label)
-            for i, label in zip(span, labels, strict=True)
-        ]
-        column = _Column(held, span)
-        images[role] = column if recipe.scale == 1 else _scaled(column, recipe.scale)
-    notes = _version_notes(folder)
-    return Listing("tfds", folder, lines, images=images, notes=notes)
+        span = _span(folder or root, splits, part, limit)
+        names, features, pixels = splits[part.split]
+        lines[role] = [Line(str(folder or root), names[i], recipe.label(features(i))) for i in span]
+        if pixels is not None:
+            found = pixels(span)
+            images[role] = found if recipe.scale == 1 else _scaled(found, recipe.scale)
+    return Listing("tfds", folder or root, lines, images=images or None, notes=notes)
+
+
+def _recorded(folder: Path) -> dict[str, Examples]:
+    """The splits that TFDS wrote, in their order."""
+    found = {}
+    for split, shards in _shards(folder).items():
+        records = Records(shards)
+        names = [f"{split}[{i}]" for i in range(len(records))]
+        found[split] = Examples(names, partial(_parse, records, folder), partial(Column, records))
+    return found
 
 
 def _shards(folder: Path) -> dict[str, list[Path]]:
@@ -188,12 +197,12 @@ def _shards(folder: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def _span(folder: Path, records: dict[str, Records], part: Part, limit: int | None) -> range:
-    if part.split not in records:
+def _span(folder: Path, splits: dict[str, Examples], part: Part, limit: int | None) -> range:
+    if part.split not in splits:
         raise UserError(
-            f"{folder} has no split {part.split!r} (it has {', '.join(sorted(records)) or 'none'})."
+            f"{folder} has no split {part.split!r} (it has {', '.join(sorted(splits)) or 'none'})."
         )
-    total = len(records[part.split])
+    total = len(splits[part.split].names)
     start, stop = part.start * total // 100, part.stop * total // 100
     if limit is not None:
         if stop - start < limit:
@@ -205,35 +214,18 @@ def _span(folder: Path, records: dict[str, Records], part: Part, limit: int | No
     return range(start, stop)
 
 
-def _parse(records: Records, index: int, folder: Path) -> dict[str, Feature]:
+def _parse(records: Records, folder: Path, index: int) -> dict[str, Feature]:
     features = parse_example(records[index])
     if "image" not in features:
         raise UserError(f"{folder}: record {index} has no image (it has {', '.join(features)}).")
     return features
 
 
-class _Column(Sequence[bytes]):
-    """The encoded images of a span of records, read at access."""
-
-    def __init__(self, records: Records, span: range) -> None:
-        self.records, self.span = records, span
-
-    def __len__(self) -> int:
-        return len(self.span)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        image = parse_example(self.records[self.span[index]])["image"][0]
-        return bytes(image)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return (self[i] for i in range(len(self)))
-
-
-def _scaled(column: _Column, scale: int) -> np.ndarray:
+def _scaled(images: Images, scale: int) -> np.ndarray:
     """dSprites: one-bit images, decoded and brought to 0 and 255."""
-    return np.stack([decode(image) for image in column]) * np.uint8(scale)
+    if not isinstance(images, np.ndarray):
+        images = np.stack([decode(image) for image in images])
+    return images * np.uint8(scale)
 
 
 def _version_notes(folder: Path) -> list[str]:
