@@ -173,12 +173,12 @@ class WorkflowPlan:
             raise UserError(" ".join(lost))
 
     def _records(self, runs: Iterable[Run]) -> list[str]:
-        """The records of runs; a dry run says here what these lack."""
+        """The records of runs; a dry run, whose status is Snakemake's own, says what these lack."""
         runs = list(runs)
         if self.workflow is not None and self.workflow.dryrun:
             for line in missing_of(self.config, runs):
                 if self.config.first_time("missing", line):
-                    _say(line)
+                    _say(f"missing: {line} Without the -n Snakemake ends here, with status 2.")
         return [run.record.as_posix() for run in runs]
 
     def _settle_in_job(self) -> None:
