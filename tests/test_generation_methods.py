@@ -83,4 +83,4 @@ def test_contract_on_sd3(row: tuple[str, dict[str, Any]]) -> None:
 
 def test_rows_are_all_that_claim_sd3() -> None:
     claimed = {p.stem for p in BASELINES.glob("[!_]*.py") if "sd3" in load_method(p).supports}
-    assert {file for file, _ in ROWS} <= claimed
+    assert {file for file, _ in ROWS} == claimed

@@ -91,6 +91,9 @@ def test_kvasirs_own_lists_are_used(root: Path, tmp_path: Path) -> None:
     (root / "val.txt").write_text("image00\nimage05\n")
     with pytest.raises(UserError, match="image05 is also in"):
         prepared(root, tmp_path)
+    (root / "val.txt").unlink()
+    with pytest.raises(UserError, match=r"train.txt is one of .* two lists.*add the other"):
+        sources(spec(root))
 
 
 def test_lists_of_another_folder_mean_nothing_unless_they_are_named(

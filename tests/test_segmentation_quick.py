@@ -321,6 +321,37 @@ def test_the_suites_search_tries_four_rates_for_every_row() -> None:
     assert len(runs) == 4 * 30 and all(len(found) == 4 for found in rates.values())
 
 
+@pytest.mark.parametrize(
+    ("suite", "family", "left_out"),
+    [
+        ("quick_segmentation", "sam",
+         {"adapter-8-noah", "snella-8-linear", "fourierft-10000", "s2ft-8000"}),
+        ("kvasir", "sam", {"adapter-8-noah", "snella-8-linear", "fourierft-10000", "s2ft-8000"}),
+        ("dreambooth", "sd3", {"fourierft", "s2ft-3000", "s2ft-6000"}),
+    ],
+)  # fmt: skip
+def test_suites_train_every_row_that_supports_their_model(
+    suite: str, family: str, left_out: set[str]
+) -> None:
+    """But for the settings of another task's tables."""
+    from snella.errors import Unsupported
+    from snella.methods.base import build_method
+    from snella.models.tiny import tiny_backbone
+    from snella.suite import plan
+    from snella.suite.config import load
+
+    config, model, supported = load(overrides={"suite": suite}), tiny_backbone(family), set()
+    dataset = plan.current_suite(config).datasets[0]
+    for name in (name for name, row in config.methods.items() if not row.ablation):
+        row = plan.resolve(config, name, dataset, 0).method
+        try:
+            build_method(Path(row.file), row.hyperparameters).check_supported(model)
+        except Unsupported:
+            continue
+        supported.add(name)
+    assert set(plan.suite_methods(config)) == supported - left_out
+
+
 def test_table_and_figure_come_from_the_quick_segmentation_suite(tmp_path: Path) -> None:
     from snella.errors import UserError
     from snella.jobs import figures

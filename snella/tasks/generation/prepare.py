@@ -14,7 +14,7 @@ from snella.tasks.base import DatasetSpec
 from snella.tasks.generation.prompts import NAME, check_template, read_prompts
 
 KINDS = ("dreambooth", "quick")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp")
 UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
 """Photographs as well, which would be missed without a word."""
 OPTIONS = ("subject", "class_word", "prompts")

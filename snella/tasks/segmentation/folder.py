@@ -56,9 +56,12 @@ def pictures(folder: Path) -> dict[str, Path]:
 
 
 def _elsewhere(folder: Path) -> str:
-    """Where the folder lies instead, one deeper, as archives unpack."""
+    """Where the folder lies instead, one deeper, as archives unpack, or what its place holds."""
     inner = sorted(p for p in folder.parent.glob(f"*/{folder.name}") if p.is_dir())
-    return f" (there is {inner[0]}: set `path: {inner[0].parent}`)" if inner else ""
+    if inner:
+        return f" (there is {inner[0]}: set `path: {inner[0].parent}`)"
+    names = sorted(p.name for p in folder.parent.glob("*/"))
+    return f" (there are {', '.join(names[:4])}: rename or link them)" if names else ""
 
 
 def read_pairs(root: Path, allow_empty: bool = False) -> dict[str, Pair]:

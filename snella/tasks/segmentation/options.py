@@ -69,9 +69,16 @@ def lists_of(kind: str, root: Path, options: Options) -> tuple[Path, Path] | Non
 
     The data set's authors distribute `train.txt` (880 names) and `val.txt` (120) with it; the 120
     are tested on here, and a validation split is taken from the 880. In a folder of another kind
-    files of these names may mean anything, and count only where the options name them.
+    files of these names may mean anything, and count only where the options name them. Raises
+    :class:`~snella.errors.UserError` where one of the two is missing.
     """
     if options.train_list and options.test_list:
         return root / options.train_list, root / options.test_list
     own = root / "train.txt", root / "val.txt"
-    return own if kind == "kvasir" and all(path.is_file() for path in own) else None
+    found = [path for path in own if path.is_file()] if kind == "kvasir" else []
+    if len(found) == 1:
+        raise UserError(
+            f"{found[0]} is one of Kvasir-SEG's two lists, train.txt and val.txt; add the other, "
+            "or remove it to split by seed."
+        )
+    return own if found else None

@@ -122,7 +122,8 @@ def _disjoint(
         both = sorted(set(train) & set(test))
         if both:
             raise UserError(
-                f"{lists[1]}: {both[0]} is also in {lists[0]} (and {len(both)} in all)."
+                f"{lists[1]}: {both[0]} is also in {lists[0]} ({len(both)} names are in both); "
+                "remove them from one."
             )
         groups = _groups(pairs, train, options)
         wanted = round(options.val_fraction * len(train))
