@@ -89,9 +89,9 @@ class Watch:
             self.left_out = found if before is None else before + found.to(before.device)
         if self.unseen[id(optimizer)] > PATIENCE:
             raise UserError(FORGOTTEN)
-        if self.hooked and self.steps == 1 and not self.right:
-            if not self.forward if self.forwards_ever else self._took(grads):
-                raise UserError(TOO_EARLY)
+        stale = not self.forward if self.forwards_ever else self._took(grads)
+        if self.hooked and self.steps == 1 and not self.right and stale:
+            raise UserError(TOO_EARLY)
 
     def _took(self, grads: list[Tensor]) -> bool:
         """Whether the last H took these, and no backward pass has changed them since."""
