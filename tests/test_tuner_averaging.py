@@ -110,10 +110,13 @@ def test_an_average_of_the_parameters_alone_is_reported(tmp_path: Path) -> None:
     train(model, update)
     with pytest.warns(UserWarning, match=r"keeps .* not the .*never called for it.*buffers\(\)"):
         average.save_pretrained(str(tmp_path))
+    with pytest.warns(UserWarning, match=r"keeps .* not the .*never called for it.*buffers\(\)"):
+        copy.deepcopy(average).merge_and_unload()
     for mine, budget in zip(average.buffers(), model.buffers(), strict=True):
         mine.copy_(budget)
     assert budgets(average) == budgets(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         average.save_pretrained(str(tmp_path))
+        copy.deepcopy(average).merge_and_unload()
         PeftModel.from_pretrained(backbone(), str(tmp_path)).save_pretrained(str(tmp_path))

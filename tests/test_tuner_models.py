@@ -350,6 +350,10 @@ def test_what_the_default_leaves_out_is_said() -> None:
         get_peft_model(copy.deepcopy(model), SnellaConfig(rank=2))
     block["novel"] = nn.Linear(4, 4)
     with pytest.warns(UserWarning, match=r"1 linear layer\(s\).*blocks.0.novel"):
+        get_peft_model(copy.deepcopy(model), SnellaConfig(rank=2))
+    del block["novel"]
+    block["mixture"] = nn.ParameterDict({"experts": nn.Parameter(torch.ones(3, 4, 4))})
+    with pytest.warns(UserWarning, match=r"1 parameter\(s\).*blocks.0.mixture.experts. They stay"):
         get_peft_model(model, SnellaConfig(rank=2))
 
 

@@ -78,29 +78,10 @@ class Tile:
     leaves: list[Tensor] = field(default_factory=list)
 
 
-@dataclass
-class Constants:
-    """What holds until the parameters change, and need not be computed again for backward.
-
-    floor: (slices, P, 1, 1); below it a squared distance is rounding noise of the product that
-    forms it, and a true 0 may not divide. needs_shift: whether exp(D/τ) could overflow.
-    """
-
-    floor: Tensor
-    needs_shift: bool
-
-
 class PiecewiseTiles:
     """piecewise-linear and mix-k; shapes as in ``equations.kernels.merge``, without gradients."""
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        a: Tensor,
-        b: Tensor,
-        scalars: Tensor,
-        constants: Constants | None = None,
-    ) -> None:
+    def __init__(self, kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor) -> None:
         self.kernel, self.a, self.b = kernel, a, b
         self.rows_a, self.rows_b = a.mT.contiguous(), b.mT.contiguous()
         self.scalars = kernel.named(scalars)
@@ -110,7 +91,6 @@ class PiecewiseTiles:
         else:
             fixed = _fixed_coefficients(kernel, a.dtype, a.device)
             self.coefficients = [c.expand(len(a), 1, 1) for c in fixed]
-        self.constants = constants or self._constants()
         self.grad_left: Tensor | None = None
         self.grad_right: Tensor | None = None
         self.grad_scalars = torch.zeros_like(scalars)
@@ -135,21 +115,30 @@ class PiecewiseTiles:
         squares = self.squares[0]
         return torch.cat([self.rows_a * -2, torch.ones_like(squares), squares], -2)
 
-    def _constants(self) -> Constants:
+    @cached_property
+    def largest(self) -> Tensor:
+        """The largest |a|² plus the largest |b|², (slices, P, 1, 1)."""
         squares_a, squares_b = self.squares
-        largest = squares_a.amax(-1, keepdim=True) + squares_b.amax(-1, keepdim=True)
-        limits = torch.finfo(largest.dtype)
-        floor = largest * limits.eps + limits.tiny
-        if self.kernel.name != "mix-k":
-            return Constants(floor, needs_shift=False)
-        if largest.device.type != "cpu":  # a device is not asked, to avoid a wait
-            return Constants(floor, needs_shift=True)
+        return squares_a.amax(-1, keepdim=True) + squares_b.amax(-1, keepdim=True)
+
+    @cached_property
+    def floor(self) -> Tensor:
+        """(slices, P, 1, 1); below it a squared distance is rounding noise of the product that
+        forms it, and a true 0 may not divide."""
+        limits = torch.finfo(self.largest.dtype)
+        return self.largest * limits.eps + limits.tiny
+
+    @cached_property
+    def needs_shift(self) -> bool:
+        """Whether exp(D/τ) could overflow; a device is not asked, to avoid a wait."""
+        if self.largest.device.type != "cpu":
+            return True
         coefficient = max(max(map(abs, c.flatten().tolist())) for c in self.coefficients)
-        reach = self.kernel.pieces * coefficient * math.sqrt(2 * float(largest.max()))
+        reach = self.kernel.pieces * coefficient * math.sqrt(2 * float(self.largest.max()))
         temperatures = [1.0]
         if self.kernel.temperature:
             temperatures = self.scalars["temperature"].flatten().abs().tolist()
-        return Constants(floor, needs_shift=not reach < 60 * min(temperatures))
+        return not reach < 60 * min(temperatures)
 
     def spans(self) -> Iterator[Span]:
         """The tiles that make up the layer."""
@@ -166,7 +155,7 @@ class PiecewiseTiles:
                 yield Span(slice(s, s + 1), columns, inputs)
 
     def squared_distances(self, span: Span, scratch: Scratch) -> Tensor:
-        """d_p² over a span, (slices, P, out, some in), up to rounding (see ``Constants.floor``)."""
+        """d_p² over a span, (slices, P, out, some in), up to rounding (see ``floor``)."""
         left, right = self.left[span.slices], self.right[span.slices, :, :, span.columns]
         slices, pieces, _, outputs = left.shape
         squares = scratch.take("distances", slices, pieces, outputs, span.width)
@@ -177,7 +166,7 @@ class PiecewiseTiles:
     def tile(self, span: Span, scratch: Scratch, out: Tensor | None = None) -> Tile:
         """Evaluate the merged matrices over a span, into ``out`` if given."""
         distances = self.squared_distances(span, scratch)
-        distances.clamp_min_(self.constants.floor[span.slices]).sqrt_()
+        distances.clamp_min_(self.floor[span.slices]).sqrt_()
         slices, pieces, outputs, _ = distances.shape
         mixed = self.kernel.name == "mix-k"
         shape = slices, outputs, span.width
@@ -197,7 +186,7 @@ class PiecewiseTiles:
         logits = linear
         if self.kernel.temperature:
             logits = torch.div(linear, self.scalars["temperature"][span.slices], out=exponential)
-        if self.constants.needs_shift:
+        if self.needs_shift:
             logits = torch.sub(logits, logits.amax(-2, keepdim=True), out=exponential)
         torch.exp(logits, out=exponential)
         tile.exponential = exponential
@@ -270,8 +259,6 @@ class PiecewiseTiles:
 class AutogradTiles:
     """Any kernel, one slice at a time; backward recomputes ``equations.kernels.merge``."""
 
-    constants = None
-
     def __init__(self, kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor) -> None:
         self.kernel = kernel
         self.leaves = [leaf.detach() for leaf in (a, b, scalars)]
@@ -307,13 +294,7 @@ class AutogradTiles:
 Tiles = PiecewiseTiles | AutogradTiles
 
 
-def tiles(
-    kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor, constants: Constants | None = None
-) -> Tiles:
-    """The evaluator for this kernel; it keeps only the low-rank matrices.
-
-    constants: those of an earlier evaluator of the same parameters.
-    """
-    if kernel.is_piecewise:
-        return PiecewiseTiles(kernel, a, b, scalars, constants)
-    return AutogradTiles(kernel, a, b, scalars)
+def tiles(kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor) -> Tiles:
+    """The evaluator for this kernel; it keeps only the low-rank matrices."""
+    kind = PiecewiseTiles if kernel.is_piecewise else AutogradTiles
+    return kind(kernel, a, b, scalars)

@@ -167,8 +167,9 @@ class Importance:
         self.from_first, self.skip_nonfinite = from_first, skip_nonfinite
         self.sensitivity: list[Tensor] = []
         self.uncertainty: list[Tensor] = []
-        # The memory of all averages, if they are of one kind: few operations then do for all.
-        self._whole: tuple[Tensor, Tensor] | None = None
+        # Places of the matrices of one device and type, and the memory of all their averages: few
+        # operations then do for all.
+        self._groups: list[tuple[list[int], Tensor, Tensor]] = []
         self._started: Tensor | None = None
         self._skipped: Tensor | None = None
 
@@ -186,75 +187,55 @@ class Importance:
         usable = torch.ones_like(self._started)
         if left_out is not False:
             usable &= ~torch.as_tensor(left_out, device=usable.device)
-        if self._whole is not None:
-            self._update_whole(self._whole, factors, grads, usable)
-            return
+        gradients = [_flatten([grads[i] for i in places]) for places, _, _ in self._groups]
         if self.skip_nonfinite:
-            norms = torch._foreach_norm(grads, float("inf"))
-            usable &= torch.stack([norm.to(usable.device) for norm in norms]).isfinite().all()
+            for gradient in gradients:
+                usable &= gradient.isfinite().all().to(usable.device)
         self._skipped += ~usable
-        current = list(torch._foreach_mul(factors, grads))
-        torch._foreach_abs_(current)
-        for value in current:
-            value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        rate1, rate2 = self._rates(usable)
-        _move_towards(self.sensitivity, current, rate1)
-        deviation = list(torch._foreach_sub(current, self.sensitivity))
-        torch._foreach_abs_(deviation)
-        _move_towards(self.uncertainty, deviation, rate2)
-        self._started |= usable
-
-    def _update_whole(
-        self,
-        whole: tuple[Tensor, Tensor],
-        factors: list[Tensor],
-        grads: list[Tensor],
-        usable: Tensor,
-    ) -> None:
-        """The same where all averages lie in one piece of memory: few operations for all."""
-        assert self._started is not None and self._skipped is not None
-        current = _flatten(factors).mul_(gradient := _flatten(grads)).abs_()
-        if self.skip_nonfinite:
-            usable = usable & gradient.isfinite().all()
-        self._skipped += ~usable
-        current.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        rate1, rate2 = self._rates(usable)
-        whole[0].add_((current - whole[0]).mul_(rate1))
-        deviation = current.sub_(whole[0]).abs_()
-        whole[1].add_(deviation.sub_(whole[1]).mul_(rate2))
+        for (places, sensitivity, uncertainty), gradient in zip(
+            self._groups, gradients, strict=True
+        ):
+            current = _flatten([factors[i] for i in places]).mul_(gradient).abs_()
+            current.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            rate1, rate2 = self._rates(usable.to(current), self._started.to(current))
+            sensitivity.add_((current - sensitivity).mul_(rate1))
+            deviation = current.sub_(sensitivity).abs_()
+            uncertainty.add_(deviation.sub_(uncertainty).mul_(rate2))
         self._started |= usable
 
     def _start(self, factors: list[Tensor]) -> None:
-        self.sensitivity = [torch.zeros_like(factor) for factor in factors]
-        self.uncertainty = [torch.zeros_like(factor) for factor in factors]
-        self._whole = None
-        if len({(factor.device, factor.dtype) for factor in factors}) == 1:
-            self._whole = _flatten(self.sensitivity), _flatten(self.uncertainty)
-            self.sensitivity = _unflatten(self._whole[0], factors)
-            self.uncertainty = _unflatten(self._whole[1], factors)
+        zeros = [torch.zeros_like(factor) for factor in factors]
+        self._place(factors, zeros, zeros)
         device = factors[0].device
         self._started = torch.tensor(not self.from_first, device=device)
         self._skipped = torch.zeros((), dtype=torch.long, device=device)
+
+    def _place(self, like: list[Tensor], *averages: list[Tensor]) -> None:
+        """Put sensitivities and uncertainties where the matrices are, in their types."""
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, tensor in enumerate(like):
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(i)
+        self.sensitivity, self.uncertainty = (list(values) for values in averages)
+        self._groups = [
+            (places, _join(self.sensitivity, places, like), _join(self.uncertainty, places, like))
+            for places in kinds.values()
+        ]
 
     def follow(self, factors: list[Tensor]) -> None:
         """Move the averages to where the matrices are, after ``model.to(...)``."""
         if not self.sensitivity:
             return
         assert self._started is not None and self._skipped is not None
-        for averages in (self.sensitivity, self.uncertainty):
-            for i, (average, factor) in enumerate(zip(averages, factors, strict=True)):
-                if average.device != factor.device or average.dtype != factor.dtype:
-                    averages[i] = average.to(factor)
-                    self._whole = None
-        device = factors[0].device
-        if self._started.device != device:
+        if any(
+            average.device != factor.device or average.dtype != factor.dtype
+            for average, factor in zip(self.sensitivity, factors, strict=True)
+        ):
+            self._place(factors, self.sensitivity, self.uncertainty)
+            device = factors[0].device
             self._started, self._skipped = self._started.to(device), self._skipped.to(device)
 
-    def _rates(self, usable: Tensor) -> tuple[Tensor, Tensor]:
+    def _rates(self, usable: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:
         """Smoothing rates as device scalars: (1, 0) at Eq. 8's first step, (0, 0) when skipped."""
-        assert self._started is not None
-        dtype = self.sensitivity[0].dtype
-        started, usable = self._started.to(dtype), usable.to(dtype)
         return (1 - self.beta1 * started) * usable, (1 - self.beta2) * started * usable
 
     def scores(self) -> list[Tensor]:
@@ -281,7 +262,7 @@ class Importance:
     def load_state_dict(self, state: dict[str, Tensor], factors: list[Tensor]) -> None:
         """Restore ``state_dict``; ``factors`` gives order, shapes and devices."""
         if not state:
-            self.sensitivity, self.uncertainty, self._whole = [], [], None
+            self.sensitivity, self.uncertainty, self._groups = [], [], []
             self._started = self._skipped = None
             return
         self._start(factors)
@@ -304,17 +285,10 @@ def _flatten(tensors: list[Tensor]) -> Tensor:
     )
 
 
-def _unflatten(whole: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """The parts of ``whole`` as tensors of these shapes."""
-    parts = whole.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
-
-
-def _move_towards(averages: list[Tensor], values: list[Tensor], rate: Tensor) -> None:
-    """averages += rate · (values − averages), in place."""
-    steps = torch._foreach_sub(values, averages)
-    if all(step.device == rate.device for step in steps):
-        torch._foreach_mul_(steps, rate)
-    else:  # layers of one model on several devices
-        torch._foreach_mul_(steps, [rate.to(step) for step in steps])
-    torch._foreach_add_(averages, steps)
+def _join(tensors: list[Tensor], places: list[int], like: list[Tensor]) -> Tensor:
+    """One memory for the tensors at these places, which become its parts."""
+    whole = _flatten([tensors[i].to(like[i]) for i in places])
+    parts = whole.split([like[i].numel() for i in places])
+    for i, part in zip(places, parts, strict=True):
+        tensors[i] = part.view(like[i].shape)
+    return whole

@@ -68,12 +68,6 @@ def select_all_or_nothing(everything: bool, like: Tensor) -> Selection:
     return Selection(like.new_full((), threshold), cut, like.new_full((), subtracted))
 
 
-def check_form(form: str) -> None:
-    """Raise the user's error for a sparsification form that does not exist."""
-    if form not in FORMS:
-        raise unknown("sparsification", form, FORMS)
-
-
 def budget_from_sparsity(sparsity: float, total: int, rule: str = "exact") -> int:
     """Number of entries to keep, of ``total``, at a sparsity in [0, 1].
 
@@ -160,7 +154,8 @@ def sparsify(merged: Tensor, budget: int, form: str = "paper") -> Tensor:
 
     merged: one matrix. The readable definition, and the oracle of the tests; see also ``factors``.
     """
-    check_form(form)
+    if form not in FORMS:
+        raise unknown("sparsification", form, FORMS)
     if form == "none":
         return merged
     selection = select(merged, budget)

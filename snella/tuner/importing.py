@@ -167,7 +167,6 @@ def _bilinear(kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor, target: Ten
         return
     reach = float((left.norm(dim=-1).amax() + right.norm(dim=-1).amax()).square()) or 1.0
     coefficients = [k for k in kernel.scalars if k.startswith("coefficient")]
-    index = list(kernel.scalars)
     for pair in range(pairs):
         part = slice(pair * width, min((pair + 1) * width, rank))
         size = part.stop - part.start
@@ -180,6 +179,6 @@ def _bilinear(kernel: Kernel, a: Tensor, b: Tensor, scalars: Tensor, target: Ten
             b[:, piece, :, :size] = (sign * scale * left[:, :, part]).to(b.dtype)
             a[:, piece, :, -1] = distance
             if coefficients:
-                scalars[:, index.index(f"coefficient_{piece}")] = c if sign < 0 else -c
+                scalars[:, kernel.scalar_index[f"coefficient_{piece}"]] = c if sign < 0 else -c
     if kernel.name == "mix-k":
-        scalars[:, index.index("scale")] = 0.0
+        scalars[:, kernel.scalar_index["scale"]] = 0.0

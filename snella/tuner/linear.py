@@ -39,26 +39,21 @@ class SnellaLinear(nn.Module, SnellaLayer):
         self._warned = False
         self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = self._live_adapters()
-        if names:
-            with offloading.loaded(self):
-                return self._forward(names, x, *args, **kwargs)
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        return y
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        with offloading.loaded(self):
+            return self._forward(names, *args, **kwargs)
 
-    def _forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         base = self.base_layer
         absent = self._hidden()
-        y: Tensor
         if not absent and self._folds(names):
             weight = self._fold(names)
             if is_plain(base):
                 return F.linear(x, weight, base.bias)
-            y = call_with(base, {"weight": weight}, (x, *args), kwargs)
-            return y
+            return call_with(base, {"weight": weight}, (x, *args), kwargs)
         self._begin(names)
         inside = None if absent else next((n for n in names if self._joins(n)), None)
         if inside is None:
@@ -90,16 +85,11 @@ class SnellaLinear(nn.Module, SnellaLayer):
     def _hidden(self) -> bool:
         """Whether the frozen weight cannot be read: offloaded until the base layer is called, or
         quantised."""
-        weight: Tensor = self.base_layer.weight
-        return (
-            weight.is_meta
-            or self.quantization_backend is not None
-            or not weight.is_floating_point()
-        )
+        return self.base_layer.weight.is_meta or self.quantization_backend is not None
 
     def _base_matrix(self) -> Tensor:
         """The frozen weight as a matrix (out, in)."""
-        weight: Tensor = self.base_layer.weight
+        weight: Tensor = getattr(self.base_layer, self.parameter)
         return weight
 
     def _native(self, matrix: Tensor) -> Tensor:
@@ -128,8 +118,6 @@ class SnellaLinear(nn.Module, SnellaLayer):
         Differentiable, but the caller's product keeps the merged matrix for backward, and dropout
         on the update does not act.
         """
-        if self.disable_adapters and self.merged:
-            self.unmerge()
         names = self._live_adapters()
         if not names or self._hidden():
             return self._native(self._base_matrix())
@@ -157,6 +145,8 @@ class SnellaLinear(nn.Module, SnellaLayer):
 
     def _live_adapters(self) -> list[str]:
         """Adapters that act now, apart from those merged into the frozen weight."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         if self.disable_adapters or self.merged:
             return []
         if torch._C._is_tracing():

@@ -163,6 +163,8 @@ class SnellaModel(BaseTuner):
         """PEFT sees only the outermost of several adapter layers."""
         if merge:
             self._check_merge_allowed()
+            for name in adapter_names or self.active_adapters:
+                saving.check_density(self.model, name)
             for wrapper in self._wrappers():
                 wrapper.base_layer.merge(safe_merge, adapter_names)
         unloaded: Any = super()._unload_and_optionally_merge(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from snella.errors import UserError
-from snella.tuner import offloading
 from snella.tuner.calling import call_with
 from snella.tuner.config import SnellaConfig
 from snella.tuner.linear import SnellaLinear
@@ -26,7 +25,7 @@ from snella.tuner.targets import matches_layers
 class SnellaModule(SnellaLinear):
     """A layer that is called with its adapted weight."""
 
-    def _forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         inside = [name for name in names if not self._drops(name)]
         y: Tensor = self._call({self.parameter: self._effective(inside)}, x, *args, **kwargs)
         for name in names:
@@ -61,8 +60,7 @@ class SnellaConvolution(SnellaModule):
         return matrix.view(getattr(self.base_layer, self.parameter).shape)
 
     def _base_matrix(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight
-        return weight.flatten(1)
+        return super()._base_matrix().flatten(1)
 
     def _drop_path(self, product: Tensor, name: str) -> Tensor:
         return _drop_samples(product, float(self.settings[name].drop_path or 0))
@@ -75,19 +73,11 @@ class SnellaConv1D(SnellaModule):
         return matrix.T
 
     def _base_matrix(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight
-        return weight.T
+        return super()._base_matrix().T
 
 
-class SnellaEmbedding(SnellaModule):
+class SnellaEmbedding(SnellaConv1D):
     """An embedding: input features are the entries of the table, output features its columns."""
-
-    def _native(self, matrix: Tensor) -> Tensor:
-        return matrix.T
-
-    def _base_matrix(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight
-        return weight.T
 
     def _dropout_rate(self, name: str) -> float:
         return 0.0  # the input is an index
@@ -126,19 +116,9 @@ class SnellaAttention(SnellaModule):
         if isinstance(base.out_proj, nn.Linear) and matches_layers(config, key):
             base.out_proj = SnellaLinear(base.out_proj, adapter_name, config, 1, key)
 
-    def _base_matrix(self) -> Tensor:
-        weight: Tensor = self.base_layer.in_proj_weight
-        return weight
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        names = self._live_adapters()
-        if not names:
-            return self.base_layer(*args, **kwargs)
+    def _forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         self._warn_of_dropout(names)
-        with offloading.loaded(self):
-            return self._call({self.parameter: self._effective(names)}, *args, **kwargs)
+        return self._call({self.parameter: self._effective(names)}, *args, **kwargs)
 
     def _hidden(self) -> bool:
         return False

@@ -19,6 +19,14 @@ from snella.tuner.shapes import is_attention
 
 _BLOCK = re.compile(r"(.*?\.)?\d+(?=\.)")
 _TYPES = (nn.Linear, Conv1D, SnellaLayer)
+_UNKNOWN = (
+    "SNELLA's default leaves {} linear layer(s) of the adapted blocks out, whose names it does not "
+    "know: {}. Name all layers to adapt in target_modules."
+)
+_STACKS = (
+    "SNELLA adapts layers, and leaves {} parameter(s) of the adapted blocks out that stack several "
+    "matrices: {}. They stay frozen."
+)
 # In the paths of a model that was compiled before it was adapted.
 COMPILED = "_orig_mod."
 
@@ -26,8 +34,8 @@ COMPILED = "_orig_mod."
 def default_targets(model: nn.Module, config: SnellaConfig) -> set[str]:
     """Paths of the layers to adapt; ``layers_to_transform`` and exclusions of ``config`` apply.
 
-    Warns about linear layers in an adapted block whose names it does not know. Raises ``UserError``
-    if it recognises none.
+    Warns about linear layers in an adapted block whose names it does not know, and about parameters
+    that are no layers but stacks of matrices (experts). Raises ``UserError`` if it recognises none.
     """
     modules = dict(_outside_adapters(model))
     attentions = {n for n, m in modules.items() if _is_attention(m) and _BLOCK.match(f"{n}.")}
@@ -39,7 +47,10 @@ def default_targets(model: nn.Module, config: SnellaConfig) -> set[str]:
             f"No linear layers to adapt were recognised in {type(model).__name__}; "
             "name them with SnellaConfig(target_modules=[...])."
         )
-    _warn_of_the_rest(linear - matched, matched)
+    blocks = {match.group() for name in matched if (match := _BLOCK.match(name))}
+    unknown = {name for name in linear - matched if not is_other(name)}
+    _warn_of_the_rest(unknown, blocks, _UNKNOWN)
+    _warn_of_the_rest(_stacks(modules), blocks, _STACKS)
     chosen = {name for name in matched if matches_layers(config, name)}
     if not chosen:
         raise UserError(
@@ -97,18 +108,20 @@ def _is_matrix(module: nn.Module) -> bool:
     return isinstance(module, _TYPES) and not _is_attention(module)
 
 
-def _warn_of_the_rest(left: set[str], adapted: set[str]) -> None:
-    """One warning for matrices of adapted blocks that the default neither knows nor excludes."""
-    blocks = {match.group() for name in adapted if (match := _BLOCK.match(name))}
-    missed = sorted(
-        name
-        for name in left
-        if (match := _BLOCK.match(name)) and match.group() in blocks and not is_other(name)
-    )
+def _stacks(modules: dict[str, nn.Module]) -> set[str]:
+    """Paths of parameters that hold several matrices, as the experts of a mixture do."""
+    return {
+        f"{path}.{name}"
+        for path, module in modules.items()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1
+    }
+
+
+def _warn_of_the_rest(left: set[str], blocks: set[str], message: str) -> None:
+    """One warning for what the default leaves out of adapted blocks."""
+    missed = sorted(n for n in left if (match := _BLOCK.match(n)) and match.group() in blocks)
     if missed:
         names = ", ".join(missed[:3]) + (", …" if len(missed) > 3 else "")
-        warnings.warn(
-            f"SNELLA's default leaves {len(missed)} linear layer(s) of the adapted blocks out, "
-            f"whose names it does not know: {names}. Name all layers to adapt in target_modules.",
-            stacklevel=2,
-        )
+        warnings.warn(message.format(len(missed), names), stacklevel=3)

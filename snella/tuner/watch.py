@@ -89,9 +89,8 @@ class Watch:
             self.left_out = found if before is None else before + found.to(before.device)
         if self.unseen[id(optimizer)] > PATIENCE:
             raise UserError(FORGOTTEN)
-        if not (self.hooked and self.steps == 1) or self.right:
-            return
-        if not self.forward if self.forwards_ever else self._took(grads):
+        stale = not self.forward if self.forwards_ever else self._took(grads)
+        if self.hooked and self.steps == 1 and not self.right and stale:
             raise UserError(TOO_EARLY)
 
     def _took(self, grads: list[Tensor]) -> bool:
