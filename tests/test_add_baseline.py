@@ -94,12 +94,15 @@ def test_the_new_file_passes_the_check(elsewhere: Path, capsys) -> None:
     assert main(["new-baseline", "my_method"]) == 0
     told = capsys.readouterr().out
     assert "snella check my_method" in told and "methods: {my_method: {label" in told
+    assert "further_methods" not in told  # the quick suite has all rows
     assert main(["check", "my_method"]) == 0
     shown = capsys.readouterr().out
     assert "55,296" in shown and "checks passed on vit, swin, convnext" in shown
     written = (elsewhere / "baselines" / "my_method.py").read_text()
     assert written.startswith('"""my_method: ') and "class MyMethod(Method):" in written
     assert "NAME" not in written and "Template" not in written
+    assert main(["new-baseline", "one_more", "--config", "suite=dinov2"]) == 0
+    assert "suites: {dinov2: {further_methods: [one_more]}}" in capsys.readouterr().out
 
 
 def test_a_new_file_may_lie_anywhere(elsewhere: Path, capsys) -> None:

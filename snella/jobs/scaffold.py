@@ -31,12 +31,13 @@ def write_baseline(config: Config, name: str) -> list[str]:
         temporary.write_text(_content(path.stem), encoding="utf-8")
     method = path.as_posix() if outside else name
     entry = f"{{file: {method}, label: {path.stem}}}" if outside else f"{{label: {name}}}"
-    suite = f"suites: {{{config.suite}: {{further_methods: [{path.stem}]}}}}"
+    show = f"suites: {{{config.suite}: {{further_methods: [{path.stem}]}}}}   there too"
+    listed = config.suites[config.suite].methods is not None  # else the suite has all rows
     return [
         f"{path} holds a method that runs; make it yours.",
         f"Check it:          snella check {method}",
         f"Add its row:       methods: {{{path.stem}: {entry}}}   in config/config.yaml",
-        f"Show it:           {suite}   there too",
+        *([f"Show it:           {show}"] if listed else []),
         f"Train it once:     snella run --method {path.stem} --dataset digits",
         "What the hooks do: docs/add-a-baseline.md",
     ]
