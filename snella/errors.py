@@ -160,7 +160,11 @@ def one_line(error: BaseException, *places: Path) -> str:
 
     These are files or folders, the likeliest first.
     """
-    text = textwrap.shorten(f"{type(error).__name__}: {error}", LINE, placeholder=" …")
+    try:
+        message = str(error)
+    except Exception:  # whose class has a fault of its own
+        message = "without a message"
+    text = textwrap.shorten(f"{type(error).__name__}: {message}", LINE, placeholder=" …")
     frames = [
         (Path(f.filename).resolve(), f.lineno) for f in traceback.extract_tb(error.__traceback__)
     ]

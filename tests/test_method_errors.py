@@ -54,6 +54,11 @@ BAD = {
         ["mine.py does not import: PydanticUserError", "rank", "line 8"],
     ),
     "none": ("", {}, ["mine.py must define exactly one Method class, found none"]),
+    "generator": (
+        FULL + "\n    def on_step_end(self, model):\n        yield\n",
+        {},
+        ["mine.py, line", "Mine.on_step_end yields or is async, so it would never run"],
+    ),
     "two": (
         FULL + FULL.replace("Mine", "Yours"),
         {},
@@ -192,6 +197,7 @@ HOOKS = {
         ("raise SystemExit", 1, "SystemExit:"),
         ("raise GeneratorExit", 1, "GeneratorExit:"),
         ("self.on_step_end(model)", 1, "RecursionError:"),
+        ("raise type('E', (Exception,), {'__str__': None})", 1, "E: without a message"),
     ),
 }
 

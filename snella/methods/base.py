@@ -210,6 +210,8 @@ def _check_hooks(path: Path, cls: type[Method]) -> None:
                     "(The name of a helper starts with an underscore.)"
                 )
             continue
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+            raise UserError(f"{line} yields or is async, so it would never run; write a plain one.")
         wanted = list(inspect.signature(hooks[name]).parameters)
         try:
             inspect.signature(function).bind(*wanted)
