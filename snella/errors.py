@@ -97,6 +97,9 @@ def explain(error: BaseException) -> Outcome:
         return Outcome(plain(f"{where}{error.strerror}; {remedy}."), MISTAKE)
     if isinstance(error, RuntimeError | ValueError) and str(error).startswith(PATHS):
         return Outcome(plain(f"{str(error)[:LINE]}; correct the path."), MISTAKE)
+    if isinstance(error, EOFError) and str(error).startswith("marshal"):  # Python's words
+        line = "A compiled Python file was cut short, as by a full disk; remove the folders"
+        return Outcome(f"{line} `__pycache__` of this package and its environment.", MISTAKE)
     if isinstance(error, MemoryError):
         return Outcome("Out of memory; use smaller batches or a machine with more.", BROKEN)
     place = _last_frame(error)

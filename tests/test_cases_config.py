@@ -655,6 +655,33 @@ def test_snakemakes_arguments_are_looked_at_before_it_stumbles(capsys, case):
     assert [word for word in words if word not in message] == []
 
 
+def test_ctrl_c_while_snakemake_plans_is_one_line(monkeypatch, capsys):
+    from snella.jobs.arguments import check_arguments
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    check_arguments([])
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "snella: interrupted; the same command resumes.\n"
+    sys.excepthook(ValueError, ValueError("other"), None)
+    assert "ValueError: other" in capsys.readouterr().err
+
+
+def test_a_compiled_file_that_a_full_disk_cut_short_is_one_line(tmp_path, monkeypatch):
+    import importlib
+    import py_compile
+
+    from snella.errors import explain
+
+    (tmp_path / "cut_short.py").write_text("value = [1, 2, 3]\n")
+    compiled = Path(py_compile.compile(str(tmp_path / "cut_short.py")))
+    compiled.write_bytes(compiled.read_bytes()[:-20])
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EOFError) as raised:
+        importlib.import_module("cut_short")
+    outcome = explain(raised.value)
+    assert outcome.status == 2 and "__pycache__" in outcome.line
+
+
 @pytest.mark.parametrize("content", [b"# nothing\n", b"suite: [\n", b"gr\xf6\xdfe: 1\n"])
 def test_configurations_that_snakemake_would_not_name(tmp_path, capsys, content):
     from snella.jobs.arguments import check_arguments

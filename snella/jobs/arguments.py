@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 from snella.errors import MISTAKE, UserError, ascii_name, explain
 from snella.suite.reading import read_yaml
@@ -29,6 +30,7 @@ WORD = re.compile(r"(?!(attempt|threads)$)[A-Za-z_]\w*")
 
 def check_arguments(arguments: Sequence[str] | None = None) -> None:
     """End with one line and status 2 if a configuration cannot be read; else do nothing."""
+    sys.excepthook = _interrupted
     given = sys.argv[1:] if arguments is None else arguments
     try:
         for file in _values(given, CONFIGFILE):
@@ -41,6 +43,16 @@ def check_arguments(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.stderr.write(f"snella: {explain(error).line}\n")
         raise SystemExit(MISTAKE) from None
+
+
+def _interrupted(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Say of Ctrl-C while Snakemake plans one line, where it would print a traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write("snella: interrupted; the same command resumes.\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _check_file(file: Path) -> None:
