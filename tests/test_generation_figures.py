@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from generation_support import settings, subject
 from snella.errors import UserError
 from snella.suite import plan
 from snella.suite.config import load
-from snella.tasks import find_task
+from snella.tasks import find_task, panels
 from snella.tasks.base import Shown
-from snella.tasks.generation.figure import Point, pareto
+from snella.tasks.generation.figure import Point, pareto, scatter
 from snella.tasks.generation.sample import image_name, write_png
 
 pytest.importorskip("matplotlib")
@@ -100,6 +101,15 @@ def test_pareto_front() -> None:
     a, b, c = Point("a", 0.1, 0.8), Point("b", 0.2, 0.9), Point("c", 0.3, 0.85)
     assert pareto([a, b, c], less_x=True) == [a, b]
     assert pareto([a, b, c], less_x=False) == [b, c]
+
+
+def test_the_legend_of_many_methods_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(panels, "save", lambda figure, file: drawn.append(figure))
+    scatter([Point(f"row {i}", i, i) for i in range(30)], "", "", "", Path("x"), less_x=True)
+    drawn[0].draw_without_rendering()
+    (legend,) = drawn[0].legends
+    assert legend.get_window_extent().y0 >= 0
 
 
 def test_configured_figures_choose_their_runs() -> None:

@@ -161,7 +161,8 @@ def scatter(
     """Write a scatter; ``less_x`` says that a smaller x is better (drift). More y is better."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.4, 3.2), layout="constrained")
+    height = max(3.2, 0.15 * len(points))  # of the legend
+    figure = Figure(figsize=(5.4, height), layout="constrained")
     axis = figure.subplots()
     front = pareto(points, less_x)
     for number, point in enumerate(points):

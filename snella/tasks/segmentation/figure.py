@@ -94,27 +94,23 @@ def draw(
         raise UserError(f"{out.stem} has no finished run to show; train its methods first.")
     scorer = SegmentationScorer(data, settings)
     dice = {label: _dice(scorer, folder) for label, folder in predictions.items()}
-    cases = choose(dice)
-    shown = {label: _outcomes(scorer, folder, cases) for label, folder in predictions.items()}
-    images = data.images("test")
+    lines = _lines(scorer, predictions, dice)
     names = [bytes(name).decode() for name in data.encoded("test", "name")]
     figure, axes = panels.canvas(
-        len(cases), 2 + len(predictions), f"{COLOURS} {RULE} {note}", INCH, GAP
+        len(lines), 2 + len(predictions), f"{COLOURS} {RULE} {note}", INCH, GAP
     )
     panels.heads(axes[0], ["Input", "Ground truth", *predictions])
     rows = []
-    for line, case in zip(axes, cases, strict=True):
-        outcomes = [found[case.index] for found in shown.values()]
-        for axis, panel in zip(line, _line(images[case.index], outcomes), strict=True):
-            panels.show(axis, panel)
-        panels.label(line[0], case.rule)
-        values = [of_method[case.index] for of_method in dice.values()]
-        for axis, value in zip(line[2:], values, strict=True):
+    for row, (case, pictures, values) in zip(axes, lines, strict=True):
+        for axis, picture in zip(row, pictures, strict=True):
+            panels.show(axis, _small(picture))
+        panels.label(row[0], case.rule)
+        for axis, value in zip(row[2:], values, strict=True):
             axis.set_xlabel(f"Dice {value:.3f}", fontsize=6, labelpad=1)
         rows.append([case.rule, names[case.index], *(f"{value:.4f}" for value in values)])
     panels.save(figure, out)
     panels.save_csv(out, ["case", "image", *predictions], rows)
-    return cases
+    return [case for case, _, _ in lines]
 
 
 def gallery(shown: Sequence[Shown]) -> list[Gallery]:
@@ -125,10 +121,7 @@ def gallery(shown: Sequence[Shown]) -> list[Gallery]:
     found = []
     for name in dict.fromkeys(run.dataset for run in shown):
         own = [run for run in shown if run.dataset == name]
-        scorer, images = (
-            SegmentationScorer(own[0].data, own[0].settings),
-            own[0].data.images("test"),
-        )
+        scorer = SegmentationScorer(own[0].data, own[0].settings)
         dice, lost = {}, []
         for run in own:
             try:
@@ -137,21 +130,34 @@ def gallery(shown: Sequence[Shown]) -> list[Gallery]:
                 lost.append(run.method)
         text = f"{COLOURS} {RULE}"
         text += f" Predictions are missing or damaged: {', '.join(lost)}." if lost else ""
-        cases = choose(dice) if dice else []
-        kept = {
-            run.method: _outcomes(scorer, run.predictions, cases)
-            for run in own
-            if run.method in dice
-        }
-        lines = []
-        for case in cases:
-            outcomes = [outcomes[case.index] for outcomes in kept.values()]
-            masks = [coloured(images[case.index], outcome) for outcome in outcomes]
-            captions = [f"Dice {values[case.index]:.3f}" for values in dice.values()]
-            panels = [images[case.index], _white(outcomes[0][1]), *masks]
-            lines.append(GalleryLine(case.rule, panels, ["", "", *captions]))
+        folders = {run.method: run.predictions for run in own if run.method in dice}
+        lines = [
+            GalleryLine(case.rule, pictures, ["", "", *(f"Dice {value:.3f}" for value in values)])
+            for case, pictures, values in _lines(scorer, folders, dice)
+        ]
         found.append(Gallery(name, text, ["Image", "Truth", *dice], lines))
     return found
+
+
+def _lines(
+    scorer: SegmentationScorer,
+    predictions: Mapping[str, Path],
+    dice: Mapping[str, Sequence[float]],
+) -> list[tuple[Case, list[Pixels], list[float]]]:
+    """Each case with its pictures (input, truth in white, each method's mask in colours) and Dice.
+
+    None where no method is shown.
+    """
+    cases = choose(dice) if dice else []
+    methods = [_outcomes(scorer, folder, cases) for folder in predictions.values()]
+    images, lines = scorer.data.images("test"), []
+    for case in cases:
+        outcomes = [found[case.index] for found in methods]
+        image = images[case.index]
+        masks = [coloured(image, outcome) for outcome in outcomes]
+        values = [found[case.index] for found in dice.values()]
+        lines.append((case, [image, _white(outcomes[0][1]), *masks], values))
+    return lines
 
 
 def _dice(scorer: SegmentationScorer, predictions: Path) -> list[float]:
@@ -168,12 +174,6 @@ def _outcomes(
 
 def _white(mask: NDArray[np.bool_]) -> Pixels:
     return np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
-
-
-def _line(image: Pixels, outcomes: Sequence[Outcome]) -> list[Pixels]:
-    """Input, truth in white, and each method's mask in colours, in the shape of the image."""
-    masks = [coloured(image, outcome) for outcome in outcomes]
-    return [_small(picture) for picture in (image, _white(outcomes[0][1]), *masks)]
 
 
 def _small(picture: Pixels) -> Pixels:
