@@ -204,6 +204,18 @@ def test_openai_clip_is_a_torchscript_archive(tmp_path):
     assert same_backbone(model, source)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_openai_clip_visual_tower_alone(tmp_path, prefix):
+    """`model.visual.state_dict()`, as many codes save it."""
+    arch, kwargs = "vit_base_patch16_clip_quickgelu_224", KWARGS
+    source = timm.create_model(arch, **kwargs, num_classes=7)
+    tower = {n.removeprefix("visual."): t for n, t in openai_clip(source.state_dict()).items()
+             if n.startswith("visual.")}  # fmt: skip
+    torch.save(named(prefix, tower | {"proj": torch.ones(48, 8)}), tmp_path / "visual.pth")
+    built = {"arch": arch, "kwargs": kwargs, "file": str(tmp_path / "visual.pth")}
+    assert same_backbone(build_backbone(built, 5), source)
+
+
 def openai_clip(state):
     """Names of OpenAI's release for timm's, and one tensor of the text tower."""
     out = {"token_embedding.weight": torch.ones(3, 3)}

@@ -183,6 +183,20 @@ def test_ssf_convnext() -> None:
     model.head.requires_grad_(True)
     head = {f"head.{name}": p for name, p in model.head.named_parameters()}
     _check(model, data, pairs | head)
+    for stage in model.stages[1:]:
+        stage.downsample[0].forward = _unbiased(stage.downsample[0])
+    torch.testing.assert_close(model(data["images"]), data["logits_unbiased_variance"], **_CLOSE)
+
+
+def _unbiased(norm: Any) -> Any:
+    """The timm of SSF's time divided by one channel less where memory was not contiguous."""
+
+    def forward(x: Tensor) -> Tensor:
+        deviation = (x.var(1, keepdim=True) + norm.eps).sqrt()
+        normalised = (x - x.mean(1, keepdim=True)) / deviation
+        return normalised * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+    return forward
 
 
 def test_convpass_module() -> None:

@@ -228,8 +228,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "digits": (edit("test.txt", "000.png 0", f"000.png {'9' * 5000}"), ["test.txt:1", "number"]),
     "huge label": (edit("test.txt", "000.png 0", "000.png 1000000000"), ["test.txt:1", "indices"]),
     "long name": (edit("test.txt", "000.png", "x" * 5000), ["test.txt:1", "is missing"]),
-    "case": (edit("*.txt", ".png", ".PNG"), ["17 more of 18", "there is 000.png: correct"]),
-    "suffix": (edit("test.txt", ".png", ".jpg"), ["5 more of 18", "there is 000.png: correct"]),
+    "case": (edit("*.txt", ".png", ".PNG"), ["17 more of 18", "/000.png: correct"]),
+    "suffix": (edit("test.txt", ".png", ".jpg"), ["5 more of 18", "/000.png: correct"]),
     "prefix": (edit("*.txt", "images/", "cifar/images/"), ["without the beginning cifar/"]),
     "half": (lambda f: shutil.rmtree(f / "images/test"), ["5 more of 18", "unpack the archive"]),
     "pipe": (pipe("val200.txt"), ["val200.txt is no regular file"]),
@@ -538,3 +538,18 @@ def test_weights_that_are_none(tmp_path, capsys, make_run, case):
     assert said.startswith("snella: ") and said.count("\n") == 1 and len(said) < 1000, said
     assert [word for word in words if word not in said] == [], said
     assert not Path("opened").exists()
+
+
+def test_a_folder_of_another_case_is_named(tmp_path):
+    root = formats.community(tmp_path / "x", {"train800": [0, 1], "val200": [0], "test": [1]})
+    (root / "images" / "test").rename(root / "images" / "Test")
+    with pytest.raises(UserError, match=r"there is images/Test/000000.jpg: correct the name"):
+        read_images(root, "x")
+
+
+def test_images_in_hidden_folders_are_no_images(tmp_path):
+    """Notebooks leave copies in .ipynb_checkpoints beside the images."""
+    for place in ("train/a/0", "train/a/.ipynb_checkpoints/0-checkpoint", "train/b/0", "test/a/0"):
+        formats.save(tmp_path / f"{place}.png", formats.pixels(len(place)))
+    splits, _ = read_images(tmp_path, "x")
+    assert len(splits["train"]["label"]) == 2

@@ -186,8 +186,7 @@ class Prepared:
         Raises:
             SealedTargets: for a sealed column of "test".
         """
-        if split == "test" and column in self.manifest["sealed"]:
-            raise SealedTargets(f"The test {column}s of {self.name!r} are for the scorer only.")
+        self._refuse_sealed(split, column)
         parts = [self._stored_images(part, column) for part in self._require(split)]
         return parts[0] if len(parts) == 1 else JoinedImages(parts)
 
@@ -197,8 +196,7 @@ class Prepared:
         Raises:
             SealedTargets: for a sealed column of "test", which belongs to scorers alone.
         """
-        if split == "test" and name in self.manifest["sealed"]:
-            raise SealedTargets(f"The test {name}s of {self.name!r} are for the scorer only.")
+        self._refuse_sealed(split, name)
         return np.concatenate([self._load(part, name) for part in self._require(split)])
 
     def encoded(self, split: str, name: str) -> Sequence[bytes]:
@@ -207,8 +205,7 @@ class Prepared:
         Raises:
             SealedTargets: for a sealed column of "test".
         """
-        if split == "test" and name in self.manifest["sealed"]:
-            raise SealedTargets(f"The test {name}s of {self.name!r} are for the scorer only.")
+        self._refuse_sealed(split, name)
         parts = [self._stored_images(part, name) for part in self._require(split)]
         return EncodedBytes(parts)
 
@@ -245,6 +242,10 @@ class Prepared:
                 )
         if large:
             mark.write_text(expected)
+
+    def _refuse_sealed(self, split: str, name: str) -> None:
+        if split == "test" and name in self.manifest["sealed"]:
+            raise SealedTargets(f"The test {name}s of {self.name!r} are for the scorer only.")
 
     def _parts(self, split: str) -> tuple[str, ...]:
         if split not in ROLES:

@@ -38,7 +38,7 @@ ENCODERS = (
     "dinov2_with_registers.", "swin.", "convnext.", "visual.", "encoder.",
 )  # fmt: skip
 CHUNKED = re.compile(r"blocks\.(\d+)\.(\d+)\.")
-TORCHVISION_KEPT = ("visual.class_embedding", "visual.trunk.")  # timm renames these itself
+CLIP_KEPT = ("visual.class_embedding", "visual.trunk.")  # timm renames these itself
 
 
 def _scalar_classes() -> list[Any]:
@@ -209,14 +209,16 @@ def _one_encoder(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Te
             state = {name.removeprefix(wrapper): t for name, t in state.items()}
             continue
         if any(name in state for name in own) or any(
-            name.startswith(TORCHVISION_KEPT) for name in state
+            name.startswith(CLIP_KEPT) for name in state
         ):
             return state
         encoder = next(
             (e for e in ENCODERS if any(n.startswith(e) and _deep(n, e) for n in state)), None
         )
         if encoder is None:
-            return state
+            # timm knows OpenAI's visual tower by its name in the whole CLIP
+            tower = "visual." if "class_embedding" in state else ""
+            return {f"{tower}{name}": t for name, t in state.items()}
         kept = {n.removeprefix(encoder): t for n, t in state.items() if n.startswith(encoder)}
         state = kept
 

@@ -72,8 +72,9 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _images(folder: Path) -> list[Path]:
-    """Image files at any depth; hidden ones are what macOS leaves behind."""
+    """Image files at any depth; hidden ones and hidden folders are what systems leave behind."""
     return sorted(
         p for p in folder.rglob("*")
-        if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file()
+        if p.suffix.lower() in SUFFIXES and p.is_file()
+        and not any(part[0] == "." for part in p.relative_to(folder).parts)
     )  # fmt: skip

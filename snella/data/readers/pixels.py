@@ -83,14 +83,20 @@ def _remedy(root: Path, path: str) -> str:
             return f"without the beginning {beginning}/ it is there: remove that from the list"
     if os.path.lexists(root / path):
         return "it is a link that leads nowhere, or no regular file; copy the image itself there"
-    try:
-        names = sorted(p.name for p in (root / path).parent.iterdir())
-    except (OSError, ValueError):
-        names = []
-    other = next((name for name in names if name.casefold() == place.name.casefold()), None)
-    other = other or next((name for name in names if Path(name).stem == place.stem), None)
-    if other is not None and is_file((root / path).with_name(other)):
-        return f"there is {other}: correct the name in the list"
+    folder = root
+    for part in place.parts:
+        try:
+            names = sorted(p.name for p in folder.iterdir())
+        except (OSError, ValueError):
+            break
+        other = part if part in names else None
+        other = other or next((n for n in names if n.casefold() == part.casefold()), None)
+        other = other or next((n for n in names if Path(n).stem == place.stem), None)
+        if other is None:
+            break
+        folder /= other
+    if folder != root and is_file(folder):
+        return f"there is {folder.relative_to(root)}: correct the name in the list"
     return "unpack the archive completely"
 
 
