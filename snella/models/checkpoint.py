@@ -208,9 +208,7 @@ def _one_encoder(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Te
         if wrapper is not None:
             state = {name.removeprefix(wrapper): t for name, t in state.items()}
             continue
-        if any(name in state for name in own) or any(
-            name.startswith(CLIP_KEPT) for name in state
-        ):
+        if any(name in state for name in own) or any(name.startswith(CLIP_KEPT) for name in state):
             return state
         encoder = next(
             (e for e in ENCODERS if any(n.startswith(e) and _deep(n, e) for n in state)), None
