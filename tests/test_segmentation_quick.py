@@ -309,7 +309,7 @@ def test_the_figure_is_drawn_from_files(tmp_path: Path) -> None:
     assert f"missing or damaged: {first.method}." in left.text
 
 
-def test_the_suites_search_tries_four_rates_for_every_row() -> None:
+def test_the_suites_search_tries_the_same_rates_for_every_row() -> None:
     from snella.suite import plan
     from snella.suite.config import load
 
@@ -318,7 +318,7 @@ def test_the_suites_search_tries_four_rates_for_every_row() -> None:
     for run in runs:
         assert run.dataset.scored == "val" and run.protocol.train_split == "train"
         rates.setdefault(run.method.name, set()).add(run.protocol.lr)
-    assert len(runs) == 4 * 30 and all(len(found) == 4 for found in rates.values())
+    assert len(runs) == 7 * 30 and all(found == rates["full"] for found in rates.values())
 
 
 @pytest.mark.parametrize(
