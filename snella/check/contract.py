@@ -163,6 +163,8 @@ def autocast(subject: Subject) -> str:
 def merged(subject: Subject) -> str:
     """``merge`` gives back the plain backbone, with the same output. Comes last: it merges."""
     expected, model = subject.answer, subject.model
+    # A large update can leave a model that multiplies any rounding; merging may round, too.
+    limit = max(TOLERANCE * max(1.0, expected.abs().max().item()), 10 * subject.rounding)
     try:
         subject.method.merge(model)
     except CannotMerge as reason:
@@ -170,8 +172,8 @@ def merged(subject: Subject) -> str:
             raise Failure("CannotMerge must say why") from None
         raise Note(str(reason), "cannot") from None
     difference = (subject.answer_of(model) - expected).abs().max().item()
-    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
-        raise Failure(f"merging moves the output by {difference:.0e}, over {TOLERANCE:.0e}")
+    if not difference <= limit:
+        raise Failure(f"merging moves the output by {difference:.0e}, over {limit:.0e}")
     plain = subject.plain()
     keys = plain.state_dict().keys()
     if list(model.state_dict()) != list(keys):

@@ -78,6 +78,14 @@ class Subject:
         return self.answer_of(self.model)
 
     @cached_property
+    def rounding(self) -> float:
+        """How far the trained model's output moves if its input does by one float32 rounding."""
+        batch = {n: v * (1 + 2**-23) if v.is_floating_point() else v for n, v in self.batch.items()}
+        with torch.no_grad():
+            moved = self.toy.forward(self.model.eval(), batch) - self.answer
+        return moved.abs().max().item()
+
+    @cached_property
     def state(self) -> dict[str, Tensor]:
         """The trained adapter, as a file would hold it."""
         assert self.fit
