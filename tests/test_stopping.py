@@ -175,6 +175,32 @@ def test_a_kill_while_predicting_costs_no_step(
     assert steps == [3 * (2 - epoch)] and same(*runs)
 
 
+def test_a_hook_that_changes_weights_is_not_called_again_after_a_kill(make_run, tmp_path):
+    """Where an epoch's steps are done, it has begun already."""
+    file = tmp_path / "halving.py"
+    file.write_text(
+        "from snella.method import Method\n"
+        "class Halving(Method):\n"
+        "    def adapt(self, model):\n        model.cls_token.requires_grad_(True)\n"
+        "    def on_epoch_start(self, model, epoch, epochs):\n        model.cls_token.data /= 2\n"
+    )
+    chosen = make_run()
+    chosen = chosen.model_copy(
+        update={"method": chosen.method.model_copy(update={"file": str(file)})}
+    )
+    runs = [at(chosen, tmp_path / name) for name in ("whole", "killed")]
+    running.execute(runs[0])
+
+    def killed(row, epochs):
+        if row["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        running.execute(runs[1], killed)
+    running.execute(runs[1])
+    assert same(*runs)
+
+
 def test_what_was_predicted_before_a_kill_is_kept(make_run, tmp_path, monkeypatch):
     """Also what the last epoch predicted; the time of a part is no time per image."""
     run = at(make_run(evaluate_every=10), tmp_path)

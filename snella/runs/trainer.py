@@ -211,7 +211,8 @@ class Trainer:
         begun, self.begun = self.begun or Begun(), Begun()  # a hook cut short is not saved
         with self._measured(begun):
             self.model.train()
-            self.method.on_epoch_start(self.model, epoch, self.epochs)
+            if len(begun.losses) < self._end(epoch):  # else only predictions are missing
+                self.method.on_epoch_start(self.model, epoch, self.epochs)
             if begun.random is not None:
                 restore_random_state(begun.random)
                 begun.random = None
@@ -230,9 +231,7 @@ class Trainer:
         }
 
     def _steps(self, epoch: int, seed: int, optimizer: torch.optim.Optimizer, begun: Begun) -> None:
-        done, end = len(begun.losses), self.steps
-        if self.protocol.steps:
-            end = min(end, self.protocol.steps - epoch * self.steps)
+        done, end = len(begun.losses), self._end(epoch)
         accumulation = self.protocol.accumulation
         batches = self.task.batches(self.protocol.train_split, seed)
         rest = self._on_device(islice(batches, done * accumulation, None))
@@ -241,6 +240,12 @@ class Trainer:
                 self._set_lr(optimizer, epoch, step / self.steps)
                 begun.losses.append(self._step(group, optimizer))
                 begun.examples += sum(self.task.size(batch) for batch in group)
+
+    def _end(self, epoch: int) -> int:
+        """How many steps the epoch has; the last may be cut short by the protocol's ``steps``."""
+        if not self.protocol.steps:
+            return self.steps
+        return min(self.steps, self.protocol.steps - epoch * self.steps)
 
     @contextmanager
     def _measured(self, begun: Begun) -> Iterator[None]:
