@@ -32,7 +32,10 @@ table6: environment
 report: environment
 	@snella report
 
-test: lint unit smoke slurm
+# The tests on SLURM wait for it most of their time; the others need the cores meanwhile.
+test: lint
+	$(MAKE) --jobs 2 unit slurm
+	$(MAKE) smoke
 
 lint: environment
 	ruff check .
@@ -42,11 +45,11 @@ lint: environment
 	snakemake --lint
 
 unit: environment
-	pytest -n auto --ignore tests/slurm
+	pytest -n auto --dist worksteal --ignore tests/slurm
 
 # The workflow on a SLURM of one node with pretended GPUs; skipped where there are no packages of it.
 slurm: environment
-	pytest -n 4 -rs tests/slurm
+	pytest -n 3 -rs tests/slurm
 
 # The same Snakefile on a suite of seconds; a second call has nothing to do.
 smoke: environment
