@@ -16,13 +16,13 @@ from snella.report.columns import VALUES, Column, value
 from snella.report.page import scatter
 from snella.report.page.content import Content, PageRun, PageTable, RunKey
 from snella.report.page.pictures import views
-from snella.report.published.audit import TITLES, VERDICTS, summary
+from snella.report.published.audit import TITLES, summary
 from snella.report.published.audit_texts import HEADS, LEGEND, TOTAL_HEADS, number_cells, total_rows
-from snella.report.published.versus import Pair, compare_published
+from snella.report.published.versus import VERDICTS, Pair, compare_published
 from snella.report.results import column_outcome
 from snella.report.runs.details import shown_metrics
 from snella.report.table import Cell, Table
-from snella.report.text import Grid, signed, table_grid
+from snella.report.text import Grid, table_grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -247,12 +247,11 @@ def _cell(
         found["error"] = _short(cell.error)
     if len(cell.values) > 1:
         found["seeds"] = {str(seed): _short(v) for seed, v in cell.values.items()}
-    if pair is not None and pair.printed is not None and pair.value is not None:
+    if pair is not None and pair.printed is not None:
         verdict, why = pair.verdict
-        digits = table.units[column.key].digits
-        apart = "" if pair.difference is None else signed(pair.difference, digits)
         found["pub"] = {
-            "value": f"{pair.value:.{digits}f}", "difference": apart, "verdict": verdict,
+            "value": pair.unit.text(pair.value), "verdict": verdict,
+            "difference": pair.unit.signed(pair.difference),
             "title": TITLES[verdict] if pair.difference is not None else "", "why": why,
             "note": pair.printed["note"], "label": pair.printed["label"],
         }  # fmt: skip
@@ -278,8 +277,7 @@ def trade_offs(table: Table, index: str) -> list[dict[str, Any]]:
         return []
     number, head = max(ranked, key=lambda pair: (len(pair[1].datasets), -pair[0]))
     unit = table.units[head.key].symbol
-    name = f"{head.block} {table.label(head)}" if head.block else table.label(head)
-    title = f"{name}: {head.quantity.title}" + (f" ({unit})" if unit else "")
+    title = f"{table.full_label(head)}: {head.quantity.title}" + (f" ({unit})" if unit else "")
     y = scatter.Axis(title, head.quantity.higher_is_better)
     names = [(m, table.labels[m], rows.own) for rows in table.rows for m in rows.methods]
     found = []
