@@ -391,10 +391,9 @@ def test_counts_are_judged_by_their_conventions():
 def test_every_count_that_is_explained_is_printed():
     for source in sources():
         for count in doubts(source, "counted otherwise: "):
-            rows = (
-                count.where["row"] if isinstance(count.where["row"], list) else [count.where["row"]]
-            )
-            assert {int(x["row"]) for x in concerned(source, count)} == set(rows), (source, count)
+            row = count.where["row"]
+            rows = set(row) if isinstance(row, list) else {row}
+            assert {int(x["row"]) for x in concerned(source, count)} == rows, (source, count)
 
 
 def test_numbers_are_not_said_to_come_from_papers_that_lack_them():

@@ -192,7 +192,8 @@ def expand_columns(
     ``others`` are the further suites that columns name; ``subsets`` the groups of the records
     by data set.
     """
-    homes: dict[str | None, SuiteInfo] = {**dict(others or {}), suite.name: suite, None: suite}
+    homes: dict[str | None, SuiteInfo] = {name: info for name, info in (others or {}).items()}
+    homes |= {suite.name: suite, None: suite}
     parts = [
         [] if isinstance(part, ValueColumn)
         else _in_metrics(part, spec, homes, metrics or Metrics(), subsets or {})
