@@ -27,7 +27,7 @@ from snella.report.published.versus import VERDICTS, Pair, compare_published
 from snella.report.results import column_outcome
 from snella.report.runs.details import shown_metrics
 from snella.report.table import Cell, Table
-from snella.report.text import Grid, table_grid
+from snella.report.text import table_grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -203,6 +203,7 @@ def _table(index: int, part: PageTable, places: Places) -> dict[str, Any]:
         [_cell(table, name, c, places, pairs.get((name, c.key))) for c in table.columns]
         for name in table.shown
     ]
+    numbered = enumerate(cells)
     columns = [
         {
             "label": table.label(c), "block": c.block, "ranked": c.ranked,
@@ -220,9 +221,12 @@ def _table(index: int, part: PageTable, places: Places) -> dict[str, Any]:
         "command": part.command,
         "blocks": grid.blocks if any(block for block, _ in grid.blocks) else [],
         "heads": [h.label for h in grid.headings],
-        "sections": _sections(table, grid, cells),
+        "sections": [
+            (section, rows.own, [(line, *next(numbered)) for line in section.lines])
+            for section, rows in zip(grid.sections, table.rows, strict=True)
+        ],
         "remarks": [*grid.remarks, *([] if versus is None else versus.remarks)],
-        "notes": [(letter, text) for text, letter in grid.letters.items()],
+        "letters": grid.letters,
         "versus": versus is not None,
         "verdicts": _verdicts(pairs.values()),
         "trade_offs": trade_offs(table, f"{index}"),
@@ -231,26 +235,6 @@ def _table(index: int, part: PageTable, places: Places) -> dict[str, Any]:
             "rows": [table.labels[name] for name in table.shown],
         },
     }  # fmt: skip
-
-
-def _sections(table: Table, grid: Grid, cells: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The grid's rows with the numbers of their cells."""
-    found, row = [], 0
-    for section, rows in zip(grid.sections, table.rows, strict=True):
-        lines = []
-        for line in section.lines:
-            entries = [
-                {
-                    "text": e.text, "spread": e.spread, "mark": e.mark, "note": grid.letter(e.note),
-                    "state": cell["state"], "published": cell.get("pub"),
-                }
-                for e, cell in zip(line.cells, cells[row], strict=True)
-            ]  # fmt: skip
-            lines.append({"label": line.label, "row": row, "entries": entries})
-            row += 1
-        found.append({"title": section.title, "apart": section.apart, "own": rows.own,
-                      "lines": lines})  # fmt: skip
-    return found
 
 
 def _cell(
