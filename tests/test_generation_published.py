@@ -49,7 +49,8 @@ def test_real_images_stand_beside_the_printed_row() -> None:
     """A row that no method made is paired by its label; one that the paper lacks is left alone."""
     versus = compare_published(made("s2ft_table3"))
     assert versus is not None
-    found = {(p.label, p.column.label): p.value for p in versus.pairs.values()}
+    labels, pairs = versus.table.labels, versus.pairs.values()
+    found = {(labels[p.method], p.column.label): p.value for p in pairs}
     assert found["Real images", "DINO"] == pytest.approx(0.703)
     assert found["Real images", "CLIP-I"] == pytest.approx(0.864)
     assert found["Real images", "LPIPS"] == pytest.approx(0.695)

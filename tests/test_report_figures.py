@@ -11,8 +11,9 @@ from snella.errors import UserError
 from snella.report import tidy
 from snella.report.figures import cliques, critical_difference, lr_sweep, sweep
 from snella.report.published import audit_texts as texts
-from snella.report.published.audit import VERDICTS, audit, totals
+from snella.report.published.audit import audit, totals
 from snella.report.published.papers import read_table
+from snella.report.published.versus import VERDICTS
 from snella.report.statistics import table_statistics
 
 TASKS = [task for group in VTAB.values() for task in group]

@@ -37,6 +37,20 @@ class Unit:
         """Whether the largest of ``sizes`` reaches 1, and the smallest exceeds the last digit."""
         return max(sizes) * self.scale >= 1 and min(sizes) * self.scale >= 1.5 * 10**-self.digits
 
+    def text(self, number: float | None) -> str:
+        """A number in this unit as printed; nothing for none."""
+        return "" if number is None else f"{number:.{self.digits}f}"
+
+    def signed(self, difference: float | None) -> str:
+        """A difference in this unit as printed; nothing for none."""
+        return "" if difference is None else signed(difference, self.digits)
+
+
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign; nothing is plus or minus zero."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -53,7 +67,6 @@ class Quantity:
     higher_is_better: bool = True
     source: str = ""
     after_failure: bool = False
-    chance: float | None = None
 
     def unit(self, values: Iterable[float]) -> Unit:
         """The unit in which ``values`` (as recorded) are printed."""
@@ -100,16 +113,14 @@ class Metrics:
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Metrics:
         """Read names, units and directions off the frame's rows."""
-        known: dict[str, Quantity] = {}
-        about = ["metric", "title", "unit", "higher_is_better", "chance", "primary"]
-        rows = frame[frame["metric"] != ""].drop_duplicates("metric")[about]
-        for row in rows.itertuples():
-            chance = None if row.chance != row.chance else float(row.chance)
-            units = UNITS.get(row.unit, (Unit(row.unit, 1.0, 2),))
-            better = bool(row.higher_is_better)
-            known[row.metric] = Quantity(row.metric, row.title, units, better, chance=chance)
-        primary = frame.loc[(frame["metric"] != "") & (frame["primary"] == True), "metric"]  # noqa: E712
-        return cls(known, str(primary.iloc[0]) if len(primary) else "")
+        rows = frame[frame["metric"] != ""]
+        known = {
+            row.metric: Quantity(
+                row.metric, row.title, units_of(row.unit), bool(row.higher_is_better)
+            )
+            for row in rows.drop_duplicates("metric").itertuples()
+        }
+        return cls(known, next(iter(rows.loc[rows["primary"].eq(True), "metric"]), ""))
 
     def __getitem__(self, name: str | None) -> Quantity:
         """Look up a metric (None: the primary one); raises UserError with the closest match."""
@@ -119,7 +130,10 @@ class Metrics:
         return self.known.get(name) or Quantity(name, name or "Result")
 
 
-UNITS = {"%": (Unit("%", 100.0, 1),), "": (Unit("", 1.0, 4),)}
+def units_of(recorded: str) -> tuple[Unit, ...]:
+    """How a metric is printed whose recorded unit is this."""
+    known = {"%": Unit("%", 100.0, 1), "": Unit("", 1.0, 4)}
+    return (known.get(recorded, Unit(recorded, 1.0, 2)),)
 
 
 def value(name: str) -> Quantity:
@@ -178,104 +192,103 @@ def expand_columns(
     ``others`` are the further suites that columns name; ``subsets`` the groups of the records
     by data set.
     """
-    build = _Builder(spec, suite, metrics or Metrics(), others or {}, subsets or {})
-    parts = [[] if isinstance(d, ValueColumn) else build.columns(d) for d in spec.columns]
+    homes: dict[str | None, SuiteInfo] = {name: info for name, info in (others or {}).items()}
+    homes |= {suite.name: suite, None: suite}
+    parts = [
+        [] if isinstance(part, ValueColumn)
+        else _in_metrics(part, spec, homes, metrics or Metrics(), subsets or {})
+        for part in spec.columns
+    ]  # fmt: skip
     found = [column for part in parts for column in part]
     if not found:
         names = ", ".join(dict.fromkeys([suite.name, *spec.suites]))
         raise UserError(f"The table's suites ({names}) have none of its groups.")
-    for description, part in zip(spec.columns, parts, strict=True):
-        if isinstance(description, ValueColumn):
-            own = value(description.value)
-            wanted = build.home(description.suite)
-            home = next((c.suite for c in found if c.suite is wanted), found[0].suite)
+    for part, columns in zip(spec.columns, parts, strict=True):
+        if isinstance(part, ValueColumn):
+            home = homes.get(part.suite)
+            home = next((c.suite for c in found if c.suite is home), found[0].suite)
             shown = dict.fromkeys(d for c in found if c.suite is home for d in c.datasets)
-            members = {"": tuple(shown)}
-            part.append(Column(own.name, description.label, None, "value", own, members, home))
+            own, members = value(part.value), {"": tuple(shown)}
+            columns.append(Column(own.name, part.label, None, "value", own, members, home))
     return [column for part in parts for column in part]
 
 
-@dataclass(frozen=True)
-class _Builder:
-    spec: TableSpec
-    suite: SuiteInfo
-    metrics: Metrics
-    others: Mapping[str, SuiteInfo]
-    subsets: Mapping[str, Sequence[str]]
+def _in_metrics(
+    part: MetricColumns,
+    spec: TableSpec,
+    homes: Mapping[str | None, SuiteInfo],
+    metrics: Metrics,
+    subsets: Mapping[str, Sequence[str]],
+) -> list[Column]:
+    """The columns of one entry, once per metric it names."""
+    home = homes.get(part.suite)
+    if home is None:
+        if part.optional:
+            return []
+        raise unknown("suite of a table's column:", part.suite, filter(None, homes))
+    elsewhere = "" if home is homes[None] else f" ({home.name})"
+    several = isinstance(part.metric, list)
+    result = []
+    for name in part.metric if isinstance(part.metric, list) else [part.metric]:
+        own, block = metrics[name or spec.metric], home.block(part.block)
+        if several:
+            block = f"{block}: {own.title}" if block else own.title
+        suffix = elsewhere if name is None else f" {own.name}{elsewhere}"
+        first = Column("", "", block, "dataset", own, {}, home)
+        result += _columns(part, first, suffix, subsets)
+    return result
 
-    def home(self, name: str | None) -> SuiteInfo | None:
-        return self.suite if name in (None, self.suite.name) else self.others.get(name or "")
 
-    def columns(self, description: MetricColumns) -> list[Column]:
-        """The columns of one entry, once per metric it names."""
-        home = self.home(description.suite)
-        if home is None:
-            if description.optional:
-                return []
-            raise unknown("suite of a table's column:", description.suite, self.others)
-        several = isinstance(description.metric, list)
-        names = description.metric if isinstance(description.metric, list) else [description.metric]
-        result = []
-        for name in names:
-            own = self.metrics[name or self.spec.metric]
-            suffix = "" if name is None else f" {own.name}"
-            if home is not self.suite:
-                suffix += f" ({home.name})"
-            block = home.block(description.block)
-            if several:
-                block = f"{block}: {own.title}" if block else own.title
-            first = Column("", "", block, "dataset", own, {}, home)
-            result += self._expand(description, first, suffix)
-        return result
-
-    def _expand(self, description: MetricColumns, first: Column, suffix: str) -> list[Column]:
-        """The columns of one entry in one metric; all are ``first`` with members of their own."""
-        home, optional = first.suite, description.optional
-        if isinstance(description, SubsetColumns):
-            return self._parts(description, first, suffix)
-        if isinstance(description, MeanColumn):
-            members = _members(description.mean_of, home, optional)
-            mean = replace(first, key=f"mean{suffix}", label=description.label, members=members)
-            return _means(description.mean, mean)
-        if isinstance(description, DatasetColumns):
-            groups = [description.datasets_of]
-            members = _members(groups, home, optional)
-            columns = [
-                replace(first, key=d + suffix, label=home.label(d), members={g: (d,)})
-                for g, ds in members.items()
-                for d in ds
-            ]
-        else:
-            groups = description.groups
-            members = _members(groups, home, optional)
-            first = replace(first, kind="mean_of_tasks")
-            columns = [
-                replace(first, key=g + suffix, label=_capital(home.label(g)), members={g: ds})
-                for g, ds in members.items()
-            ]
-        key = f"{description.block or groups[0]} mean{suffix}"
-        mean = replace(first, key=key, label="Mean", members=members, visible=True)
-        return columns + _means(description.mean, mean)
-
-    def _parts(self, description: SubsetColumns, first: Column, suffix: str) -> list[Column]:
-        """A column per part of a data set's test set, and one for the whole."""
-        dataset, home = description.subsets_of, first.suite
-        group = next((g for g, ds in home.groups.items() if dataset in ds), None)
-        if group is None:
-            if description.optional:
-                return []
-            known = [d for ds in home.groups.values() for d in ds]
-            raise unknown(f"data set of suite {home.name!r}:", dataset, known)
-        first = replace(
-            first, block=first.block or home.label(dataset), members={group: (dataset,)}
-        )
+def _columns(
+    part: MetricColumns, first: Column, suffix: str, subsets: Mapping[str, Sequence[str]]
+) -> list[Column]:
+    """The columns of one entry in one metric; all are ``first`` with members of their own."""
+    home = first.suite
+    if isinstance(part, SubsetColumns):
+        return _subsets(part, first, suffix, subsets)
+    if isinstance(part, MeanColumn):
+        members = _members(part.mean_of, home, part.optional)
+        mean = replace(first, key=f"mean{suffix}", label=part.label, members=members)
+        return _means(part.mean, mean)
+    groups = [part.datasets_of] if isinstance(part, DatasetColumns) else part.groups
+    members = _members(groups, home, part.optional)
+    if isinstance(part, DatasetColumns):
         columns = [
-            replace(first, key=f"{dataset}/{name}{suffix}", label=home.label(name), subset=name)
-            for name in self.subsets.get(dataset, ())
+            replace(first, key=d + suffix, label=home.label(d), members={g: (d,)})
+            for g, ds in members.items()
+            for d in ds
         ]
-        if description.mean is not None or not columns:
-            columns.append(replace(first, key=f"{dataset}{suffix}", label="All"))
-        return columns
+    else:
+        first = replace(first, kind="mean_of_tasks")
+        columns = [
+            replace(first, key=g + suffix, label=_capital(home.label(g)), members={g: ds})
+            for g, ds in members.items()
+        ]
+    key = f"{part.block or groups[0]} mean{suffix}"
+    mean = replace(first, key=key, label="Mean", members=members, visible=True)
+    return columns + _means(part.mean, mean)
+
+
+def _subsets(
+    part: SubsetColumns, first: Column, suffix: str, subsets: Mapping[str, Sequence[str]]
+) -> list[Column]:
+    """A column per part of a data set's test set, and one for the whole."""
+    dataset, home = part.subsets_of, first.suite
+    group = next((g for g, ds in home.groups.items() if dataset in ds), None)
+    if group is None:
+        if part.optional:
+            return []
+        known = [d for ds in home.groups.values() for d in ds]
+        raise unknown(f"data set of suite {home.name!r}:", dataset, known)
+    block = first.block or home.label(dataset)
+    first = replace(first, block=block, members={group: (dataset,)})
+    columns = [
+        replace(first, key=f"{dataset}/{name}{suffix}", label=home.label(name), subset=name)
+        for name in subsets.get(dataset, ())
+    ]
+    if part.mean is not None or not columns:
+        columns.append(replace(first, key=f"{dataset}{suffix}", label="All"))
+    return columns
 
 
 def _means(kind: str | None, mean: Column) -> list[Column]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from snella.errors import UserError
 from snella.files import atomic
-from snella.report.columns import UNITS, Unit
+from snella.report.columns import Unit, units_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +59,7 @@ def critical_difference(statistics: Statistics, path: Path) -> list[Path]:
         text = f"{labels[method]}  {rank:.1f}" if left else f"{rank:.1f}  {labels[method]}"
         side = "right" if left else "left"
         axes.text(edge, y, f" {text} ", ha=side, va="center", fontsize=7.5, color=INK)
-    if statistics.table.demo:
+    if statistics.table.banner:
         figure.supxlabel(statistics.table.banner, fontsize=6.5, color=QUIET)
     return _save(figure, path)
 
@@ -155,8 +155,7 @@ def sweep(frame: pd.DataFrame) -> tuple[pd.DataFrame, Unit, str]:
     result["lr"] = result["lr"].astype(float)
     first = chosen.iloc[0]
     result["higher_is_better"] = bool(first["higher_is_better"])
-    unit = UNITS.get(first["unit"], (Unit(first["unit"]),))[0]
-    return result, unit, str(first["title"])
+    return result, units_of(first["unit"])[0], str(first["title"])
 
 
 def nothing(why: str, path: Path) -> list[Path]:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from snella.errors import one_line
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger("snella")
+Row = TypeVar("Row", bound=Hashable)
 ALPHA = 0.05
 RESAMPLES, MANY = 1000, 5000
 AGREE = 1e-3  # a metric is a mean over images if its scores average to it within this
@@ -167,14 +168,12 @@ def p_value(members: Iterable[tuple[float, float, Noise]], a: str, b: str) -> fl
     return float(2 * special.stdtr(freedom, -abs(difference) / math.sqrt(variance)))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Step-down correction for several comparisons (Holm 1979); order kept, at most 1."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    result = [0.0] * len(p_values)
-    running = 0.0
-    for step, index in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - step) * p_values[index]))
-        result[index] = running
+def holm(p_values: Mapping[Row, float]) -> dict[Row, float]:
+    """Step-down correction for several comparisons (Holm 1979); at most 1."""
+    result, running = {}, 0.0
+    for step, row in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        running = max(running, min(1.0, (len(p_values) - step) * p_values[row]))
+        result[row] = running
     return result
 
 
@@ -183,8 +182,5 @@ def leading(best: str, p_values: Mapping[str, float | None]) -> list[str] | None
 
     Holm's correction over the rows of the column that could be compared; None if none could.
     """
-    known = {row: p for row, p in p_values.items() if p is not None}
-    if not known:
-        return None
-    corrected = dict(zip(known, holm(list(known.values())), strict=True))
-    return [best, *(row for row, p in corrected.items() if p >= ALPHA)]
+    corrected = holm({row: p for row, p in p_values.items() if p is not None})
+    return [best, *(row for row, p in corrected.items() if p >= ALPHA)] if corrected else None

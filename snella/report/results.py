@@ -77,16 +77,12 @@ class Results:
         for run in self.runs[keep].itertuples():
             self._index[run.suite, run.method, run.dataset][int(run.seed)] = run
         self._values: dict[tuple[str, str], Seeds] = {}
-        self._common: dict[tuple[str, str | None], str] = {}
         self._noise: dict[tuple[str, str, str, str], Noise] = {}
 
     def common(self, column: str, suite: str | None = None) -> str:
         """The runs' value in a column of the frame; differing ones are joined, none is empty."""
-        key = column, suite
-        if key not in self._common:
-            made = self.made if suite is None else self.made[self.made["suite"] == suite]
-            self._common[key] = ", ".join(sorted(_tallied(made, column)))
-        return self._common[key]
+        made = self.made if suite is None else self.made[self.made["suite"] == suite]
+        return ", ".join(sorted(_tallied(made, column)))
 
     def counts(self) -> dict[str, int]:
         """How many runs ended in each status, and how many have not run."""

@@ -15,10 +15,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from snella.errors import unknown
-from snella.report.columns import Column, Quantity, Unit
+from snella.report.columns import Column, Unit
 from snella.report.noise import ALPHA, holm
 from snella.report.table import DASH, Cell, Table, compare_rows
 from snella.report.text import Grid, Heading, Line, Section, comments
@@ -28,32 +28,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Scores = Mapping[str, Mapping[str, Mapping[int, float]]]
+"""Numbers by method, data set and seed."""
 RESAMPLES = 10_000
 LEVEL = 0.95
 DECIMALS = 12  # below this, a difference is rounding noise and two are tied
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A method against the reference, over the data sets where both have paired seeds.
-
-    ``difference`` (positive: the method is better) and its interval are in the unit of the
-    scores; None where fewer than two data sets are shared. ``p_images`` takes the data sets as
-    given.
-    """
-
-    method: str
-    datasets: int
-    wins: int
-    ties: int
-    losses: int
-    difference: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    p_holm: float | None
-    p_images: float | None = None
-    p_images_holm: float | None = None
+COUNTS = ("datasets", "wins", "ties", "losses")
+COMPARED = (
+    *("method", *COUNTS, "difference", "low", "high"),
+    *("p", "p_holm", "p_images", "p_images_holm"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,21 +52,34 @@ class Friedman:
     critical_difference: float
 
 
-def compare(scores: Scores, reference: str, *, higher_is_better: bool = True) -> list[Comparison]:
-    """Every method of ``scores`` (method, data set, seed) against ``reference``.
+def compare(scores: Scores, reference: str, *, higher_is_better: bool = True) -> pd.DataFrame:
+    """Every method of ``scores`` against ``reference``, one row each with the columns `COMPARED`.
 
-    Raises UserError if the reference is not among the methods.
+    ``difference`` (positive: the method is better) and its interval are in the unit of the scores,
+    over the data sets where both have paired seeds; NaN for fewer than two of these. Raises
+    UserError if the reference is not among the methods.
     """
+    import pandas as pd
+
     if reference not in scores:
         raise unknown("reference method", reference, scores)
     sign = 1.0 if higher_is_better else -1.0
-    raw = [
-        _compare(method, paired_differences(scores[method], scores[reference], sign))
-        for method in scores
-        if method != reference
-    ]
-    corrected = iter(holm([c.p for c in raw if c.p is not None]))
-    return [c if c.p is None else replace(c, p_holm=next(corrected)) for c in raw]
+    rows: list[dict[str, Any]] = []
+    for method in scores:
+        if method == reference:
+            continue
+        differences = paired_differences(scores[method], scores[reference], sign)
+        means = [math.fsum(d) / len(d) for d in differences]
+        wins, losses = sum(m > 0 for m in means), sum(m < 0 for m in means)
+        counts = (len(means), wins, len(means) - wins - losses, losses)
+        rows.append({"method": method, **dict(zip(COUNTS, counts, strict=True))})
+        if len(means) > 1:
+            low, high = bootstrap(differences)
+            mean = math.fsum(means) / len(means)
+            rows[-1] |= {"difference": mean, "low": low, "high": high, "p": wilcoxon(means)}
+    frame = pd.DataFrame(rows, columns=list(COMPARED))
+    p_values = frame.set_index("method")["p"].dropna().to_dict()
+    return frame.assign(p_holm=frame["method"].map(holm(p_values)))
 
 
 def paired_differences(
@@ -97,17 +93,6 @@ def paired_differences(
         if differences:
             result.append(differences)
     return result
-
-
-def _compare(method: str, differences: Sequence[Sequence[float]]) -> Comparison:
-    means = [math.fsum(d) / len(d) for d in differences]
-    wins, losses = sum(m > 0 for m in means), sum(m < 0 for m in means)
-    counts = (len(means), wins, len(means) - wins - losses, losses)
-    if len(means) < 2:
-        return Comparison(method, *counts, None, None, None, None, None)
-    low, high = bootstrap(differences)
-    mean = math.fsum(means) / len(means)
-    return Comparison(method, *counts, mean, low, high, wilcoxon(means), None)
 
 
 def wilcoxon(differences: Sequence[float]) -> float:
@@ -217,24 +202,25 @@ def datasets_needed(comparisons: int) -> int:
 
 @dataclass(frozen=True)
 class Statistics:
-    """The comparison of a table's rows, in the unit of its first ranked metric."""
+    """The comparison of a table's rows, in the unit of its first ranked metric.
+
+    ``rows`` is the frame of :func:`compare`; its ``p_images`` take the data sets as given.
+    """
 
     table: Table
     reference: str
-    quantity: Quantity
     unit: Unit
-    scores: Scores
-    rows: list[Comparison]
+    rows: pd.DataFrame
     ranks: Mapping[str, float]
     friedman: Friedman | None
 
     @property
     def limits(self) -> list[str]:
         """What the tests can and cannot show, with the numbers at hand."""
-        tested = sum(row.p is not None for row in self.rows)
-        datasets = max((row.datasets for row in self.rows), default=0)
+        tested = int(self.rows["p"].notna().sum())
         result = []
         if tested:
+            datasets = int(self.rows["datasets"].max())
             least = smallest_p(datasets, tested)
             reach = "cannot" if least > ALPHA else "can"
             result.append(
@@ -270,18 +256,26 @@ def table_statistics(table: Table, reference: str) -> Statistics:
         if c.quantity == quantity and not c.subset
         for d in c.datasets
     }
-    unit = quantity.units[0]
+    unit, better = quantity.units[0], quantity.higher_is_better
     scores: dict[str, dict[str, dict[int, float]]] = {m: {} for m in table.methods}
     for method, found in scores.items():
         for key, column in columns.items():
             outcome = table.results.outcome(method, column.datasets[0], column)
             if not outcome.blocked and outcome.values:
                 found[key] = {s: v * unit.scale for s, v in outcome.values.items()}
-    better = quantity.higher_is_better
     rows = compare(scores, reference, higher_is_better=better)
-    rows = _with_images(rows, table, columns, scores, reference)
+    p_images: dict[str, float] = {}
+    for method in rows["method"]:
+        shared = [columns[key] for key in scores[method] if key in scores[reference]]
+        if len({c.suite.name for c in shared}) == 1:  # else the mean is of no suite
+            members = {"": tuple(c.datasets[0] for c in shared)}
+            mean = replace(shared[0], kind="mean_of_tasks", members=members)
+            p = compare_rows(mean, table.results, method, reference)
+            p_images |= {} if p is None else {method: p}
+    names = rows["method"]
+    rows = rows.assign(p_images=names.map(p_images), p_images_holm=names.map(holm(p_images)))
     ranks = average_ranks(scores, higher_is_better=better)
-    return Statistics(table, reference, quantity, unit, scores, rows, ranks, friedman(scores))
+    return Statistics(table, reference, unit, rows, ranks, friedman(scores))
 
 
 def mean_interval(table: Table, method: str, column: Column) -> tuple[float, float] | None:
@@ -303,67 +297,37 @@ def mean_interval(table: Table, method: str, column: Column) -> tuple[float, flo
     return bootstrap([[value * scale for value in seeds.values()] for seeds in found])
 
 
-def _with_images(
-    rows: list[Comparison],
-    table: Table,
-    columns: Mapping[str, Column],
-    scores: Scores,
-    reference: str,
-) -> list[Comparison]:
-    """Add the p-values over test images and seeds, per suite-pure mean over the shared sets."""
-    found: dict[str, float] = {}
-    for row in rows:
-        shared = [columns[k] for k in scores[row.method] if k in scores[reference]]
-        if len({c.suite.name for c in shared}) != 1:
-            continue
-        mean = replace(
-            shared[0], kind="mean_of_tasks", members={"": tuple(c.datasets[0] for c in shared)}
-        )
-        p = compare_rows(mean, table.results, row.method, reference)
-        if p is not None:
-            found[row.method] = p
-    corrected = dict(zip(found, holm(list(found.values())), strict=True))
-    return [
-        replace(row, p_images=found.get(row.method), p_images_holm=corrected.get(row.method))
-        for row in rows
-    ]
-
-
 def statistics_frame(statistics: Statistics) -> pd.DataFrame:
     """All comparisons at full precision, the reference first."""
-    import pandas as pd
-
-    first = {"method": statistics.reference}
-    frame = pd.DataFrame([first, *(vars(row) for row in statistics.rows)])
-    frame = frame.reindex(columns=list(Comparison.__dataclass_fields__))
-    for name in ("datasets", "wins", "ties", "losses"):
-        frame[name] = frame[name].astype("Int64")
+    rows = statistics.rows.set_index("method")
+    frame = rows.reindex([statistics.reference, *rows.index]).reset_index()
+    frame = frame.astype(dict.fromkeys(COUNTS, "Int64"))
     frame.insert(0, "reference", statistics.reference)
-    frame["average_rank"] = frame["method"].map(dict(statistics.ranks))
-    return frame
+    return frame.assign(average_rank=frame["method"].map(dict(statistics.ranks)))
 
 
 def statistics_grid(statistics: Statistics) -> Grid:
     """The comparison as a table of its own, for LaTeX, Markdown and the terminal."""
     table, labels = statistics.table, statistics.table.labels
-    images = any(row.p_images is not None for row in statistics.rows)
+    images = bool(statistics.rows["p_images"].notna().any())
     heads = ["Rank", "Difference", f"{LEVEL:.0%} interval", "p", "p (Holm)"]
-    heads += ["p images (Holm)"] if images else []
-    heads += ["Wins/ties/losses"]
-    rank, digits = statistics.ranks.get, statistics.unit.digits
+    heads += [*(["p images (Holm)"] if images else []), "Wins/ties/losses"]
+    digits = statistics.unit.digits
 
-    def cells(row: Comparison) -> list[str]:
+    def rank(method: str) -> str:
+        return _number(statistics.ranks.get(method), ".1f")
+
+    def line(row: Any) -> Line:
         low, high = (_number(v, f"+.{digits}f") for v in (row.low, row.high))
-        interval = DASH if row.low is None else f"{low} to {high}"
-        result = [_number(rank(row.method), ".1f"), _number(row.difference, f"+.{max(2, digits)}f")]
-        result += [interval, _probability(row.p), _probability(row.p_holm)]
-        result += [_probability(row.p_images_holm)] if images else []
-        return [*result, f"{row.wins}/{row.ties}/{row.losses}"]
+        interval = low if low == DASH else f"{low} to {high}"
+        cells = [rank(row.method), _number(row.difference, f"+.{max(2, digits)}f"), interval]
+        cells += map(_probability, (row.p, row.p_holm, row.p_images_holm)[: 2 + images])
+        return _line(labels[row.method], [*cells, f"{row.wins}/{row.ties}/{row.losses}"])
 
-    first = [_number(rank(statistics.reference), ".1f"), *[""] * (len(heads) - 1)]
-    sections = [Section(None, (_line(labels[statistics.reference], first),))]
-    body = tuple(_line(labels[row.method], cells(row)) for row in statistics.rows)
-    sections.append(Section(None, body, apart=True))
+    first = _line(
+        labels[statistics.reference], [rank(statistics.reference), *[""] * (len(heads) - 1)]
+    )
+    body = tuple(map(line, statistics.rows.itertuples()))
     symbol, caption = statistics.unit.symbol, table.caption.rstrip(".")
     unit = f" in {'percentage points' if symbol == '%' else symbol}" if symbol else ""
     remarks = [
@@ -382,7 +346,7 @@ def statistics_grid(statistics: Statistics) -> Grid:
         name=f"{table.name}_statistics",
         caption=f"{caption}. Paired comparison with {labels[statistics.reference]}.",
         headings=tuple(map(Heading, heads)),
-        sections=tuple(sections),
+        sections=(Section(None, (first,)), Section(None, body, apart=True)),
         remarks=tuple(remarks),
         comments=comments(table),
     )
@@ -395,13 +359,11 @@ def _line(label: str, cells: Sequence[str]) -> Line:
 
 
 def _number(value: float | None, form: str) -> str:
-    return DASH if value is None else format(value, form)
+    return DASH if value is None or math.isnan(value) else format(value, form)
 
 
-def _probability(value: float | None) -> str:
-    if value is None:
-        return DASH
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+def _probability(value: float) -> str:
+    return "<0.001" if value < 0.001 else _number(value, ".3f")
 
 
 def _p(value: float) -> str:

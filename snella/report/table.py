@@ -13,7 +13,7 @@ from snella.report.columns import Column, Metrics, Unit, expand_columns, expand_
 from snella.report.frame import COST, PARAMETERS
 from snella.report.noise import ALPHA, leading, p_value
 from snella.report.results import Outcome, Results, column_outcome, some
-from snella.report.spec import RowGroup, SuiteInfo, TableSpec
+from snella.report.spec import RowGroup, Spread, SuiteInfo, TableSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,11 +85,6 @@ class Table:
         return list({c.suite.name: c.suite for c in self.columns}.values())
 
     @property
-    def demo(self) -> bool:
-        """Whether any number is of a demo suite."""
-        return any(suite.demo for suite in self.suites)
-
-    @property
     def banner(self) -> str:
         """What a table of demo data says on its face."""
         return next((suite.banner for suite in self.suites if suite.demo), "")
@@ -113,6 +108,10 @@ class Table:
         """The column's printed label with its unit filled in, and where lower is better so."""
         text = column.label.replace("{unit}", self.units[column.key].symbol)
         return f"{text} ↓" if column.ranked and not column.quantity.higher_is_better else text
+
+    def full_label(self, column: Column) -> str:
+        """The column's printed label behind its block."""
+        return f"{column.block or ''} {self.label(column)}".lstrip()
 
     @property
     def caption(self) -> str:
@@ -170,9 +169,10 @@ class Table:
                 "No number is marked as best: with one seed and no scores of single test images "
                 "in the records, noise is unknown."
             )
+        over_seeds = " and seeds" if len(self.results.seeds) > 1 else ""
         text = (
             "Bold: better than every other row beyond noise; underlined: not distinguishable "
-            f"from the column's best (paired over test images{self._over_seeds()}, "
+            f"from the column's best (paired over test images{over_seeds}, "
             f"Holm-corrected within the column, level {ALPHA:g})."
         )
         apart = {m for rows in self.rows if rows.reference for m in rows.methods}
@@ -180,9 +180,6 @@ class Table:
         if reference:
             text += f" {some(reference)}: reference, not ranked."
         return text
-
-    def _over_seeds(self) -> str:
-        return " and seeds" if len(self.results.seeds) > 1 else ""
 
     def _columns(self) -> list[str]:
         """What columns show, said once for columns of which the same is to be said."""
@@ -194,10 +191,9 @@ class Table:
         return [f"{', '.join(names)}: {text}" for text, names in said.items()]
 
     def _about(self, column: Column) -> str:
-        label = self.label(column)
-        name = f"{column.block} {label}" if column.block else label
+        name = self.full_label(column)
         if column.kind == "value":
-            return f"{label}: {column.quantity.title[0].lower()}{column.quantity.title[1:]}."
+            return f"{name}: {column.quantity.title[0].lower()}{column.quantity.title[1:]}."
         if column.kind == "mean_of_groups" and len(column.members) > 1:
             return f"{name}: over the {len(column.members)} group means."
         tasks = len(column.datasets)
@@ -220,6 +216,8 @@ def build_table(
     suites are left out. ``others`` are the further suites that columns name. Raises UserError
     for records that may not share a table.
     """
+    import pandas as pd
+
     frame = _of_suites(frame, [suite.name, *(others or {})])
     rows = expand_rows(spec, methods)
     shown = [m for group in rows for m in group.methods]
@@ -230,11 +228,12 @@ def build_table(
         constants = [row.name for row in spec.constants]
         rows = [RowGroup(methods=constants, reference=True), *rows]
         shown = [*constants, *shown]
-    columns = expand_columns(spec, suite, Metrics.of(frame), others, _subsets(frame))
-    pairs = {(c.suite.name, d) for c in columns for d in c.datasets}
-    keys = zip(frame["suite"], frame["dataset"], strict=True)
-    covered = [i for i, key in enumerate(keys) if key in pairs]
-    results = Results(frame.iloc[covered], spec.mixed)
+    parts = frame[frame["subset"] != ""].groupby("dataset")["subset"]
+    subsets = {str(dataset): sorted(set(part)) for dataset, part in parts}
+    columns = expand_columns(spec, suite, Metrics.of(frame), others, subsets)
+    pairs = [(c.suite.name, d) for c in columns for d in c.datasets]
+    covered = pd.MultiIndex.from_frame(frame[["suite", "dataset"]]).isin(pairs)
+    results = Results(frame[covered], spec.mixed)
     units: dict[str, Unit] = {}
     cells: dict[tuple[str, str], Cell] = {}
     compared = set()
@@ -243,10 +242,12 @@ def build_table(
         outcomes = {m: column_outcome(results, m, column) for m in shown}
         unit = column.quantity.unit(o.mean for o in outcomes.values() if o.mean is not None)
         units[column.key] = unit
-        made = {m: _cell(o, column, unit, results.seeds) for m, o in outcomes.items()}
+        made = {
+            m: _cell(results, m, column, outcome, unit, spec.spread)
+            for m, outcome in outcomes.items()
+        }
         made |= {c.name: Cell() for c in spec.constants if made[c.name].mean is None}
         if column.ranked:
-            made = _judge(made, column, unit, results, spec.spread)
             ranked = {m: cell for m, cell in made.items() if m not in reference}
             marked = mark(ranked, column, results)
             made |= marked or {}
@@ -282,76 +283,54 @@ def _of_suites(frame: pd.DataFrame, suites: list[str]) -> pd.DataFrame:
     return frame[mine]
 
 
-def _subsets(frame: pd.DataFrame) -> dict[str, list[str]]:
-    rows = frame[frame["subset"] != ""]
-    pairs = rows[["dataset", "subset"]].drop_duplicates()
-    found: dict[str, list[str]] = {}
-    for dataset, subset in pairs.itertuples(index=False):
-        found.setdefault(dataset, []).append(subset)
-    return {dataset: sorted(names) for dataset, names in found.items()}
-
-
-def _cell(outcome: Outcome, column: Column, unit: Unit, seeds: list[int]) -> Cell:
+def _cell(
+    results: Results, method: str, column: Column, outcome: Outcome, unit: Unit, spread: Spread
+) -> Cell:
+    """The outcome as a cell: number, spread, standard error over test images, and notes."""
     if outcome.mean is None:
         return Cell(note=outcome.blocked)
-    mean = outcome.mean * unit.scale
     std = None if outcome.std is None else outcome.std * unit.scale
-    lacking = [s for s in seeds if s not in outcome.values]
-    notes = []
-    if lacking and column.ranked:
-        which = ", ".join(map(str, lacking))
-        notes.append(f"{len(outcome.values)} of {len(seeds)} seeds (seed {which} not run)")
-    if outcome.stale:
-        notes.append(f"stale: {outcome.stale}")
-    spread = _digits(std, unit) if column.ranked else ""
-    values = {seed: v * unit.scale for seed, v in outcome.values.items()}
-    return Cell(_digits(mean, unit), spread, "", "; ".join(notes), mean, std, values)
+    error, shown, notes = None, None, [f"stale: {outcome.stale}" if outcome.stale else ""]
+    if column.ranked:
+        errors = {d: results.noise(column, d).error(method) for d in column.datasets}
+        known = {d: e for d, e in errors.items() if e is not None}
+        if len(known) == len(errors):
+            parts = ((weight * known[d]) ** 2 for d, weight in column.weights.items())
+            error = math.sqrt(math.fsum(parts)) * unit.scale
+        shown = {"seeds": std, "images": error}.get(spread)
+        if spread == "datasets":  # each the mean over seeds
+            means = [results.outcome(method, d, column).mean for d in column.datasets]
+            finite = [mean for mean in means if mean is not None]
+            shown = statistics.stdev(finite) * unit.scale if len(finite) > 1 else None
+        notes = [_lacking(results, outcome), *notes, _chance(results, column, outcome.mean, unit)]
+    return Cell(
+        text=unit.text(outcome.mean * unit.scale),
+        spread=unit.text(shown),
+        note="; ".join(filter(None, notes)),
+        mean=outcome.mean * unit.scale,
+        std=std,
+        values={seed: v * unit.scale for seed, v in outcome.values.items()},
+        error=error,
+    )
 
 
-def _judge(
-    cells: Mapping[str, Cell], column: Column, unit: Unit, results: Results, spread: str
-) -> dict[str, Cell]:
-    """Add standard errors over test images, another spread, and what is at chance."""
-    noises = [(w, results.noise(column, d)) for d, w in column.weights.items()]
-    made = dict(cells)
-    for method in [m for m, cell in cells.items() if cell.mean is not None]:
-        errors = [(w, noise.error(method)) for w, noise in noises]
-        cell = made[method]
-        if all(e is not None for _, e in errors):
-            error = math.sqrt(math.fsum((w * (e or 0.0)) ** 2 for w, e in errors))
-            cell = replace(cell, error=error * unit.scale)
-        if spread == "images":
-            cell = replace(cell, spread=_digits(cell.error, unit))
-        if spread == "datasets":
-            over = _over_datasets(results, column, method, unit)
-            cell = replace(cell, spread=_digits(over, unit))
-        made[method] = _chance(cell, column, unit, results)
-    return made
+def _lacking(results: Results, outcome: Outcome) -> str:
+    """Which seeds have not run."""
+    lacking = ", ".join(str(s) for s in results.seeds if s not in outcome.values)
+    count = f"{len(outcome.values)} of {len(results.seeds)} seeds"
+    return f"{count} (seed {lacking} not run)" if lacking else ""
 
 
-def _digits(number: float | None, unit: Unit) -> str:
-    return "" if number is None else f"{number:.{unit.digits}f}"
-
-
-def _over_datasets(results: Results, column: Column, method: str, unit: Unit) -> float | None:
-    """Standard deviation over a mean's data sets in its unit, each the mean over seeds."""
-    means = [results.outcome(method, dataset, column).mean for dataset in column.datasets]
-    known = [value for value in means if value is not None]
-    return statistics.stdev(known) * unit.scale if len(known) > 1 else None
-
-
-def _chance(cell: Cell, column: Column, unit: Unit, results: Results) -> Cell:
-    """Flag a row that is not better than guessing, by the records' chance level."""
-    key = (column.suite.name, column.datasets[0], column.quantity.name)
-    if column.kind != "dataset" or cell.mean is None or key not in results.chance:
-        return cell
-    chance, size = results.chance[key]
+def _chance(results: Results, column: Column, mean: float, unit: Unit) -> str:
+    """Whether a row is not better than guessing, by the records' chance level."""
+    known = results.chance.get((column.suite.name, column.datasets[0], column.quantity.name))
+    if column.kind != "dataset" or known is None:
+        return ""
+    chance, size = known
     error = math.sqrt(chance * (1 - chance) / size) if size > 0 and 0 <= chance <= 1 else 0.0
     sign = 1 if column.quantity.higher_is_better else -1
-    if sign * (cell.mean / unit.scale - chance) > CHANCE_Z * error:
-        return cell
-    note = f"not above chance ({chance * unit.scale:.{unit.digits}f})"
-    return replace(cell, note="; ".join(filter(None, (cell.note, note))))
+    above = sign * (mean - chance) > CHANCE_Z * error
+    return "" if above else f"not above chance ({unit.text(chance * unit.scale)})"
 
 
 def mark(cells: Mapping[str, Cell], column: Column, results: Results) -> dict[str, Cell] | None:

@@ -144,12 +144,6 @@ def comments(table: Table) -> tuple[str, ...]:
     return tuple(line for line in lines if line)
 
 
-def signed(value: float, digits: int) -> str:
-    """A difference with its sign; nothing is plus or minus zero."""
-    text = f"{value:+.{digits}f}"
-    return text[1:] if float(text) == 0 else text.replace("-", "−")
-
-
 MARKDOWN = {"": "{}", "best": "**{}**", "tied": "<u>{}</u>"}
 
 

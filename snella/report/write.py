@@ -106,6 +106,11 @@ def cells(table: Table) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
+    common = {
+        (name, suite.name): table.results.common(name, suite.name)
+        for name in ("backbone", "protocol")
+        for suite in table.suites
+    }
     for group, method in _rows(table):
         for column in table.columns:
             cell = table.cells[method, column.key]
@@ -113,8 +118,8 @@ def cells(table: Table) -> pd.DataFrame:
             rows.append(
                 {
                     **_origin(table),
-                    "backbone": table.results.common("backbone", column.suite.name),
-                    "protocol": table.results.common("protocol", column.suite.name),
+                    "backbone": common["backbone", column.suite.name],
+                    "protocol": common["protocol", column.suite.name],
                     "group": group,
                     "method": method,
                     "label": table.labels[method],

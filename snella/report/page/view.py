@@ -1,4 +1,7 @@
-"""From a page's content to plain values: what the template prints and what the script is given.
+"""From a page's content to plain values, and with template, style and script to one HTML file.
+
+The page fetches nothing: text is escaped by the template engine, data are JSON without markup, and
+a content security policy with the digests of style and script keeps anything else from running.
 
 The script's data hold every distinct part of a configuration or environment once, as text in a
 pool, because hundreds of runs repeat them.
@@ -6,23 +9,25 @@ pool, because hundreds of runs repeat them.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from snella.report.columns import VALUES, Column, value
 from snella.report.page import scatter
 from snella.report.page.content import Content, PageRun, PageTable, RunKey
 from snella.report.page.pictures import views
-from snella.report.published.audit import TITLES, VERDICTS, summary
+from snella.report.published.audit import TITLES, summary
 from snella.report.published.audit_texts import HEADS, LEGEND, TOTAL_HEADS, number_cells, total_rows
-from snella.report.published.versus import Pair, compare_published
+from snella.report.published.versus import VERDICTS, Pair, compare_published
 from snella.report.results import column_outcome
 from snella.report.runs.details import shown_metrics
 from snella.report.table import Cell, Table
-from snella.report.text import Grid, signed, table_grid
+from snella.report.text import table_grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +63,30 @@ class Pool:
         return [
             [key, self.add(json.dumps(content[key], sort_keys=True))] for key in sorted(content)
         ]
+
+
+def render(content: Content) -> str:
+    """The page."""
+    from jinja2 import Environment, StrictUndefined
+
+    folder = files("snella.report.page")
+    style, script, template = (
+        (folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html")
+    )
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_digest(style)}; "
+        f"script-src {_digest(script)}; base-uri 'none'; form-action 'none'"
+    )
+    page = environment.from_string(template)
+    return page.render(style=style, script=script, policy=policy, **view(content))
+
+
+def _digest(text: str) -> str:
+    found = base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+    return f"'sha256-{found}'"
 
 
 def view(content: Content) -> dict[str, Any]:
@@ -131,15 +160,13 @@ def _run(run: PageRun, pool: Pool, *, log: bool) -> dict[str, Any]:
 def _costs(details: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Parameters and costs under the titles that tables give them."""
     recorded = {**(details["cost"] or {}), **(details["parameters"] or {})}
-    names = {"with_head": "with_head", "without_head": "trainable", "total": "total"}
-    found = []
-    for name, quantity in VALUES.items():
-        number = recorded.get(names.get(name, name)) if name != "trainable" else None
+    found = {}
+    for quantity in VALUES.values():
+        number = recorded.get(quantity.source)
         if number is not None:
             unit = quantity.unit([number])
-            text = f"{number * unit.scale:.{unit.digits}f} {unit.symbol}".rstrip()
-            found.append((quantity.title, text))
-    return found
+            found[quantity.title] = f"{unit.text(number * unit.scale)} {unit.symbol}".rstrip()
+    return list(found.items())
 
 
 def _metric(details: Mapping[str, Any]) -> tuple[str, str]:
@@ -176,6 +203,7 @@ def _table(index: int, part: PageTable, places: Places) -> dict[str, Any]:
         [_cell(table, name, c, places, pairs.get((name, c.key))) for c in table.columns]
         for name in table.shown
     ]
+    numbered = enumerate(cells)
     columns = [
         {
             "label": table.label(c), "block": c.block, "ranked": c.ranked,
@@ -193,9 +221,12 @@ def _table(index: int, part: PageTable, places: Places) -> dict[str, Any]:
         "command": part.command,
         "blocks": grid.blocks if any(block for block, _ in grid.blocks) else [],
         "heads": [h.label for h in grid.headings],
-        "sections": _sections(table, grid, cells),
+        "sections": [
+            (section, rows.own, [(line, *next(numbered)) for line in section.lines])
+            for section, rows in zip(grid.sections, table.rows, strict=True)
+        ],
         "remarks": [*grid.remarks, *([] if versus is None else versus.remarks)],
-        "notes": [(letter, text) for text, letter in grid.letters.items()],
+        "letters": grid.letters,
         "versus": versus is not None,
         "verdicts": _verdicts(pairs.values()),
         "trade_offs": trade_offs(table, f"{index}"),
@@ -204,26 +235,6 @@ def _table(index: int, part: PageTable, places: Places) -> dict[str, Any]:
             "rows": [table.labels[name] for name in table.shown],
         },
     }  # fmt: skip
-
-
-def _sections(table: Table, grid: Grid, cells: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The grid's rows with the numbers of their cells."""
-    found, row = [], 0
-    for section, rows in zip(grid.sections, table.rows, strict=True):
-        lines = []
-        for line in section.lines:
-            entries = [
-                {
-                    "text": e.text, "spread": e.spread, "mark": e.mark, "note": grid.letter(e.note),
-                    "state": cell["state"], "key": f"{row},{column}", "published": cell.get("pub"),
-                }
-                for column, (e, cell) in enumerate(zip(line.cells, cells[row], strict=True))
-            ]  # fmt: skip
-            lines.append({"label": line.label, "row": row, "entries": entries})
-            row += 1
-        found.append({"title": section.title, "apart": section.apart, "own": rows.own,
-                      "lines": lines})  # fmt: skip
-    return found
 
 
 def _cell(
@@ -247,12 +258,11 @@ def _cell(
         found["error"] = _short(cell.error)
     if len(cell.values) > 1:
         found["seeds"] = {str(seed): _short(v) for seed, v in cell.values.items()}
-    if pair is not None and pair.printed is not None and pair.value is not None:
+    if pair is not None and pair.printed is not None:
         verdict, why = pair.verdict
-        digits = table.units[column.key].digits
-        apart = "" if pair.difference is None else signed(pair.difference, digits)
         found["pub"] = {
-            "value": f"{pair.value:.{digits}f}", "difference": apart, "verdict": verdict,
+            "value": pair.unit.text(pair.value), "verdict": verdict,
+            "difference": pair.unit.signed(pair.difference),
             "title": TITLES[verdict] if pair.difference is not None else "", "why": why,
             "note": pair.printed["note"], "label": pair.printed["label"],
         }  # fmt: skip
@@ -277,37 +287,26 @@ def trade_offs(table: Table, index: str) -> list[dict[str, Any]]:
     if not ranked:
         return []
     number, head = max(ranked, key=lambda pair: (len(pair[1].datasets), -pair[0]))
-    unit = table.units[head.key].symbol
-    name = f"{head.block} {table.label(head)}" if head.block else table.label(head)
-    title = f"{name}: {head.quantity.title}" + (f" ({unit})" if unit else "")
+    symbol = table.units[head.key].symbol
+    title = f"{table.full_label(head)}: {head.quantity.title}" + (f" ({symbol})" if symbol else "")
     y = scatter.Axis(title, head.quantity.higher_is_better)
     names = [(m, table.labels[m], rows.own) for rows in table.rows for m in rows.methods]
     found = []
     for cost in COSTS:
-        points = _points(table, names, head, number, cost, index)
-        if points:
-            quantity, symbol, marks = points
-            axis = scatter.Axis(f"{quantity} ({symbol})" if symbol else quantity, False)
-            found.append(scatter.draw(marks, axis, y))
+        quantity = value(cost)
+        column = Column(cost, quantity.title, None, "value", quantity, head.members, head.suite)
+        spent = {m: column_outcome(table.results, m, column).mean for m, _, _ in names}
+        unit = quantity.unit(v for v in spent.values() if v is not None)
+        points = [
+            scatter.Point(label, paid * unit.scale, reached, f"{index},{row},{number}", own)
+            for row, (method, label, own) in enumerate(names)
+            if (reached := table.cells[method, head.key].mean) is not None
+            and (paid := spent[method]) is not None
+        ]
+        if len(points) >= FEWEST:
+            title = f"{quantity.title} ({unit.symbol})" if unit.symbol else quantity.title
+            found.append(scatter.draw(points, scatter.Axis(title, False), y))
     return found
-
-
-def _points(
-    table: Table, names: Sequence[tuple[str, str, bool]], head: Column, number: int, cost: str,
-    index: str,
-) -> tuple[str, str, list[scatter.Point]] | None:  # fmt: skip
-    """The rows that have both numbers; None for too few to be worth a picture."""
-    quantity = value(cost)
-    column = Column(cost, quantity.title, None, "value", quantity, head.members, head.suite)
-    spent = {m: column_outcome(table.results, m, column).mean for m, _, _ in names}
-    unit = quantity.unit(v for v in spent.values() if v is not None)
-    points = []
-    for row, (method, label, own) in enumerate(names):
-        reached, paid = table.cells[method, head.key].mean, spent[method]
-        if reached is not None and paid is not None and math.isfinite(paid):
-            cell = f"{index},{row},{number}"
-            points.append(scatter.Point(label, paid * unit.scale, reached, cell, own))
-    return (quantity.title, unit.symbol, points) if len(points) >= FEWEST else None
 
 
 def _states(runs: Iterable[PageRun]) -> tuple[list[tuple[str, int]], int]:

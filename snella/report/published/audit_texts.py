@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import html as escaping
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snella.errors import UserError
+from snella.report.columns import signed
 from snella.report.latex import escape
 from snella.report.pdf import compile_document
-from snella.report.published.audit import TITLES, VERDICTS, audit, decided, summary, totals
+from snella.report.published.audit import TITLES, audit, decided, summary, totals
 from snella.report.published.papers import FOLDER, read_paper
-from snella.report.text import escape_markdown, markdown_row, signed
+from snella.report.published.versus import VERDICTS
+from snella.report.text import escape_markdown, markdown_row
 from snella.report.write import to_csv, write_texts
 
 if TYPE_CHECKING:
@@ -51,35 +52,25 @@ def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
         return paths
 
 
-def _where(row: dict[str, Any]) -> str:
-    place = row["dataset"] or row["group"] or "cost"
-    kind = {"mean_of_tasks": " over tasks", "mean_of_groups": " over groups"}
-    backbone = f"{row['backbone']} {row['pretraining']}"
-    suite = f"{row['suite']} " if row["suite"] else ""
-    return f"{suite}{place}{kind.get(row['aggregation'], '')}, {row['metric']}, {backbone}"
-
-
-def _table(row: dict[str, Any]) -> str:
-    return f"{row['source']} {row['table']}"
-
-
-def number_cells(row: dict[str, Any]) -> list[str]:
+def number_cells(row: Mapping[Any, Any]) -> list[str]:
     """A published number as printed, under :data:`HEADS`."""
     digits, ours, difference = int(row["decimals"]), "", ""
-    if row["ours"] is not None and math.isfinite(row["ours"]):
-        ours, difference = f"{row['ours']:.{digits}f}", signed(row["difference"], digits)
-        spread = row["std"]
-        known = spread is not None and math.isfinite(spread)
-        ours += f" ± {spread:.{digits}f}" if known else ""
+    if math.isfinite(row["ours"]):
+        spread = f" ± {row['std']:.{digits}f}" if math.isfinite(row["std"]) else ""
+        ours = f"{row['ours']:.{digits}f}{spread}"
+        difference = signed(row["difference"], digits)
+    place = row["dataset"] or row["group"] or "cost"
+    over = row["aggregation"].replace("mean_of_", " over ")
+    backbone = f"{row['backbone']} {row['pretraining']}"
     return [
-        _table(row),
-        str(row["label"]),
-        _where(row),
+        f"{row['source']} {row['table']}",
+        row["label"],
+        f"{row['suite']} {place}{over}, {row['metric']}, {backbone}".lstrip(),
         f"{row['printed']:.{digits}f}",
         ours,
         difference,
-        TITLES[row["verdict"]].partition(" ")[0] if row["verdict"] != "open" else TITLES["open"],
-        str(row["why"]),
+        row["verdict"] if row["verdict"] != "open" else TITLES["open"],
+        row["why"],
     ]
 
 
@@ -87,15 +78,10 @@ def total_rows(found: pd.DataFrame) -> list[list[str]]:
     """Title, count of each verdict and of all numbers for every table, and for all of them."""
     counted = totals(found)
     rows = [
-        [
-            f"{read_paper(r['source']).title}, Table {r['table']}",
-            *[str(r[v]) for v in VERDICTS],
-            str(r["numbers"]),
-        ]
-        for r in counted.to_dict("records")
+        [f"{read_paper(source).title}, Table {table}", *map(str, counts)]
+        for (source, table), *counts in counted.itertuples(name=None)
     ]
-    sums = [str(int(counted[v].sum())) for v in (*VERDICTS, "numbers")]
-    return [*rows, ["All", *sums]]
+    return [*rows, ["All", *map(str, counted.sum())]]
 
 
 def markdown(found: pd.DataFrame) -> str:
@@ -103,7 +89,7 @@ def markdown(found: pd.DataFrame) -> str:
     lines = ["# Audit of the published numbers", "", summary(found), "", LEGEND, ""]
     lines += [_row(TOTAL_HEADS), _row(["---", *["---:"] * (len(TOTAL_HEADS) - 1)])]
     lines += [_row(row) for row in total_rows(found)]
-    rows = list(decided(found))
+    rows = decided(found)
     if rows:
         lines += ["", "## Decided numbers", "", _row([*HEADS, "Command"])]
         lines += [_row(["---"] * (len(HEADS) + 1))]
@@ -117,28 +103,15 @@ def _row(cells: Iterable[str]) -> str:
 
 def html(found: pd.DataFrame) -> str:
     """One self-contained page with all numbers, filtered by verdict, table and text."""
+    from jinja2 import Environment
+
+    rows = [(row["verdict"], row["command"], number_cells(row)) for row in found.to_dict("records")]
     template = (FOLDER / "audit.html").read_text(encoding="utf-8")
-    body = [
-        f"<tr data-verdict='{row['verdict']}' title='{escaping.escape(row['command'])}'>"
-        f"{_elements('td', number_cells(row))}</tr>"
-        for row in found.to_dict("records")
-    ]
-    parts = {
-        "SUMMARY": escaping.escape(summary(found)),
-        "LEGEND": escaping.escape(LEGEND),
-        "VERDICTS": "".join(f"<option value='{v}'>{TITLES[v]}</option>" for v in VERDICTS),
-        "TOTAL_HEADS": _elements("th", TOTAL_HEADS),
-        "TOTALS": "\n".join(f"<tr>{_elements('td', row)}</tr>" for row in total_rows(found)),
-        "HEADS": _elements("th", HEADS),
-        "ROWS": "\n".join(body),
-    }
-    for name, content in parts.items():
-        template = template.replace(f"<!--{name}-->", content)
-    return template
-
-
-def _elements(tag: str, texts: Iterable[str]) -> str:
-    return "".join(f"<{tag}>{escaping.escape(text)}</{tag}>" for text in texts)
+    environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(template).render(
+        summary=summary(found), legend=LEGEND, titles=TITLES, total_heads=TOTAL_HEADS,
+        totals=total_rows(found), heads=HEADS, rows=rows,
+    )  # fmt: skip
 
 
 def latex(found: pd.DataFrame) -> str:

@@ -50,38 +50,40 @@ TFDS = "-tfds"
 IGNORED = frozenset({"rerun"})  # who ran a row is no property of the method
 
 
+class Lines(Strict):
+    """Some of the printed numbers: those that have, in each of the fields, one of the values."""
+
+    where: dict[str, str | float | list[str | float]]
+
+    def cover(self, line: Printed) -> bool:
+        """Whether a printed number is one of these."""
+        return all(
+            line[field] in map(as_text, values if isinstance(values, list) else [values])
+            for field, values in self.where.items()
+        )
+
+
 class Fact(Strict):
     """A protocol field of published numbers: accepted values, and what to say if ours differs."""
 
     values: list[str | float]
     says: str
 
-    def fits(self, ours: str) -> bool:
-        """Whether our value (as text) is one of the published ones."""
-        return any(ours == as_text(value) for value in self.values)
 
+class RowFacts(Lines):
+    """How some rows were made; with ``replace`` nothing of the paper's own rows holds for them."""
 
-class RowFacts(Strict):
-    """How some rows were made, where it is not how the paper's own rows were."""
-
-    methods: list[str] = []
-    variants: list[str] | None = None
-    suites: list[str] | None = None
-    backbones: list[str] | None = None
     origin: str = ""
     doubt: str = ""
     seeds: int | None = None
     replace: bool = False
     protocol: dict[str, Fact] = {}
 
-    def covers(self, line: Printed) -> bool:
-        """Whether a printed number is one of these rows'."""
-        return (
-            line["method"] in self.methods
-            and (self.variants is None or line["variant"] in self.variants)
-            and (self.suites is None or line["suite"] in self.suites)
-            and (self.backbones is None or _trained(line) in self.backbones)
-        )
+
+class Doubt(Lines):
+    """What speaks against some printed numbers."""
+
+    text: str
 
 
 class Remark(Strict):
@@ -91,101 +93,71 @@ class Remark(Strict):
     suite: str = ""
 
 
-class Contradiction(Strict):
-    """A printed mean that the cells of its own row do not give."""
-
-    table: int
-    row: int
-    printed: float
-    recomputed: float
-    reading: str
-    suite: str | None = None
-    backbone: str | None = None
-    pretraining: str | None = None
-
-    def concerns(self, line: Printed) -> bool:
-        """Whether it is this printed number."""
-        same = line["group"] == "mean" and int(line["row"]) == self.row
-        same = same and int(line["table"]) == self.table and float(line["value"]) == self.printed
-        wanted = {"suite": self.suite, "backbone": self.backbone, "pretraining": self.pretraining}
-        return same and all(v in (None, line[k]) for k, v in wanted.items())
-
-    @property
-    def text(self) -> str:
-        """What a footnote says."""
-        return (
-            f"the printed mean contradicts its own cells, which give {self.recomputed:g} "
-            f"({self.reading})"
-        )
-
-
-class Other(Strict):
-    """The same result, printed differently elsewhere."""
-
-    table: int
-    row: int
-    text: str
-    suite: str | None = None
-    dataset: str | None = None
-    group: str | None = None
-
-    def concerns(self, line: Printed) -> bool:
-        """Whether it is this printed number."""
-        wanted = {"suite": self.suite, "dataset": self.dataset, "group": self.group}
-        place = (int(line["table"]), int(line["row"])) == (self.table, self.row)
-        return place and all(v in (None, line[k]) for k, v in wanted.items())
-
-
-class Count(Strict):
-    """Why the parameters printed for some rows are not those that the definition gives."""
-
-    table: int
-    rows: list[int]
-    text: str
-
-    def concerns(self, line: Printed) -> bool:
-        """Whether it is about this printed number."""
-        place = int(line["table"]) == self.table and int(line["row"]) in self.rows
-        return place and line["metric"] == "params"
-
-
 class Paper(Strict):
-    """What is known of how a paper's numbers were made, and which of them contradict each other."""
+    """What is known of how a paper's numbers were made, and which of them are doubtful."""
 
     title: str
     seeds: int | None
     protocol: dict[str, Fact]
     rows: list[RowFacts]
     remarks: list[Remark]
-    contradictions: list[Contradiction]
-    others: list[Other]
-    counts: list[Count] = []
+    doubts: list[Doubt]
 
     def facts(self, line: Printed) -> RowFacts:
         """The facts of a printed number: the paper's own, changed by the first entry that fits."""
-        own = RowFacts(seeds=self.seeds, protocol=self.protocol)
-        entry = next((rows for rows in self.rows if rows.covers(line)), None)
-        if entry is None:
-            return own
+        entry = next((rows for rows in self.rows if rows.cover(line)), RowFacts(where={}))
         if entry.replace:
             return entry
-        changed = {"origin": entry.origin, "doubt": entry.doubt}
         protocol = {**self.protocol, **entry.protocol}
-        return own.model_copy(update={**changed, "protocol": protocol})
+        return entry.model_copy(update={"seeds": self.seeds, "protocol": protocol})
 
-    def doubts(self, line: Printed) -> list[str]:
+    def against(self, line: Printed) -> list[str]:
         """What speaks against a printed number."""
-        found = [c.text for c in self.contradictions if c.concerns(line)]
-        found += [f"printed differently: {o.text}" for o in self.others if o.concerns(line)]
-        found += [f"counted otherwise: {c.text}" for c in self.counts if c.concerns(line)]
+        found = [doubt.text for doubt in self.doubts if doubt.cover(line)]
         return found + list(filter(None, [self.facts(line).doubt]))
 
 
+class Names(Strict):
+    """What ours is called in the papers: see the comments of ``names.yaml``."""
+
+    methods: dict[str, str]
+    rows: dict[str, dict[int, str]]
+    backbones: dict[str, str]
+    datasets: dict[str, dict[str, str]]
+    metrics: dict[str, str]
+    suites: dict[str, str]
+
+    def dataset(self, suite: str, printed: str) -> str:
+        """The data set of a printed suite as our configuration calls it."""
+        return self.datasets.get(suite, {}).get(printed, printed)
+
+    def suite(self, line: Printed) -> str:
+        """The suite of ours that has a printed number's tasks; empty where there is none yet."""
+        return self.suites.get(f"{line['suite']} {trained(line)}", "")
+
+    def metric(self, printed: str) -> str:
+        """A metric as our records call it."""
+        return self.metrics.get(printed, printed)
+
+    def of_rows(self, line: Printed) -> dict[int, str]:
+        """Rows of ours by the number of a row whose print does not say which of ours it is."""
+        return self.rows.get(f"{line['source']} {line['table']}", {})
+
+
 @cache
+def names() -> Names:
+    """All names."""
+    return Names.model_validate(_yaml("names"))
+
+
+@cache
+def _files(kind: str) -> tuple[str, ...]:
+    return tuple(sorted(f.name for f in FOLDER.iterdir() if f.name.endswith(kind)))
+
+
 def sources() -> tuple[str, ...]:
     """The papers there are."""
-    names = (f.name for f in FOLDER.iterdir() if f.name.endswith(".yaml"))
-    return tuple(sorted(n.removesuffix(".yaml") for n in names if n != "names.yaml"))
+    return tuple(n.removesuffix(".yaml") for n in _files(".yaml") if n != "names.yaml")
 
 
 @cache
@@ -196,84 +168,39 @@ def read_paper(source: str) -> Paper:
     return Paper.model_validate(_yaml(source))
 
 
-@cache
-def tables(source: str) -> tuple[int, ...]:
+def tables(source: str) -> list[int]:
     """The numbers of a paper's tables."""
     start = f"{source}_table"
-    names = (f.name for f in FOLDER.iterdir() if f.name.startswith(start))
-    return tuple(sorted(int(n.removeprefix(start).removesuffix(".csv")) for n in names))
+    return [int(n[len(start) : -len(".csv")]) for n in _files(".csv") if n.startswith(start)]
 
 
 @cache
 def read_table(source: str, number: int) -> tuple[Printed, ...]:
     """All lines of a published table; raises UserError for one that is not in the package."""
     name = f"{source}_table{number:02d}.csv"
-    known = sorted(f.name for f in FOLDER.iterdir() if f.name.endswith(".csv"))
-    if name not in known:
-        raise unknown("published table", name, known)
+    if name not in _files(".csv"):
+        raise unknown("published table", name, _files(".csv"))
     text = (FOLDER / name).read_text(encoding="utf-8")
     return tuple(csv.DictReader(text.splitlines()))
 
 
-def backbone_of(name: str) -> tuple[str, str] | None:
-    """(backbone, pretraining) as papers call one of our backbones; None for an unknown one."""
-    found = _yaml("names")["backbones"].get(name)
-    if found is None:
-        return None
-    backbone, _, pretraining = found.partition(" ")
-    return backbone, pretraining
-
-
-def our_dataset(line: Printed) -> str:
-    """The data set of a printed number as our configuration calls it."""
-    of_suite: dict[str, str] = _yaml("names")["datasets"].get(line["suite"], {})
-    return of_suite.get(line["dataset"], line["dataset"])
-
-
-def our_suite(line: Printed) -> str | None:
-    """The suite of ours that has a printed number's tasks; None where there is none yet."""
-    key = " ".join(line[k] for k in ("suite", "backbone", "pretraining"))
-    suites: dict[str, str] = _yaml("names")["suites"]
-    return suites.get(key)
-
-
-def our_table(source: str, number: int) -> str | None:
-    """The table of ours that prints a published one; None where there is none."""
-    tables: dict[str, str] = _yaml("names")["tables"]
-    return tables.get(f"{source} {number}")
-
-
-def our_metric(printed: str) -> str:
-    """A metric as our records call it."""
-    return str(_yaml("names")["metrics"].get(printed, printed))
+def _yaml(name: str) -> Any:
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def our_method(line: Printed) -> str | None:
     """The row of ours that a printed number belongs to; None where none or several fit."""
-    named = _named(line).get(int(line["row"]))
+    named = names().of_rows(line).get(int(line["row"]))
     if named is not None:
         return named
-    known: dict[str, str] = _yaml("names")["methods"]
     wanted = line["method"], _pairs(line["variant"])
-    scores = {m: score for m, name in known.items() if (score := _score(name, *wanted))}
+    scores = {m: s for m, name in names().methods.items() if (s := _score(name, *wanted))}
     best: str | None = _best(scores)
     return best
 
 
-@cache
-def _yaml(name: str) -> dict[str, Any]:
-    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
-    content: dict[str, Any] = yaml.safe_load(text)
-    return content
-
-
-def _named(line: Printed) -> dict[int, str]:
-    """Rows of ours by the number of a printed row whose name does not say which of ours it is."""
-    rows: dict[str, dict[int, str]] = _yaml("names")["rows"]
-    return rows.get(f"{line['source']} {line['table']}", {})
-
-
-def _trained(line: Printed) -> str:
+def trained(line: Printed) -> str:
+    """The backbone of a printed number with its pretraining."""
     return f"{line['backbone']} {line['pretraining']}"
 
 
@@ -306,8 +233,9 @@ def match_rows(lines: Sequence[Printed], methods: Sequence[str]) -> dict[str, in
     that several methods fit equally well belongs to none of them.
     """
     rows = {int(line["row"]): line for line in lines}
-    named = {m: row for line in lines[:1] for row, m in _named(line).items() if row in rows}
-    known = _yaml("names")["methods"]
+    of_rows = names().of_rows(lines[0]) if lines else {}
+    named = {m: row for row, m in of_rows.items() if row in rows}
+    known = names().methods
     rest = [m for m in methods if m not in named]
     scores = {
         (m, number): score
@@ -354,7 +282,8 @@ def where_ours(column: Column) -> Where | None:
 
 def where_printed(line: Printed, known: Iterable[str], tasks: Sequence[str] = ()) -> Where:
     """What a printed number is of; ``known`` are our data sets at hand, ``tasks`` the row's."""
-    return our_metric(line["metric"]), frozenset(map(frozenset, members(line, known, tasks)))
+    groups = frozenset(map(frozenset, members(line, known, tasks)))
+    return names().metric(line["metric"]), groups
 
 
 def printed_tasks(lines: Sequence[Printed]) -> dict[tuple[str, ...], list[str]]:
@@ -392,10 +321,10 @@ def members(line: Printed, known: Iterable[str], tasks: Sequence[str] = ()) -> l
         subjects = [name for name in known if name.startswith("dreambooth_")]
         return [subjects] if len(subjects) == SUBJECTS else []
     if line["dataset"]:
-        return [[slug(our_dataset(line))]]
+        return [[slug(names().dataset(line["suite"], line["dataset"]))]]
     if line["group"] in VTAB:
         return [sorted(VTAB[line["group"]])]
-    named = [slug(our_dataset({**line, "dataset": task})) for task in tasks]
+    named = [slug(names().dataset(line["suite"], task)) for task in tasks]
     named = named or sorted(SUITES.get(line["suite"], ()))
     if line["group"] != "mean" or not named:
         return []

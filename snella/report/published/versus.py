@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from snella.errors import UserError
 from snella.report.columns import Column, Unit
@@ -19,8 +19,8 @@ from snella.report.published.papers import (
     Printed,
     RowFacts,
     Where,
-    backbone_of,
     match_rows,
+    names,
     other_mean,
     pixels_of,
     printed_row,
@@ -29,18 +29,20 @@ from snella.report.published.papers import (
     read_table,
     rounding,
     slug,
+    trained,
     where_ours,
     where_printed,
 )
 from snella.report.results import some
 from snella.report.spec import PublishedTable, SuiteInfo
 from snella.report.table import Cell, Table
-from snella.report.text import Grid, Line, Section, comments, headings, signed
+from snella.report.text import Grid, Line, Section, comments, headings
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Verdict = Literal["reproduced", "explained", "refuted", "open"]
+VERDICTS = get_args(Verdict)
 Places = dict[Where, dict[int, list[Printed]]]
 """Printed numbers by what they are of and by row."""
 UNSET = frozenset({"ema_decay"})  # without a value where it is off
@@ -55,13 +57,13 @@ LEVEL = 0.95
 class Pair:
     """One of our cells and the number printed for it; ``note`` says why there is none.
 
-    ``value`` is the printed number in the unit of our column; ``causes`` are known reasons for a
-    difference: fields in which the protocols differ, and doubts about the printed number.
+    ``value`` is the printed number in the ``unit`` of our column; ``causes`` are known reasons for
+    a difference: doubts about the printed number, and fields in which the protocols differ.
     """
 
     method: str
-    label: str
     column: Column
+    unit: Unit
     ours: Cell
     printed: Printed | None = None
     value: float | None = None
@@ -128,7 +130,7 @@ class Versus:
         trained = sorted({f"{x['backbone']}, {x['pretraining']}" for x in self.lines})
         result = [
             "Lines of a row: ours; printed; our difference from it.",
-            *self._summary(),
+            self._summary(),
             f"Published: {self.paper.title}, Table {self.source.table} ({'; '.join(trained)}); "
             f"ours: {self.table.backbone}.",
         ]
@@ -139,24 +141,24 @@ class Versus:
         suites = {"", *(line["suite"] for p in self.pairs.values() if (line := p.printed))}
         return result + [r.text for r in self.paper.remarks if r.suite in suites]
 
-    def _summary(self) -> list[str]:
-        pairs = [p for p in self.pairs.values() if p.difference is not None and p.column.ranked]
-        if not pairs:
-            return ["No cell of ours has a printed counterpart yet."]
-        differences = [p.difference or 0.0 for p in pairs]
-        far = max(pairs, key=lambda p: abs(p.difference or 0.0))
-        digits = self.table.units[far.column.key].digits
-        name = f"{far.column.block} " if far.column.block else ""
-        verdicts = [p.verdict[0] for p in pairs]
-        counts = [(verdicts.count(v), v) for v in ("reproduced", "explained", "refuted", "open")]
-        return [
-            f"{len(pairs)} cells compared: mean difference "
-            f"{signed(math.fsum(differences) / len(pairs), digits)}, largest "
-            f"{signed(far.difference or 0.0, digits)} "
-            f"({far.label}, {name}{self.table.label(far.column)}); "
-            + ", ".join(f"{n} {'undecided' if v == 'open' else v}" for n, v in counts if n)
-            + "."
+    def _summary(self) -> str:
+        differences = [
+            (p.difference, p)
+            for p in self.pairs.values()
+            if p.difference is not None and p.column.ranked
         ]
+        if not differences:
+            return "No cell of ours has a printed counterpart yet."
+        mean = math.fsum(d for d, _ in differences) / len(differences)
+        most, far = max(differences, key=lambda pair: abs(pair[0]))
+        verdicts = Counter(p.verdict[0] for _, p in differences)
+        words = {v: v for v in VERDICTS} | {"open": "undecided"}
+        return (
+            f"{len(differences)} cells compared: mean difference {far.unit.signed(mean)}, largest "
+            f"{far.unit.signed(most)} ({self.table.labels[far.method]}, "
+            f"{self.table.full_label(far.column)}); "
+            f"{', '.join(f'{verdicts[v]} {words[v]}' for v in VERDICTS if verdicts[v])}."
+        )
 
 
 def compare_published(table: Table) -> Versus | None:
@@ -166,7 +168,7 @@ def compare_published(table: Table) -> Versus | None:
     group or row of the suite occurs in it.
     """
     source = table.spec.published
-    if source is None or table.demo:
+    if source is None or table.banner:
         return None
     paper = read_paper(source.source)
     lines = [
@@ -176,29 +178,30 @@ def compare_published(table: Table) -> Versus | None:
         and source.pretraining in (None, line["pretraining"])
     ]
     rows = match_rows(lines, table.shown)
-    ours = {m: _ours(table, m) for m in rows}
+    made, seeds = table.results.made, len(table.results.seeds)
+    ours = {m: protocol_of(made[made["method"] == m], table.results.selection) for m in rows}
+    places = {suite.name: _places(lines, suite) for suite in table.suites}
     pairs: dict[tuple[str, str], Pair] = {}
-    columns = []
     apart: dict[str, list[str]] = defaultdict(list)
-    near = {suite.name: _places(lines, suite) for suite in table.suites}
+    columns = []
     for column in table.columns:
-        where, printed = where_ours(column), near[column.suite.name]
-        if where is None or not (where in printed or other_mean(where) in printed):
+        where, printed = where_ours(column), places[column.suite.name]
+        if where is None or not printed.keys() & {where, other_mean(where)}:
             continue
         columns.append(column)
         for method in table.shown:
-            label = table.labels[method]
-            pair = Pair(method, label, column, table.cells[method, column.key])
-            pair = _pair(printed, rows.get(method), where, table.units[column.key], pair)
-            if pair.printed is not None and column.ranked:
-                facts = paper.facts(pair.printed)
-                differing = mismatches(facts, ours[method] | pixels_of(column.datasets))
-                for text in [*differing, *_seeds(facts, len(table.results.seeds))]:
-                    if label not in apart[text]:
-                        apart[text].append(label)
-                pair = replace(pair, causes=(*paper.doubts(pair.printed), *differing))
-            elif pair.printed is not None:
-                pair = replace(pair, causes=tuple(paper.doubts(pair.printed)))
+            pair = Pair(method, column, table.units[column.key], table.cells[method, column.key])
+            pair = _find(pair, printed, rows.get(method), where)
+            if pair.printed is not None:
+                causes = paper.against(pair.printed)
+                if column.ranked:
+                    facts = paper.facts(pair.printed)
+                    differing = mismatches(facts, ours[method] | pixels_of(column.datasets))
+                    for text in [*differing, *_seeds(facts, seeds)]:
+                        if table.labels[method] not in apart[text]:
+                            apart[text].append(table.labels[method])
+                    causes += differing
+                pair = replace(pair, causes=tuple(causes))
             pairs[method, column.key] = pair
     columns = [c for c in columns if not _only_other_mean(c, columns, pairs)]
     if not any(c.ranked for c in columns) or not rows:
@@ -224,29 +227,21 @@ def _only_other_mean(
     return not printed and len(twins) > 1 and column.kind.startswith("mean")
 
 
-def _ours(table: Table, method: str) -> dict[str, set[str]]:
-    """The protocol of a row: every field with the values that its runs have."""
-    made = table.results.made
-    return protocol_of(made[made["method"] == method], table.results.selection)
-
-
 def protocol_of(runs: pd.DataFrame, selection: str) -> dict[str, set[str]]:
     """Protocol fields as text, with all values that the runs have."""
-    found = {"selection": {selection}, "backbone": set(map(str, runs["backbone"].unique()))}
-    for column in runs.columns:
-        name = column.removeprefix("protocol.")
-        if name == column or name == "selection":
-            continue
-        values = runs[column].dropna().unique()
-        found[name] = {as_text(v) for v in values} if len(runs) else set()
-    return found
+    found = {
+        name.removeprefix("protocol."): {as_text(v) for v in runs[name].dropna().unique()}
+        for name in runs.columns
+        if name.startswith("protocol.")
+    }
+    return found | {"selection": {selection}, "backbone": set(map(str, runs["backbone"].unique()))}
 
 
 def mismatches(facts: RowFacts, ours: Mapping[str, set[str]]) -> list[str]:
     """What differs between how a printed number was made and how ours were."""
     result = []
     for name, fact in facts.protocol.items():
-        odd = sorted(v for v in ours.get(name, set()) if not fact.fits(v))
+        odd = sorted(ours.get(name, set()) - set(map(as_text, fact.values)))
         if odd or (name in UNSET and not ours.get(name)):
             result.append(f"published: {fact.says}; ours: {', '.join(odd) or 'none'}")
     return result
@@ -254,10 +249,10 @@ def mismatches(facts: RowFacts, ours: Mapping[str, set[str]]) -> list[str]:
 
 def _places(lines: Sequence[Printed], suite: SuiteInfo) -> Places:
     """The lines of a suite's backbone by what they are of; all where its name is not known."""
-    known = backbone_of(suite.backbone)
+    known = names().backbones.get(suite.backbone)
     if known is not None:
         unnamed = [line for line in lines if line["backbone"].startswith("unspecified")]
-        lines = [x for x in lines if (x["backbone"], x["pretraining"]) == known] or unnamed
+        lines = [line for line in lines if trained(line) == known] or unnamed
     ours = [slug(dataset) for datasets in suite.groups.values() for dataset in datasets]
     tasks = printed_tasks(lines)
     found: Places = defaultdict(lambda: defaultdict(list))
@@ -267,34 +262,31 @@ def _places(lines: Sequence[Printed], suite: SuiteInfo) -> Places:
     return found
 
 
-def _pair(places: Places, row: int | None, where: Where, unit: Unit, pair: Pair) -> Pair:
-    printed = None if row is None else _one(places, row, where)
-    if printed is None:
-        other = None if row is None else _one(places, row, other_mean(where))
-        if other is not None and pair.column.kind in MEANS:
-            return replace(pair, note=f"the published mean is {MEANS[pair.column.kind]}")
+def _find(pair: Pair, places: Places, row: int | None, where: Where) -> Pair:
+    """The pair with the number printed for it, or with why there is none."""
+    if row is None:
         return replace(pair, note="not in the published table")
-    value = in_unit(printed, unit, cost=pair.column.kind == "value")
-    if value is None:
+    printed = _one(places, row, where)
+    if printed is None:
+        other = MEANS.get(pair.column.kind)
+        if other and _one(places, row, other_mean(where)) is not None:
+            return replace(pair, note=f"the published mean is {other}")
+        return replace(pair, note="not in the published table")
+    base = (SCALES if pair.column.ranked else COST_UNITS).get(printed["unit"])
+    if base is None:
         return replace(pair, note=f"printed in another unit ({printed['unit']})")
-    return replace(pair, printed=printed, value=value)
+    return replace(pair, printed=printed, value=float(printed["value"]) * base * pair.unit.scale)
 
 
 def _one(places: Places, row: int, where: Where) -> Printed | None:
     """The number printed in a row; raises UserError if several are."""
     hits = places[where][row] if where in places else []
-    if len({(h["backbone"], h["pretraining"]) for h in hits}) > 1:
+    if len(set(map(trained, hits))) > 1:
         raise UserError(
             f"Table {hits[0]['table']} of {hits[0]['source']} prints {hits[0]['label']} more than "
             "once; name `backbone` and `pretraining` under `published`."
         )
     return hits[0] if hits else None
-
-
-def in_unit(printed: Printed, unit: Unit, *, cost: bool) -> float | None:
-    """A printed number in a unit of ours; None where it cannot be converted."""
-    base = (COST_UNITS if cost else SCALES).get(printed["unit"])
-    return None if base is None else float(printed["value"]) * base * unit.scale
 
 
 def versus_grid(versus: Versus) -> Grid:
@@ -325,29 +317,25 @@ def versus_grid(versus: Versus) -> Grid:
 def _lines(versus: Versus, method: str) -> list[Line]:
     """A row of ours, what is printed for it, and the difference."""
     pairs = [versus.pairs[method, column.key] for column in versus.columns]
-    digits = [versus.table.units[column.key].digits for column in versus.columns]
     result = [Line(versus.table.labels[method], tuple(p.ours for p in pairs))]
     notes = {p.printed["note"] for p in pairs if p.printed is not None}
     if notes:
         shared = notes.pop() if len(notes) == 1 else ""
-        theirs = tuple(_printed(versus, *pair, shared) for pair in zip(pairs, digits, strict=True))
+        theirs = tuple(_printed(versus.paper, pair, shared) for pair in pairs)
         result.append(Line("published", theirs, continued=True, note=shared))
     if any(p.difference is not None for p in pairs):
-        apart = tuple(
-            Cell("" if p.difference is None else signed(p.difference, n))
-            for p, n in zip(pairs, digits, strict=True)
-        )
+        apart = tuple(Cell(p.unit.signed(p.difference)) for p in pairs)
         result.append(Line("difference", apart, continued=True))
     return result
 
 
-def _printed(versus: Versus, pair: Pair, digits: int, shared: str) -> Cell:
-    if pair.printed is None or pair.value is None:
+def _printed(paper: Paper, pair: Pair, shared: str) -> Cell:
+    if pair.printed is None:
         return Cell(note=pair.note)
-    spread = f"{float(pair.printed['std']):.{digits}f}" if pair.printed["std"] else ""
-    note = pair.printed["note"].replace(shared, "") if shared else pair.printed["note"]
-    doubts = "; ".join(filter(None, (note, *versus.paper.doubts(pair.printed))))
-    return Cell(f"{pair.value:.{digits}f}", spread, note=doubts)
+    spread = pair.unit.text(float(pair.printed["std"])) if pair.printed["std"] else ""
+    note = "" if shared else pair.printed["note"]
+    doubts = "; ".join(filter(None, (note, *paper.against(pair.printed))))
+    return Cell(pair.unit.text(pair.value), spread, note=doubts)
 
 
 def versus_frame(versus: Versus) -> pd.DataFrame:
@@ -363,12 +351,12 @@ def versus_frame(versus: Versus) -> pd.DataFrame:
                 "suite": pair.column.suite.banner or pair.column.suite.title,
                 "selection": versus.table.results.selection,
                 "method": pair.method,
-                "label": pair.label,
+                "label": versus.table.labels[pair.method],
                 "block": pair.column.block,
                 "column": pair.column.key,
                 "kind": pair.column.kind,
                 "metric": pair.column.quantity.name,
-                "unit": versus.table.units[pair.column.key].symbol,
+                "unit": pair.unit.symbol,
                 "ours": pair.ours.mean,
                 "std": pair.ours.std,
                 "n": len(pair.ours.values),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,8 @@ def build(sources: Sources, version: str, *, adapters: bool = False) -> ROCrate:
         made.append(file)
     _parameter(crate, workflow, "input", "configuration", configuration)
     _parameter(crate, workflow, "output", "tables", tables)
+    counts = Counter(record["status"] for record in records.values())
+    states = ", ".join(f"{n} {status}" for status, n in counts.items())
     whole = crate.add_action(
         workflow,
         identifier="#workflow-run",
@@ -124,8 +127,8 @@ def build(sources: Sources, version: str, *, adapters: bool = False) -> ROCrate:
         result=[*tables, *made],
         properties={
             "name": "The workflow, from its configuration to the tables",
-            "description": f"{len(records)} runs, {_count(records.values())}.",
-            **_span(times),
+            "description": f"{len(records)} runs, {states}.",
+            **({"startTime": times[0], "endTime": times[-1]} if times else {}),
         },
     )
     crate.root_dataset["mentions"] = [whole, *actions]
@@ -232,12 +235,3 @@ def _times(records: Iterable[Record]) -> list[str]:
     """When runs began and ended, in order; all are in UTC and of one form."""
     made = [record.get("provenance") or {} for record in records]
     return sorted(m[when] for m in made for when in ("started", "ended") if m.get(when))
-
-
-def _span(times: Sequence[str]) -> dict[str, str]:
-    return {"startTime": times[0], "endTime": times[-1]} if times else {}
-
-
-def _count(records: Iterable[Record]) -> str:
-    states = [record["status"] for record in records]
-    return ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))

@@ -7,9 +7,8 @@ part of it: they never repeat.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,8 +88,8 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
 
-        def listed(changes: Iterable[Change]) -> list[dict[str, Any]]:
-            return [{"name": c.name, "a": c.a, "b": c.b, "difference": c.by} for c in changes]
+        def part(cell: CellChanges, name: str) -> list[dict[str, Any]]:
+            return [vars(c) | {"difference": c.by} for c in getattr(cell, name)]
 
         return {
             "equal": self.equal,
@@ -98,17 +97,10 @@ class Comparison:
             "only_a": self.only_a,
             "only_b": self.only_b,
             "different": [
-                {
-                    "cell": c.cell,
-                    "outcome": listed(c.outcome),
-                    "settings": listed(c.settings),
-                    "origin": listed(c.origin),
-                }
+                {"cell": c.cell, **{n: part(c, n) for n in ("outcome", "settings", "origin")}}
                 for c in self.different
             ],
-            "origin": [
-                {"name": c.name, "a": c.a, "b": c.b, "cells": n} for c, n in self.tally("origin")
-            ],
+            "origin": [vars(c) | {"cells": n} for c, n in self.tally("origin")],
         }
 
 
@@ -171,17 +163,8 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Change]:
-    names = [*a, *(name for name in b if name not in a)]
-    return [
-        Change(name, a.get(name), b.get(name))
-        for name in names
-        if not _same(a.get(name), b.get(name))
-    ]
-
-
-def _same(a: Any, b: Any) -> bool:
-    both_nan = all(isinstance(v, float) and math.isnan(v) for v in (a, b))
-    return bool(a == b) or both_nan
+    found = [Change(name, a.get(name), b.get(name)) for name in {**a, **b}]
+    return [c for c in found if c.a != c.b and not (c.a != c.a and c.b != c.b)]  # two NaN are equal
 
 
 def shown(value: Any) -> str:
