@@ -44,7 +44,7 @@ localrules:
 rule all:
     default_target: True
     input:
-        "<results>/table1.tex",
+        f"<results>/{PLAN.main_table}.tex",
 
 
 rule pretrain:
@@ -63,6 +63,6 @@ onerror:
     shell(
         "echo 'Some jobs failed; what is finished is kept and the same command retries the rest."
         " To see what failed and why: snella status."
-        " To build the table with gaps: snakemake --cores all"
-        " --config allow_missing=true -- results/table1.tex' >&2"
+        " To build the table with gaps: the same command with allow_missing=true after --config'"
+        " >&2"
     )

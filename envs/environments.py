@@ -12,6 +12,8 @@ import argparse
 import subprocess
 from pathlib import Path
 
+from snella.files import write_text
+
 HERE = Path(__file__).resolve().parent
 KINDS = {
     "core": ("bench",),
@@ -56,8 +58,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="the folder to write")
     folder = parser.parse_args().out
     for kind, extras in KINDS.items():
-        (folder / f"{kind}.yaml").write_text(environment(kind, resolve(extras)))
-        (folder / f"{kind}.post-deploy.sh").write_text(AFTER)
+        write_text(folder / f"{kind}.yaml", environment(kind, resolve(extras)))
+        write_text(folder / f"{kind}.post-deploy.sh", AFTER)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,20 @@
 ``get_peft_model``, ...), whichever of the two is imported first. PEFT's own tuners register when
 ``peft`` is imported, and so does SNELLA: at once if PEFT is loaded already, else by a finder that
 waits for ``import peft``. So ``import snella`` costs a list entry, and a program without PEFT never
-pays for torch. The names below are loaded on first use.
+pays for torch. The names below are loaded on first use. Nothing else is imported: until the command
+line runs, Ctrl-C is a traceback.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 __version__ = "0.1.0"
 
@@ -52,7 +54,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-class _RegisteringLoader(Loader):
+class _RegisteringLoader:
     """Loads PEFT as its own loader would, and then the tuner."""
 
     def __init__(self, loader: Any) -> None:
@@ -70,7 +72,7 @@ class _RegisteringLoader(Loader):
         import snella.tuner  # noqa: F401  registers
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Stands before the other finders until PEFT is asked for, once."""
 
     def find_spec(
@@ -78,10 +80,13 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name != "peft":
             return None
+        from importlib.util import find_spec
+
         sys.meta_path.remove(self)
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            loader: Any = _RegisteringLoader(spec.loader)
+            spec.loader = loader
         return spec
 
 

@@ -22,6 +22,16 @@ LINE = 300
 """Characters of an exception that a line of ours repeats; PyTorch's can fill pages."""
 CHOICES, CLOSEST = 25, 10
 """Names that a message lists of those that there are; of more, so many of the closest."""
+LISTED = {
+    "method": "`snella methods` lists them",
+    "data set": "`snella datasets` lists them",
+    "download": "`snella data download` lists them",
+    "suite": "a shipped one is a file of config/suites/",
+    "backbone": "the shipped ones stand in config/backbones.yaml",
+    "table": "the shipped ones stand in config/tables/",
+    "timm architecture": "`timm.list_models()` lists them",
+}
+"""Where all names of a kind can be seen."""
 LONGEST = 1500
 """Characters of a whole line; what a user wrote can be in it."""
 LOG = Path("logs/snella.log")
@@ -134,22 +144,27 @@ def _cut(line: str) -> str:
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     """Build the error for a name that does not exist, with the closest match and the choices."""
     choices = sorted(known)
-    close = closest(str(name), choices)
-    hint = f" Did you mean {close!r}?" if close else ""
-    of = "Known"
-    if len(choices) > CHOICES:
-        of = f"Closest of {len(choices)}"
-        choices = difflib.get_close_matches(str(name)[:200], choices, n=CLOSEST, cutoff=0)
-    shown = ", ".join(choices) or "none"
-    return UserError(f"Unknown {kind} {ascii_name(name)}.{hint} {of}: {shown}.")
+    near = _near(str(name), choices, CLOSEST)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    if len(choices) <= CHOICES:
+        rest = f"Known: {', '.join(choices) or 'none'}"
+    elif near:
+        rest = f"Closest of {len(choices)}: {', '.join(near)}"
+    else:
+        where = next((f"; {text}" for of, text in LISTED.items() if kind.startswith(of)), "")
+        rest = f"None of the {len(choices)} is like it{where}"
+    return UserError(f"Unknown {kind} {ascii_name(name)}.{hint} {rest}.")
 
 
 def closest(name: str, choices: Iterable[str]) -> str | None:
     """The choice most like ``name``; case, hyphens and underscores count as equal."""
+    return next(iter(_near(name, choices, 1)), None)
+
+
+def _near(name: str, choices: Iterable[str], count: int) -> list[str]:
     folded = {choice.casefold().replace("-", "_"): choice for choice in choices}
     wanted = name.casefold().replace("-", "_")[:200]
-    found = difflib.get_close_matches(wanted, folded, n=1)
-    return folded[found[0]] if found else None
+    return [folded[found] for found in difflib.get_close_matches(wanted, folded, n=count)]
 
 
 def ascii_name(name: object) -> str:

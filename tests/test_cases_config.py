@@ -351,6 +351,22 @@ def test_of_many_names_the_closest_are_listed():
     message = str(unknown("row", "row77", [f"row{i}" for i in range(500)]))
     assert "Did you mean 'row77'" in message and "Closest of 500: row77, " in message
     assert len(message) < 500
+    message = str(unknown("data set of a suite:", "zzz", [f"row{i}" for i in range(500)]))
+    assert message.endswith("None of the 500 is like it; `snella datasets` lists them.")
+
+
+@pytest.mark.parametrize(
+    ("suite", "table"), [("smoke", "table1"), ("kvasir", "table5"), ("dreambooth", "table6")]
+)
+def test_the_table_of_a_suite_is_one_of_its_task(capsys, suite, table):
+    assert main(["plan", "--json", "--config", f"suite={suite}"]) == 0
+    assert json.loads(capsys.readouterr().out)["table"] == table
+
+
+@pytest.mark.parametrize("sign", ["\n", "\x1b", "\x7f", "\u2028", "\u202e"])
+def test_a_path_with_a_sign_that_is_not_printed(sign):
+    with pytest.raises(UserError, match=r"results|line break"):
+        configuration.load(overrides={"results": f"a{sign}b"})
 
 
 def test_a_list_of_many_seeds_is_checked_at_once():
@@ -399,6 +415,14 @@ CALLS = {
         ["--configfile", "twice"],
     ),
     "nul": (["plan", "--configfile", "a\0b"], ["null byte", "correct the path"]),
+    "no task": (["plan", "--config", "task_suites.a=smoke"], ["--config", "'a'", "segmentation"]),
+    "task of another": (
+        ["plan", "--config", "task_suites.segmentation=quick"],
+        ["task_suites.segmentation", "'quick'", "classification"],
+    ),
+    "no folder": (["diff", "results", "reproduced"], ["There is no folder"]),
+    "no method at all": (["check", "qqq"], ["'qqq'", "`snella methods` lists them"]),
+    "no data at all": (["prepare", "zzz"], ["'zzz'", "`snella datasets` lists them"]),
 }
 
 
@@ -472,6 +496,15 @@ def test_an_interruption_while_the_first_modules_are_imported():
         [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 130 and done.stderr.startswith("snella: interrupted"), done.stderr
+
+
+def test_nothing_is_imported_before_ctrl_c_is_one_line():
+    """What the package imports by itself would be interrupted with a traceback."""
+    command = "import sys\nold = set(sys.modules)\nimport snella\nprint(set(sys.modules) - old)"
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "{'snella'}\n"
 
 
 def test_what_cannot_be_written_is_named_and_not_the_file_beside_it(tmp_path, capsys):
@@ -767,6 +800,7 @@ def test_doctor_finds_what_is_missing_and_names_no_place(tmp_path, capsys, monke
         found["data pets"]["level"] == "problem" and "docs/data.md" in found["data pets"]["remedy"]
     )
     assert str(Path.home()) not in text and str(ROOT) not in text
+    assert "data sets: 19" in found["configuration"]["found"], found["configuration"]
     assert main(["doctor", "--json", "--config", "suite=quik"]) == 1
     found = {entry["what"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert "Did you mean 'quick'" in found["configuration"]["found"]

@@ -192,6 +192,10 @@ HOOKS = {
     "training_state(self, model)": (
         ("return [model.cls_token]", 2, "training_state: it must return tensors by name"),
     ),
+    "count(self, model)": (
+        ("return {'trainable': 1.5}", 2, "count: must return whole numbers named trainable, head"),
+        ("return model.counts", 1, "no attribute 'counts'"),
+    ),
     "on_step_end(self, model)": (
         ("import os; os._exit(0)", 1, "SystemExit: os._exit(0)"),
         ("raise SystemExit", 1, "SystemExit:"),
@@ -213,6 +217,8 @@ def test_what_a_hook_returns_or_raises_is_one_line_with_its_place(
     found, _ = run(file)
     failure = json.loads(_failure(tmp_path).read_text())
     assert (found, failure["status"]) == (status, "failed")
+    if hook.startswith("count"):
+        assert not list(_failure(tmp_path).parent.glob("predictions/*"))  # before any training
     assert words in failure["reason"] and "mine.py, line 1" in failure["reason"]
     assert "\n" not in failure["reason"]
 

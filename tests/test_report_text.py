@@ -179,6 +179,7 @@ def test_hard_labels_compile_to_a_pdf(tmp_path):
     assert made[0].read_bytes().startswith(b"%PDF")
     if shutil.which("pdftoppm"):
         assert made[1] is not None and made[1].stat().st_size > 10_000
+    assert [file for file in tmp_path.iterdir() if file.name[0] == "."] == []
 
 
 def wide_grid(columns, spread="", rows=21, blocks=3, label="SNELLA-32"):

@@ -27,6 +27,7 @@ from snella.data.prepared import Prepared
 from snella.data.readers import list_images
 from snella.errors import UserError, explain, record_traceback
 from snella.files import user_path
+from snella.jobs.tables import table_runs
 from snella.models.backbone_files import check_entry
 from snella.suite import plan
 from snella.suite.config import CHECKOUT, Config, locate
@@ -170,8 +171,15 @@ def _slurm() -> Iterator[Finding]:
 
 
 def _configuration(config: Config) -> Iterator[Finding]:
-    runs = plan.plan(config)
-    yield Finding("configuration", "ok", f"suite {config.suite}: {len(runs)} runs")
+    runs, table = plan.plan(config), plan.main_table(config)
+    rows, suite = plan.suite_methods(config), plan.current_suite(config)
+    found = (
+        f"suite {config.suite}: {len(runs)} runs (methods: {len(rows)}, data sets: "
+        f"{len(suite.datasets)}, seeds: {len(suite.seeds)})"
+    )
+    if table in config.tables:
+        found += f", of which {table} shows {len(table_runs(config, table))}"
+    yield Finding("configuration", "ok", found)
     for run in runs[:1]:
         threads = run.protocol.threads
         yield Finding("threads per run", "ok", str(threads))

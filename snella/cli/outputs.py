@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from snella.cli.verbs import load
+from snella.cli.verbs import load, table_of
 from snella.errors import UserError, unknown
 from snella.suite.config import locate
 
@@ -20,7 +20,8 @@ def table(options: argparse.Namespace) -> None:
     """
     from snella.jobs import tables
 
-    _list(tables.write(load(options), options.table, stale=options.stale))
+    config = load(options)
+    _list(tables.write(config, table_of(config, options), stale=options.stale))
 
 
 def report(options: argparse.Namespace) -> None:
@@ -84,14 +85,16 @@ def statistics(options: argparse.Namespace) -> None:
     reference = options.reference
     if reference is not None and reference not in config.methods:
         raise unknown("method", reference, config.methods)
-    _list(tables.write_statistics(config, options.table, reference, stale=options.stale))
+    table = table_of(config, options)
+    _list(tables.write_statistics(config, table, reference, stale=options.stale))
 
 
 def versus(options: argparse.Namespace) -> None:
     """Write a table beside the published numbers that it can be compared with."""
     from snella.jobs import tables
 
-    _list(tables.write_versus(load(options), options.table, stale=options.stale))
+    config = load(options)
+    _list(tables.write_versus(config, table_of(config, options), stale=options.stale))
 
 
 def search(options: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ snella: parameter-efficient fine-tuning of vision models, measured so that numbe
 Tables are made by the workflow:   snakemake --cores all -- results/table1.tex
 All verbs: snella --help; one verb: snella VERB --help. Documentation: docs/ of the repository.
 """
+TABLE = "a table (default: table1, or the first of the suite's task family)"
 ENDING = """\
 Exit status: 0 done, 1 a run or a check failed, 2 a mistake to correct, 130 interrupted.
 """
@@ -163,7 +164,7 @@ def _looking(verb: Callable[..., Any]) -> None:
         if call is verbs.plan:
             examples += ["snella plan --suite paper", "snella plan --search"]
         sub = _with_config(verb(call, *examples))
-        sub.add_argument("table", nargs="?", default="table1", help="a table (default: table1)")
+        sub.add_argument("table", nargs="?", help=TABLE)
         sub.add_argument("--json", action="store_true", help="the same as JSON, for programs")
         if call is verbs.plan:
             sub.add_argument("--suite", nargs="+", help="what these suites cost (or: paper)")
@@ -177,7 +178,7 @@ def _looking(verb: Callable[..., Any]) -> None:
         )
     )
     show.add_argument(
-        "name", nargs="?", default="table1", help="a table or a run (default: table1)"
+        "table", metavar="name", nargs="?", help="a table or a run (default: the suite's table)"
     )
     show.add_argument("--stale", action="store_true", help="show a table's stale records, marked")
     show.add_argument("--json", action="store_true", help="the same as JSON, for programs")
@@ -228,7 +229,7 @@ def _writing(verb: Callable[..., Any]) -> None:
 
 def _table(sub: Any) -> Any:
     _with_config(sub)
-    sub.add_argument("table", nargs="?", default="table1", help="a table (default: table1)")
+    sub.add_argument("table", nargs="?", help=TABLE)
     sub.add_argument("--stale", action="store_true", help="show stale records too, marked")
     return sub
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from snella.cli.verbs import load
+from snella.cli.verbs import load, table_of
 from snella.errors import UserError, closest, unknown
 from snella.suite.config import DEFAULT
 
@@ -25,15 +25,16 @@ def show(options: argparse.Namespace) -> None:
     commands that repeat it.
     """
     config = load(options)
-    if options.name in config.tables:
-        _show_table(config, options)
+    name = table_of(config, options)
+    if name in config.tables:
+        _show_table(config, name, options)
         return
     from snella.jobs.runs import find_run
     from snella.report.runs.details import describe
 
-    if "/" not in options.name and not Path(options.name).exists():
-        _check_table(options.name, list(config.tables))
-    details = describe(find_run(Path(config.results), options.name))
+    if "/" not in name and not Path(name).exists():
+        _check_table(name, list(config.tables))
+    details = describe(find_run(Path(config.results), name))
     if options.json:
         from snella.cli.lists import print_json
 
@@ -44,16 +45,16 @@ def show(options: argparse.Namespace) -> None:
         print_run(details)
 
 
-def _show_table(config: Config, options: argparse.Namespace) -> None:
+def _show_table(config: Config, name: str, options: argparse.Namespace) -> None:
     from snella.jobs import tables
 
     if not options.json:
-        tables.show(config, options.name, stale=options.stale)
+        tables.show(config, name, stale=options.stale)
         return
     from snella.cli.lists import print_json
     from snella.report.write import cells
 
-    table = tables.build(config, options.name, stale=options.stale)
+    table = tables.build(config, name, stale=options.stale)
     rows = json.loads(cells(table).to_json(orient="records"))
     print_json({"caption": table.caption, "cells": rows, "remarks": table.remarks})
 
@@ -103,8 +104,10 @@ def retry(options: argparse.Namespace) -> int:
     it is named. Prints the command to type then.
     """
     from snella.jobs.runs import failed_runs, find_run, forget_failures
+    from snella.suite.plan import main_table
 
-    results = Path(load(options).results)
+    config = load(options)
+    results = Path(config.results)
     named = [find_run(results, name) for name in options.runs]
     cleared, busy = forget_failures(named or failed_runs(results), diverged=bool(named))
     for folder in busy:
@@ -114,7 +117,8 @@ def retry(options: argparse.Namespace) -> int:
     if not cleared:
         sys.stdout.write("No run has failed; there is nothing to try again.\n")
         return 0
-    sys.stdout.write(f"Now type: {_workflow(options)} -- {results.as_posix()}/table1.tex\n")
+    target = (results / f"{main_table(config)}.tex").as_posix()
+    sys.stdout.write(f"Now type: {_workflow(options)} -- {shlex.quote(target)}\n")
     return 0
 
 

@@ -29,6 +29,13 @@ def load(options: argparse.Namespace) -> configuration.Config:
     return configuration.load(options.configfile, pairs)
 
 
+def table_of(config: configuration.Config, options: argparse.Namespace) -> str:
+    """The table that a verb is about."""
+    from snella.suite.plan import main_table
+
+    return options.table or main_table(config)
+
+
 def _json(text: str, option: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
@@ -115,14 +122,15 @@ def plan(options: argparse.Namespace) -> None:
     elif options.search:
         lists.print_search(config, options.json)
     else:
-        lists.print_plan(config, options.table, options.json)
+        lists.print_plan(config, table_of(config, options), options.json)
 
 
 def status(options: argparse.Namespace) -> None:
     """Summarise the runs of a table: counts, time left, what runs where, what is wrong and why."""
     from snella.cli.lists import print_status
 
-    print_status(load(options), options.table, options.json)
+    config = load(options)
+    print_status(config, table_of(config, options), options.json)
 
 
 def methods(options: argparse.Namespace) -> None:

@@ -44,7 +44,7 @@ def find_run(results: Path, name: str) -> Path:
         )
     close = closest(name, known)
     hint = f" Did you mean {close!r}?" if close else ""
-    raise UserError(f"There is no run {ascii_name(name)} below {root}.{hint}")
+    raise UserError(f"There is no folder {ascii_name(name)}, and no such run below {root}.{hint}")
 
 
 def _holds_run(folder: Path) -> bool:

@@ -66,6 +66,7 @@ class WorkflowPlan:
         self.requests = Requests(config, lambda: workflow is not None and workflow.non_local_exec)
         self._overlay = json.dumps(overlay, sort_keys=True, default=str)
         self.runs = {run.record.as_posix(): run for run in plan.plan(config)}
+        self.main_table = plan.main_table(config)
         devices.announce(config.gpu_share)
         self._origin = cache(lambda name: json.dumps(origin_of(config, name), sort_keys=True))
 

@@ -310,6 +310,15 @@ def check_marked(method: Method, model: nn.Module) -> None:
     _in_single_precision(model)
 
 
+def counted(method: Method, model: nn.Module) -> dict[str, int]:
+    """What ``count`` says; raises :class:`~snella.errors.UserError` if these are no numbers."""
+    counts = method.count(model)
+    known = count_parameters(model)
+    if not isinstance(counts, dict) or not all(type(counts.get(name)) is int for name in known):
+        raise wrong_result(method, "count", f"must return whole numbers named {', '.join(known)}")
+    return counts
+
+
 def _calibrates(method: Method) -> bool:
     return type(method).calibrate is not Method.calibrate
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from snella.errors import UserError
+from snella.files import atomic
 from snella.report.latex import ONE_COLUMN, TWO_COLUMNS
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,10 @@ def _compile(tex: Path, files: Mapping[str, str], passes: int = 1) -> Path:
                     f"pdflatex does not compile {tex}: {problem.rstrip('.')}; correct the file, or "
                     "write it anew."
                 )
-        return Path(shutil.copyfile(Path(folder, "page.pdf"), tex.with_suffix(".pdf")))
+        pdf = tex.with_suffix(".pdf")
+        with atomic(pdf) as temporary:
+            shutil.copyfile(Path(folder, "page.pdf"), temporary)
+        return pdf
 
 
 def run_pdflatex(work: Path) -> str:
@@ -87,7 +91,11 @@ def _png(pdf: Path) -> Path | None:
     if shutil.which("pdftoppm") is None:
         log.warning("No pdftoppm on this machine: %s gets no picture.", pdf)
         return None
-    base = pdf.with_suffix("")
-    command = ["pdftoppm", "-png", "-r", str(RESOLUTION), "-singlefile", str(pdf), str(base)]
+    command = ["pdftoppm", "-png", "-r", str(RESOLUTION), "-singlefile", str(pdf)]
     done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
-    return base.with_suffix(".png") if done.returncode == 0 else None
+    if done.returncode != 0:
+        return None
+    png = pdf.with_suffix(".png")
+    with atomic(png) as temporary:
+        temporary.write_bytes(done.stdout)
+    return png

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from snella.data.prepared import Prepared
 from snella.errors import CannotMerge, one_line
 from snella.files import atomic, digest_file, digest_tree, write_json
-from snella.methods.base import Batch, Method, build_method, prepare_model
+from snella.methods.base import Batch, Method, build_method, counted, prepare_model
 from snella.models.parameters import seed_everything
 from snella.records import now, provenance
 from snella.runs.identity import backbone_digest, identity
@@ -120,7 +120,7 @@ def _train(loaded: Loaded, ids: dict[str, Any], folder: Path, report: Report) ->
         ids["training"], report, _validator(loaded),
     )  # fmt: skip
     progress = trainer.fit()
-    counts = loaded.method.count(loaded.model)
+    counts = counted(loaded.method, loaded.model)
     _write_adapter(folder, loaded.method.state(loaded.model), ids["training"])
     _write_history(folder, progress.history)
     chosen = [int(row["epoch"]) for row in progress.history if "predicted" in row]

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from snella.data.placement import travel
 from snella.errors import Diverged, UserError, one_line
 from snella.files import atomic
-from snella.methods.base import Batch, Method, check_marked, method_file, wrong_result
+from snella.methods.base import (
+    Batch,
+    Method,
+    check_marked,
+    counted,
+    method_file,
+    wrong_result,
+)
 from snella.methods.step import train_step
 from snella.models.parameters import (
     checkpoint_blocks,
@@ -121,6 +128,7 @@ class Trainer:
             self.method.load_state(self.model, saved["state"])
             self.method.load_training_state(self.model, saved["training_state"])
         check_marked(self.method, self.model)
+        counted(self.method, self.model)  # a fault of it costs no training
         if self.protocol.gradient_checkpointing:
             checkpoint_blocks(self.model)
         frozen = frozen_checksums(self.model)

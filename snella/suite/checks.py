@@ -23,7 +23,7 @@ from snella.errors import UserError, one_line, unknown
 from snella.models.backbone_files import input_size
 from snella.suite import packages
 from snella.suite.config import Config, SuiteEntry
-from snella.tasks import TaskInfo, find_task
+from snella.tasks import TaskInfo, find_task, task_names
 from snella.validation import Strict, hyperparameter_error, shown
 
 log = logging.getLogger("snella")
@@ -94,6 +94,8 @@ class Layers:
 
 def check_suite(config: Config, suite: SuiteEntry) -> None:
     """Names that a suite only mentions; raises :class:`~snella.errors.UserError`."""
+    if config.first_time("task_suites"):
+        _check_task_suites(config)
     path = ("suites", config.suite, "method_overrides")
     _all_known(config, path, "method", suite.method_overrides, config.methods)
     for table, spec in config.tables.items():
@@ -103,6 +105,20 @@ def check_suite(config: Config, suite: SuiteEntry) -> None:
                 if method not in config.methods and not _is_shipped(where):
                     error = unknown(f"method in table {table}:", method, config.methods)
                     raise _placed(where, error)
+
+
+def _check_task_suites(config: Config) -> None:
+    """The suites of other families, which count once a table or figure of theirs is asked for."""
+    for task, name in config.task_suites.items():
+        place = config.where(("task_suites", task))
+        look_up("task", task, task_names(config.tasks), place)
+        suite = look_up("suite", name, config.suites, place)
+        found = {config.datasets[d].task for d in suite.datasets if d in config.datasets}
+        if found - {task}:
+            raise _placed(place, UserError(
+                f"`task_suites.{task}` names suite {name!r}, which is of {', '.join(found)}; name "
+                f"one of {task}."
+            ))  # fmt: skip
 
 
 def _is_shipped(where: str) -> bool:

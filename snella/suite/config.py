@@ -60,8 +60,9 @@ Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED, strict=True)]
 
 def _place(path: str) -> str:
     """A folder's path, ``~`` expanded."""
-    if not path.strip() or set(path) & set("{}*?\n\t\"'"):
-        raise ValueError("a folder's path is not empty and has no quotes, braces or wildcards")
+    if not (path.strip() and path.isprintable()) or set(path) & set("{}*?\"'"):
+        unfit = "quotes, braces, wildcards or control characters"
+        raise ValueError(f"a folder's path is not empty and has no {unfit}")
     return user_path(path).as_posix()
 
 

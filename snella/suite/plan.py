@@ -20,6 +20,8 @@ from snella.suite.settings import settings_of
 from snella.tasks import find_task
 from snella.tasks.base import Backbone
 
+MAIN = "table1"
+
 
 def plan(
     config: Config,
@@ -243,10 +245,22 @@ def search_runs(config: Config) -> list[Run]:
     ]
 
 
+def main_table(config: Config) -> str:
+    """The table that is meant where none is named: Table 1, or the first of the suite's task."""
+    task = suite_task(config)
+    own = [name for name, spec in config.tables.items() if _task(spec) == task]
+    return MAIN if MAIN in own or not own else own[0]
+
+
+def _task(spec: dict[str, Any]) -> str:
+    """The task family of a table's description."""
+    return str(spec.get("task", "classification"))
+
+
 def for_table(config: Config, table: str) -> Config:
     """The configuration with the suite that a table shows, as :func:`for_task` finds it."""
     spec = look_up("table", table, config.tables)
-    return for_task(config, spec.get("task", "classification"), f"Table {table!r}")
+    return for_task(config, _task(spec), f"Table {table!r}")
 
 
 def for_task(config: Config, task: str, what: str) -> Config:
@@ -259,13 +273,10 @@ def for_task(config: Config, task: str, what: str) -> Config:
         return config
     if task not in config.task_suites:
         raise UserError(
-            f"{what} shows {task}, suite {config.suite!r} does not; "
-            f"name a suite for it under `task_suites: {{{task}: ...}}`."
+            f"{what} shows {task}, suite {config.suite!r} is of {suite_task(config)}; choose a "
+            f"suite of {task}, or name one for it under `task_suites: {{{task}: ...}}`."
         )
-    suite = config.task_suites[task]
-    if suite not in config.suites:
-        look_up("suite", suite, config.suites, config.where(("task_suites", task)))
-    return with_suite(config, suite)
+    return with_suite(config, config.task_suites[task])
 
 
 def figure_config(config: Config, figure: str) -> Config:
