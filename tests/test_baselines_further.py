@@ -110,6 +110,27 @@ def test_vqt_reads_and_leaves_the_features() -> None:
     assert model.blocks.outputs == []
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("vqt", {}), ("noah", {"lora": (0,), "adapter": (0,)}), ("vpt", {"prompts": 3})],
+)
+def test_prompt_dropout_is_drawn_for_each_image(name: str, settings: dict[str, Any]) -> None:
+    """As in all three codes; a mask shared by the batch would be noise of another kind."""
+    model = prepared(make(name, dropout=0.5, **settings)).train()
+    first, second = model(batch()["image"][:1].expand(2, -1, -1, -1))
+    assert not torch.allclose(first, second)
+
+
+def test_starts_are_those_of_the_released_layers() -> None:
+    """KARST's A is stored (r, out / f); NOAH's subnets are slices of layers 100 wide."""
+    model = prepared(make("karst", factor=4, rank=2))
+    left = model.blocks[0].mlp.fc1.left
+    assert 0.9 < left.abs().max() * (192 / 4) ** 0.5 <= 1
+    block = prepared(make("noah", prompts=(50,))).blocks[0]
+    assert 0.99 < block.prompt.abs().max() / (6 / (101 * 48)) ** 0.5 <= 1
+    assert 0.9 < block.adapter.up.weight.abs().max() / (6 / (48 + 100)) ** 0.5 <= 1
+
+
 def test_vqt_lasso_is_over_the_inputs_of_the_classifier() -> None:
     method = make("vqt", lasso=0.5)
     model = prepared(method)
