@@ -429,6 +429,14 @@ def test_a_size_the_library_refuses_is_unsupported() -> None:
         prepared(make("shira", rank=100))
 
 
+def test_adalora_trains_no_counter_of_ranks() -> None:
+    """PEFT marks it where it moves a layer, e.g. to the device on which parameters are counted."""
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224", num_classes=10)
+    prepare_model(method := build_method(FILE, {"method": "adalora", "rank": 8}), model)
+    assert method.count(model)["trainable"] == 1_327_104 + 72 * 8
+
+
 def test_adalora_counts_the_ranks_of_its_budget() -> None:
     method = make("adalora", rank=2)
     model = prepared(method)
