@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from snella.errors import CannotMerge
 from snella.method import Method, count_parameters
+from snella.methods.base import prepare_model
 
 MEAN_VTAB_HEAD = 38_046
 ROWS = [
@@ -337,6 +338,13 @@ def test_tr_pts_allocates_by_layer_and_chooses_by_row() -> None:
     assert choose({"a": torch.tensor([[3.0, 1.0]] * 8)}, 1 / 16)["a"].numel() == 1
 
 
+def test_tr_pts_drops_tokens_three_times_at_any_depth() -> None:
+    for depth, layers in ((12, (4, 7, 10)), (6, (2, 4, 5))):
+        model = backbone(depth=depth)
+        prepare_model(make("tr_pts"), model)
+        assert model.blocks.layers == layers
+
+
 def test_tr_pts_merges_the_rest_by_attention() -> None:
     file = functions(make("tr_pts"))
     x, attention = torch.randn(1, 5, 3), torch.tensor([[0.1, 0.4, 0.2, 0.3]])
@@ -366,8 +374,6 @@ def test_vpt_border_of_a_convnext() -> None:
     method: Method = make("vpt", border=3)
     model = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     assert parameters_on("convnext_base", make("vpt")) == 13_740
-    from snella.methods.base import prepare_model
-
     prepare_model(method, model)
     images = torch.zeros(1, 3, 32, 40)
     (padded,) = model.prompt_border.put(model.stem, (images,))
