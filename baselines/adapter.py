@@ -8,9 +8,10 @@ one adapter per block. ViT-B/16: 156,768 parameters at bottleneck 8, 599,424 at 
 Two codes share the name. The widely quoted Adapter-8 numbers on VTAB-1k are NOAH's
 (``activation: quickgelu, initialisation: xavier, dropout: 0.1``, so the network is perturbed from
 the start), while the papers that quote them describe a ReLU; the default is that ReLU with the
-usual zero up-projection. VPT's adapter (GELU, width 96) starts with *both* projections at zero:
-then neither ever receives a gradient and only the up-projection's bias learns, which is why the
-"Adapter" rows copied from it lie close to linear probing. That start is not offered.
+usual zero up-projection. Stochastic depth drops h before NOAH's adapter; here it drops both.
+VPT's adapter (GELU, width 96) starts with *both* projections at zero: then neither ever receives a
+gradient and only the up-projection's bias learns, which is why the "Adapter" rows copied from it
+lie close to linear probing. That start is not offered.
 """
 
 import math

@@ -65,7 +65,7 @@ class _KroneckerLinear(nn.Linear):
         self.outer = nn.Parameter(new(n, f, f))
         self.left = nn.Parameter(new(n, parts, base.out_features // parts // f, r))
         self.right = nn.Parameter(base.weight.new_zeros(n, r, base.in_features // f))
-        for kernel in (*self.outer, *self.left.flatten(0, 1)):
+        for kernel in (*self.outer, *self.left.flatten(0, 1).mT):  # A lies (r, out / f) in the code
             nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
         self.before, self.after = self._rescalings(settings.rescale, role)
 

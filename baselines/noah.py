@@ -6,7 +6,8 @@ Zhang et al., Neural Prompt Search, 2022 (arXiv 2206.04673). Here the authors' 1
 are trained anew (config/released/noah.yaml has their widths); the supernet and its search are not
 repeated. ViT-B/16: 768 p + 3,072 l + (1,537 a + 768) per block for widths p, l, a; mean over the 19
 subnets 360,134, as published (0.36 million). Prompts stand behind the patches and are replaced in
-every block; adapters follow the MLP with QuickGELU, Xavier and a start that is not zero.
+every block; adapters follow the MLP with QuickGELU and a start that is not zero. Prompts and
+adapters start as slices of the supernet's 100 wide layers (Xavier), as released.
 """
 
 import math
@@ -18,6 +19,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from snella.method import CannotMerge, Method, Unsupported
+
+_SUPERNET = 100  # width of the released layers; subnets are slices of them, and start as they do
 
 
 class Noah(Method):
@@ -50,9 +53,9 @@ class Noah(Method):
             like = block.attn.qkv.weight
             dim = like.shape[1]
             if prompts:
-                start = torch.empty(1, prompts, dim)
-                nn.init.xavier_uniform_(start)
-                block.prompt = nn.Parameter(start[0].to(like))
+                bound = math.sqrt(6 / (dim * (_SUPERNET + 1)))
+                start = torch.empty(prompts, dim).uniform_(-bound, bound)
+                block.prompt = nn.Parameter(start.to(like))
             if rank:
                 lora = _LoRA(like, rank, self.dropout).to(like).train(block.training)
                 block.attn.lora = lora
@@ -85,8 +88,8 @@ class _PromptedBlocks(nn.Sequential):
         tokens = x.shape[1]
         for block in self:
             if hasattr(block, "prompt"):
-                prompt = nn.functional.dropout(block.prompt, self.drop, self.training)
-                prompt = prompt.to(x.dtype).expand(len(x), -1, -1)
+                prompt = block.prompt.to(x.dtype).expand(len(x), -1, -1)
+                prompt = nn.functional.dropout(prompt, self.drop, self.training)
                 x = torch.cat([x[:, :tokens], prompt], dim=1)
             x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
             h = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
@@ -116,8 +119,9 @@ class _Adapter(nn.Module):
         super().__init__()
         self.down, self.up = nn.Linear(dim, width), nn.Linear(width, dim)
         self.dropout = nn.Dropout(dropout)
+        bound = math.sqrt(6 / (dim + _SUPERNET))
         for layer in (self.down, self.up):
-            nn.init.xavier_uniform_(layer.weight)
+            nn.init.uniform_(layer.weight, -bound, bound)
             nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, h: Tensor) -> Tensor:

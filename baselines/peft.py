@@ -164,6 +164,8 @@ class Peft(Method):
             layer.train(model.training)
             if self.method == "lora_fa":
                 layer.lora_A.requires_grad_(False)
+            if self.method == "adalora":
+                layer.ranknum.requires_grad_(False)  # PEFT marks it where it moves the layer
         if self.method in _CHANGES_WEIGHTS:
             for _, layer in _tuner_layers(model):
                 _record_initial(layer, zero=self.method in _DATA_DRIVEN)

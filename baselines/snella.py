@@ -5,9 +5,10 @@ of which the entries of largest magnitude stay (Eq. 13); how many per matrix is 
 competition of all matrices for a shrinking budget (Eq. 7-12, Algorithm 1). arXiv 2510.24037.
 
 SNELL: no competition, piecewise-linear kernel. KLoRA: dense as well. ViT-B/16, rank 8: 1,327,104
-entries of A and B and three scalars for each of 72 matrices. `variant="released"` follows the
-authors' code where it differs from the paper (hard squared threshold, fixed coefficients, learned
-temperature, dropout; docs/snella.md lists all), and trains the class token of a ViT as they do.
+entries of A and B, and for each of 72 matrices four scalars of Mix-K or two of the other kernel.
+`variant="released"` follows the authors' code where it differs from the paper (hard squared
+threshold, fixed coefficients, learned temperature, dropout; docs/snella.md lists all): three
+scalars or none, and the class token of a ViT trains.
 """
 
 from typing import Any, ClassVar, Literal

@@ -17,7 +17,7 @@ outputs is added once more (after 3 also the embedded input; after 12 without th
 """
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -41,8 +41,8 @@ class SparseTuning(Method):
     bottleneck: PositiveInt | None = Field(None, description="None: 8, public_code 64.")
     scale: PositiveFloat = 1.0
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    layers: tuple[PositiveInt, ...] | None = Field(
-        None, description="Layers, from 1, that drop tokens; None: after each quarter of the depth."
+    layers: tuple[Annotated[int, Field(ge=1, le=12)], ...] = Field(
+        (4, 7, 10), description="Of 12 layers those that drop tokens; in proportion if not 12."
     )
     fuse: Literal["attention", "average", "none"] = Field(
         "attention",
@@ -69,9 +69,7 @@ class SparseTuning(Method):
     def adapt(self, model: nn.Module) -> None:
         self._check(model)
         depth = len(model.blocks)
-        layers = self.layers or tuple(1 + depth * quarter // 4 for quarter in (1, 2, 3))
-        if max(layers) > depth:
-            raise Unsupported(f"Sparse-Tuning: layer {max(layers)} of `layers` is beyond {depth}.")
+        layers = tuple(1 + depth * (layer - 1) // 12 for layer in self.layers)
         public = self.variant == "public_code"
         for number, block in enumerate(model.blocks, start=1):
             weight = block.mlp.fc1.weight

@@ -12,7 +12,7 @@ tokens are dropped and how many stay are this file's defaults, and biases stay f
 
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -42,8 +42,8 @@ class TRPTS(Method):
 
     share: float = Field(default=0.006, gt=0, le=1, description="of the blocks' weights")
     keep: float = Field(default=0.7, gt=0, le=1, description="of the tokens, at each of `layers`")
-    layers: tuple[int, ...] = Field(
-        default=(4, 7, 10), description="blocks that drop tokens, from 1"
+    layers: tuple[Annotated[int, Field(ge=1, le=12)], ...] = Field(
+        default=(4, 7, 10), description="of 12 blocks those that drop tokens; in proportion if not"
     )
     images: int = Field(default=512, gt=0, description="training images that are scored")
     scoring_batch_size: int = Field(default=1, gt=0, description="1: the Fisher information itself")
@@ -56,7 +56,8 @@ class TRPTS(Method):
         if model.grad_checkpointing:
             raise Unsupported("TR-PTS: gradient checkpointing would bypass the selection.")
         if self.keep < 1:
-            model.blocks = _SelectingBlocks(blocks, self.layers, self.keep)
+            layers = tuple(1 + len(blocks) * (layer - 1) // 12 for layer in self.layers)
+            model.blocks = _SelectingBlocks(blocks, layers, self.keep)
 
     def calibrate(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn) -> None:
         names = list(dict.fromkeys(f"{slot.path}.weight" for slot in slots(model)))

@@ -98,8 +98,8 @@ class VPT(Method):
 
 
 def _expanded(block: Any, x: Tensor, dropout: float) -> Tensor:
-    prompt = F.dropout(block.prompt, dropout, block.training)
-    return prompt.to(x.dtype).expand(len(x), -1, -1)
+    prompt = block.prompt.to(x.dtype).expand(len(x), -1, -1)
+    return F.dropout(prompt, dropout, block.training)
 
 
 def _insert(at: int, dropout: float, block: nn.Module, args: tuple) -> tuple:

@@ -85,8 +85,8 @@ class _QueriedBlocks(nn.Sequential):
         """Map tokens (B, N, D) as the plain blocks do; keep the queries' outputs (B, T, D)."""
         self.outputs = []
         for block, query in zip(self, self.queries, strict=True):
-            prompt = F.dropout(query, self.drop, self.training).to(x.dtype).expand(len(x), -1, -1)
-            self.outputs.append(_queried(block, prompt, x))
+            prompt = query.to(x.dtype).expand(len(x), -1, -1)  # each image has its own dropout
+            self.outputs.append(_queried(block, F.dropout(prompt, self.drop, self.training), x))
             x = block(x)
         return x
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from snella.errors import CannotMerge
 from snella.method import Method, count_parameters
+from snella.methods.base import prepare_model
 
 MEAN_VTAB_HEAD = 38_046
 ROWS = [
@@ -108,6 +109,27 @@ def test_vqt_reads_and_leaves_the_features() -> None:
     assert torch.allclose(model(images), expected, atol=1e-5)
     assert model.head.in_features == 48 * (1 + 3 * 3)
     assert model.blocks.outputs == []
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("vqt", {}), ("noah", {"lora": (0,), "adapter": (0,)}), ("vpt", {"prompts": 3})],
+)
+def test_prompt_dropout_is_drawn_for_each_image(name: str, settings: dict[str, Any]) -> None:
+    """As in all three codes; a mask shared by the batch would be noise of another kind."""
+    model = prepared(make(name, dropout=0.5, **settings)).train()
+    first, second = model(batch()["image"][:1].expand(2, -1, -1, -1))
+    assert not torch.allclose(first, second)
+
+
+def test_starts_are_those_of_the_released_layers() -> None:
+    """KARST's A is stored (r, out / f); NOAH's subnets are slices of layers 100 wide."""
+    model = prepared(make("karst", factor=4, rank=2))
+    left = model.blocks[0].mlp.fc1.left
+    assert 0.9 < left.abs().max() * (192 / 4) ** 0.5 <= 1
+    block = prepared(make("noah", prompts=(50,))).blocks[0]
+    assert 0.99 < block.prompt.abs().max() / (6 / (101 * 48)) ** 0.5 <= 1
+    assert 0.9 < block.adapter.up.weight.abs().max() / (6 / (48 + 100)) ** 0.5 <= 1
 
 
 def test_vqt_lasso_is_over_the_inputs_of_the_classifier() -> None:
@@ -316,6 +338,13 @@ def test_tr_pts_allocates_by_layer_and_chooses_by_row() -> None:
     assert choose({"a": torch.tensor([[3.0, 1.0]] * 8)}, 1 / 16)["a"].numel() == 1
 
 
+def test_tr_pts_drops_tokens_three_times_at_any_depth() -> None:
+    for depth, layers in ((12, (4, 7, 10)), (6, (2, 4, 5))):
+        model = backbone(depth=depth)
+        prepare_model(make("tr_pts"), model)
+        assert model.blocks.layers == layers
+
+
 def test_tr_pts_merges_the_rest_by_attention() -> None:
     file = functions(make("tr_pts"))
     x, attention = torch.randn(1, 5, 3), torch.tensor([[0.1, 0.4, 0.2, 0.3]])
@@ -345,8 +374,6 @@ def test_vpt_border_of_a_convnext() -> None:
     method: Method = make("vpt", border=3)
     model = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     assert parameters_on("convnext_base", make("vpt")) == 13_740
-    from snella.methods.base import prepare_model
-
     prepare_model(method, model)
     images = torch.zeros(1, 3, 32, 40)
     (padded,) = model.prompt_border.put(model.stem, (images,))

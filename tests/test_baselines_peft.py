@@ -17,6 +17,8 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from snella.check import Subject
+from snella.check.contract import base_count
 from snella.errors import Unsupported, UserError
 from snella.method import Method, count_parameters, trainable
 from snella.methods.base import build_method, prepare_model
@@ -427,6 +429,15 @@ def test_bad_settings_are_one_clear_line(settings: dict, message: str) -> None:
 def test_a_size_the_library_refuses_is_unsupported() -> None:
     with pytest.raises(Unsupported, match="shira"):
         prepared(make("shira", rank=100))
+
+
+def test_adalora_trains_no_counter_of_ranks() -> None:
+    """PEFT marks it where it moves a layer, e.g. to the device on which parameters are counted."""
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224", num_classes=10)
+    prepare_model(method := build_method(FILE, {"method": "adalora", "rank": 8}), model)
+    assert method.count(model)["trainable"] == 1_327_104 + 72 * 8
+    assert base_count(Subject(method, "vit")) == "1,327,680"
 
 
 def test_adalora_counts_the_ranks_of_its_budget() -> None:

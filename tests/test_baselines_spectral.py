@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from snella.errors import CannotMerge, Unsupported
 from snella.method import Method, count_parameters, trainable
-from snella.methods.base import prepare_model
+from snella.methods.base import build_method, prepare_model
+from snella.suite import plan
+from snella.suite.config import load
 
 GOLDEN = Path(__file__).parent / "golden" / "baselines"
 S2FT = functions(make("s2ft"))
@@ -151,6 +153,14 @@ def test_s2ft_counts_and_sizes() -> None:
     with pytest.raises(Unsupported, match="no q/v linear layers"):
         method = make("s2ft", reference_width=None, points=10)
         method.adapt(backbone("convnext"))
+
+
+def test_s2ft_has_the_papers_number_of_points_in_each_matrix_of_sd3() -> None:
+    config = load(overrides={"suite": "dreambooth"})
+    row = plan.resolve(config, "s2ft-8000", "dreambooth-cat", 0).method
+    method = build_method(Path(row.file), row.hyperparameters)
+    spectrum = S2FT._Spectrum(method, torch.empty(1536, 1536))
+    assert (len(spectrum.points), spectrum.alpha) == (8000, 300)
 
 
 def test_s2ft_coefficients_have_their_own_rate() -> None:

@@ -473,13 +473,14 @@ def test_other_backbones_are_refused(name: str, kind: str, settings: dict) -> No
 def test_layers_follow_the_depth() -> None:
     assert prepared(make("paper")).blocks.layers == (4, 7, 10)
     assert prepared(make("paper"), depth=6).blocks.layers == (2, 4, 5)
-    with pytest.raises(Unsupported, match="layer 10"):
-        prepared(make("paper", layers=[4, 7, 10]), depth=6)
+    assert prepared(make("paper", layers=[2, 5, 8]), depth=6).blocks.layers == (1, 3, 4)
     with pytest.raises(Unsupported, match="12 blocks"):
         prepared(make("public_code"), depth=6)
 
 
-@pytest.mark.parametrize("settings", [{"keep": 0.0}, {"keep": 1.5}, {"fuse": "sum"}, {"kepp": 0.5}])
+@pytest.mark.parametrize(
+    "settings", [{"keep": 0.0}, {"keep": 1.5}, {"fuse": "sum"}, {"kepp": 0.5}, {"layers": [13]}]
+)
 def test_bad_settings_are_one_clear_line(settings: dict) -> None:
     with pytest.raises(UserError) as caught:
         make("paper", **settings)

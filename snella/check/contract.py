@@ -64,7 +64,7 @@ def base_count(subject: Subject) -> str:
     except (RuntimeError, NotImplementedError) as error:
         reason = f"{title} cannot be counted without its weights: {one_line(error)}"
         raise Note(reason, "unknown") from error
-    found = f"{count_parameters(model)['trainable']:,}"
+    found = f"{subject.method.count(model)['trainable']:,}"
     if count_parameters(subject.model) != subject.counts:
         raise Note("counted before calibration, which chooses the rest", found)
     return found
