@@ -11,8 +11,7 @@ WORKDIR /opt/snella-bench
 COPY envs/requirements.txt envs/requirements.txt
 RUN python -m pip install --no-cache-dir --requirement envs/requirements.txt
 COPY . .
-RUN python -m pip install --no-cache-dir --no-deps --editable . \
-    && python -m compileall -q /usr/local/lib/python3.11/site-packages
+RUN python -m pip install --no-cache-dir --no-deps --editable .
 
 ENV HF_HUB_OFFLINE=1
 CMD ["snakemake", "--cores", "all", "--", "results/table1.tex"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import formats
 import numpy as np
+from PIL import Image
 
 SIZE = 30
 """Images of a training part; other parts have half of them."""
@@ -194,10 +195,50 @@ def smallnorb(root: Path) -> None:
             (root / f"smallnorb-5x{stem}-{kind}.mat").write_bytes(head + values.tobytes())
 
 
+def sun397(root: Path) -> None:
+    """Four classes, one nested; images above and below 120,000 pixels, some not JPEG."""
+    classes = ("/a/abbey", "/c/church/outdoor", "/c/church/indoor", "/y/yard")
+    kinds = ("JPEG", "JPEG", "PNG", "BMP")
+    for part, short in (("train", "tr"), ("validation", "va"), ("test", "te")):
+        keys = [f"{classes[i % 4]}/sun_{i:04d}.jpg" for i in _numbers(part)]
+        (root / "SUN397").mkdir(parents=True, exist_ok=True)
+        (root / f"sun397_tfds_{short}.txt").write_text("\n".join(keys) + "\n")
+        for i, key in zip(_numbers(part), keys, strict=True):
+            size = (400, 333 + i) if i % 5 == 0 else (40, 30)
+            file = root / "SUN397" / key[1:]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(formats.encoded(_smooth(i, size), kinds[i % 4]))
+
+
+def retinopathy(root: Path) -> None:
+    """Discs on black, one image without any."""
+    for part, folder in (("train", "train"), ("validation", "test"), ("test", "test")):
+        for i in _numbers(part):
+            image, (y, x) = _smooth(i, (64, 96)), np.ogrid[:64, :96]
+            image[(y - 32) ** 2 + (x - 48) ** 2 > (20 + i % 9) ** 2] = 0
+            file = root / folder / f"{i}_{('left', 'right')[i % 2]}.jpeg"
+            formats.save(file, image * (i != 3), quality=95)
+
+    def levels(part: str) -> list[str]:
+        return [f"{i}_{('left', 'right')[i % 2]},{i % 5}" for i in _numbers(part)]
+
+    (root / "trainLabels.csv").write_text("\n".join(["image,level", *levels("train")]) + "\n")
+    later = [f"{line},Public" for line in levels("validation")]
+    later += [f"{line},Private" for line in levels("test")]
+    text = "\n".join(["image,level,Usage", *later[::2], *later[1::2]])
+    (root / "retinopathy_solution.csv").write_text(text + "\n")
+
+
+def _smooth(index: int, size: tuple[int, int]) -> np.ndarray:
+    """A coloured image that survives JPEG."""
+    image = Image.fromarray(formats.pixels(index, (5, 7)))
+    return np.array(image.resize(size[::-1], Image.Resampling.BICUBIC))
+
+
 MAKERS = {
     "cifar100": cifar100, "dtd": dtd, "flowers102": flowers102, "pets": pets, "svhn": svhn,
     "patch_camelyon": patch_camelyon, "eurosat": eurosat, "resisc45": resisc45,
     "clevr_count": clevr, "clevr_dist": clevr, "dmlab": dmlab, "kitti_dist": kitti_dist,
     "dsprites_loc": dsprites, "dsprites_ori": dsprites, "smallnorb_azi": smallnorb,
-    "smallnorb_ele": smallnorb,
+    "smallnorb_ele": smallnorb, "sun397": sun397, "retinopathy": retinopathy,
 }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -24,12 +25,14 @@ from snella.data.readers.tfds_order import SOURCES, UNREAD, tfds_order
 from snella.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tfds_order.json").read_text())
-NEEDS_HDF5 = ("patch_camelyon", "dsprites_loc", "dsprites_ori")
+PIXELS = Path(__file__).parent / "golden" / "tfds_pixels"
+NEEDS = dict.fromkeys(("patch_camelyon", "dsprites_loc", "dsprites_ori"), "h5py")
+NEEDS |= dict.fromkeys(("sun397", "retinopathy"), "cv2")
 
 
 def make(root: Path, name: str) -> Path:
-    if name in NEEDS_HDF5:
-        pytest.importorskip("h5py")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     formats_vtab.MAKERS[name](root)
     return root
 
@@ -91,6 +94,49 @@ def test_images_go_with_their_keys(tmp_path, name, number):
     assert np.array_equal(image, expected)
 
 
+@pytest.mark.parametrize("name", ["sun397", "retinopathy"])
+def test_images_that_tfds_changes_are_those_that_it_wrote(tmp_path, name):
+    """To a grey level or two: with the OpenCV of the recording, 5.0.0, the bytes are the same."""
+    splits, info = read_images(make(tmp_path / "raw", name), name, options=options(name))
+    assert [len(splits[role]["label"]) for role in ("train", "val", "test")] == [8, 2, 15]
+    assert info["jpeg"]
+    train = SOURCES[name](tmp_path / "raw")["train"]
+    first = next(i for i, path in enumerate(train.names) if re.search(r"/(sun_00)?0+[_.]", path))
+    assert train.images is not None
+    made, known = decode(train.images([first])[0]), decode((PIXELS / f"{name}.jpg").read_bytes())
+    assert np.abs(made.astype(int) - known).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [(b"<html>", "decoded: it is a web page"), (b"", "decoded: the file is empty"),
+     (b"text", "read: cannot identify"), (None, "read: No such file")],
+)  # fmt: skip
+def test_an_eye_that_is_no_image_is_named(tmp_path, content, problem):
+    root = make(tmp_path / "raw", "retinopathy")
+    for file in (root / "train").iterdir():
+        file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"train/\d+_(left|right).jpeg cannot be {problem}"):
+        read_images(root, "retinopathy", options=options("retinopathy"))
+
+
+def test_both_archives_of_cifar_give_the_same_subset(tmp_path):
+    binary = make(tmp_path / "binary", "cifar100")
+    python = tmp_path / "python"
+    python.mkdir()
+    for part in ("train", "test"):
+        table = np.fromfile(binary / f"{part}.bin", np.uint8).reshape(-1, 3074)
+        content = {b"data": table[:, 2:], b"fine_labels": table[:, 1].tolist()}
+        (python / part).write_bytes(pickle.dumps(content, protocol=2))
+    meta = {b"fine_label_names": [f"f{i}".encode() for i in range(100)]}
+    (python / "meta").write_bytes(pickle.dumps(meta, protocol=2))
+    found = [read_images(root, "cifar100", options=options("cifar100"))[0]
+             for root in (binary, python)]  # fmt: skip
+    for role in ("train", "val", "test"):
+        for column in ("image", "label"):
+            assert np.array_equal(*(splits[role][column] for splits in found))
+
+
 def test_a_release_found_by_its_files_gives_the_subset_too(tmp_path):
     root = make(tmp_path / "raw", "flowers102")
     chosen = {"official": "vtab1k/flowers102"}
@@ -108,8 +154,8 @@ def test_sets_that_no_archive_gives(tmp_path, name):
 
 @pytest.mark.parametrize("name", list(SOURCES))
 def test_incomplete_archives_are_named(tmp_path, name):
-    if name in NEEDS_HDF5:
-        pytest.importorskip("h5py")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     with pytest.raises(UserError, match=r"missing|lacks|has no class folders"):
         read_images(tmp_path, name, options=options(name))
 

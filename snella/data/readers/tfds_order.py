@@ -3,11 +3,12 @@
 TFDS sorts the examples of a split by MD5 of the split's name followed by the example's key, and
 cuts that sequence into shards; every builder of VTAB does so. The key is what the builder's
 `_generate_examples` yields: a file's name, a path, or the position in an array. So the 1,000
-images follow from the archive alone, but for the sets in `UNREAD`.
+images follow from the archive alone, but for Caltech101's.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from collections import defaultdict
@@ -23,9 +24,11 @@ from snella.data.readers.classes import SUFFIXES
 from snella.data.readers.listing import Images
 from snella.data.readers.records import Column, Feature, Records, parse_example
 from snella.data.readers.text import read_text, rows, whole_number
+from snella.data.readers.tfds_pixels import Remade, retinopathy, sun397
 from snella.errors import UserError
 
 Features = dict[str, Feature]
+SPLITS = ("train", "validation", "test")
 
 
 class Examples(NamedTuple):
@@ -42,10 +45,8 @@ class Examples(NamedTuple):
 UNREAD = {
     "caltech101": "TFDS drew its 30 training images a class in the order in which its disk listed "
     "them",
-    "sun397": "TFDS scales its images and compresses them anew",
-    "retinopathy": "TFDS crops its images, evens out their colours and compresses them anew",
 }
-"""Sets whose images no archive gives as TFDS has them, and why."""
+"""The set whose images no archive gives as TFDS has them, and why."""
 
 
 def tfds_order(split: str, keys: Iterable[str | int | bytes]) -> list[int]:
@@ -123,7 +124,12 @@ def _taken(images: Any, positions: Sequence[int]) -> np.ndarray:
 
 
 def _cifar(root: Path) -> dict[str, Examples]:
-    """cifar-100-binary: coarse label, fine label and 3 x 32 x 32 bytes an image."""
+    """cifar-100-binary: coarse label, fine label and 3 x 32 x 32 bytes an image; or -python.
+
+    Both archives hold the images in one order, as far as their first labels tell.
+    """
+    if (root / "meta").is_file():
+        return _held("CIFAR-100 (python)", root)
     found = {}
     for split in ("train", "test"):
         table = _binary(root / f"{split}.bin").reshape(-1, 2 + 3 * 32 * 32)
@@ -132,8 +138,9 @@ def _cifar(root: Path) -> dict[str, Examples]:
     return found
 
 
-def _svhn(root: Path) -> dict[str, Examples]:
-    listing = original.RELEASES["SVHN (cropped)"].read(root)
+def _held(release: str, root: Path) -> dict[str, Examples]:
+    """A release that holds arrays."""
+    listing = original.RELEASES[release].read(root)
     held = listing.images or {}
     return {
         split: _arrays(split, _labels(label=[x.label for x in lines]), held[split], len(lines))
@@ -186,6 +193,56 @@ def _class_folders(root: Path) -> dict[str, Examples]:
     keys = [f"{p.parent.name}_{p.name}" for _, p in files]
     paths = [p.relative_to(root).as_posix() for _, p in files]
     return {"train": _files("train", keys, paths, [label for label, _ in files])}
+
+
+def _sun397(root: Path) -> dict[str, Examples]:
+    """SUN397/, and the lists of TFDS's own split; the key is the path as they give it."""
+    lists = {split: root / f"sun397_tfds_{split[:2]}.txt" for split in SPLITS}
+    if missing := next((file for file in lists.values() if not file.is_file()), None):
+        raise UserError(
+            f"{missing} is missing: TFDS splits SUN397 by three lists of its own; copy them from "
+            "the package tensorflow-datasets (docs/data.md)."
+        )
+    listed = {split: [key for _, (key,) in rows(file, 1)] for split, file in lists.items()}
+    classes = sorted({key.rpartition("/")[0] for keys in listed.values() for key in keys})
+    found = {}
+    for split, keys in listed.items():
+        labels = [classes.index(key.rpartition("/")[0]) for key in keys]
+        paths = [f"SUN397{key}" for key in keys]
+        found[split] = _remade(split, root, keys, paths, labels, sun397)
+    return found
+
+
+def _retinopathy(root: Path) -> dict[str, Examples]:
+    """Kaggle's train/ and test/, whose labels came later; the key is the file's name."""
+    found = {}
+    for split, file, usage in (
+        ("train", "trainLabels.csv", None),
+        ("validation", "retinopathy_solution.csv", "Public"),
+        ("test", "retinopathy_solution.csv", "Private"),
+    ):
+        lines = csv.DictReader(read_text(root / file).splitlines())
+        taken = [line for line in lines if usage is None or line["Usage"] == usage]
+        keys = [line["image"] for line in taken]
+        paths = [f"{'test' if usage else 'train'}/{key}.jpeg" for key in keys]
+        labels = [whole_number(line["level"], f"{root / file}: level") for line in taken]
+        found[split] = _remade(split, root, keys, paths, labels, retinopathy)
+    return found
+
+
+def _remade(
+    split: str,
+    root: Path,
+    keys: Sequence[str],
+    paths: Sequence[str],
+    labels: Sequence[int],
+    make: Callable[[bytes], bytes],
+) -> Examples:
+    """Files whose images TFDS changes."""
+    return _ordered(
+        split, keys, paths, _labels(label=labels),
+        lambda positions: Remade([root / paths[i] for i in positions], make),
+    )  # fmt: skip
 
 
 def _clevr(root: Path) -> dict[str, Examples]:
@@ -265,7 +322,7 @@ def _vehicles(files: list[Path], i: int) -> Features:
 def _dmlab(root: Path) -> dict[str, Examples]:
     """The archive's own records, in another order than TFDS'."""
     found = {}
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         shards = sorted(root.glob(f"dmlab-{split}.tfrecord*"))
         if not shards:
             raise UserError(
@@ -344,7 +401,7 @@ SOURCES: dict[str, Callable[[Path], dict[str, Examples]]] = {
     "dtd": _dtd,
     "flowers102": _flowers,
     "pets": _pets,
-    "svhn": _svhn,
+    "svhn": partial(_held, "SVHN (cropped)"),
     "patch_camelyon": _camelyon,
     "eurosat": _class_folders,
     "resisc45": _class_folders,
@@ -356,4 +413,6 @@ SOURCES: dict[str, Callable[[Path], dict[str, Examples]]] = {
     "dsprites_ori": _dsprites,
     "smallnorb_azi": _smallnorb,
     "smallnorb_ele": _smallnorb,
+    "sun397": _sun397,
+    "retinopathy": _retinopathy,
 }
