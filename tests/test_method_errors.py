@@ -129,6 +129,22 @@ BAD = {
         {},
         ["mine.py", "Unknown role 'qq'", "Did you mean 'q'"],
     ),
+    "gradients": (
+        "import torch\nclass Mine(Method):\n    def adapt(self, model):\n"
+        "        torch.set_grad_enabled(False)\n",
+        {},
+        ["mine.py, line", "adapt: leaves gradients switched off", "torch.no_grad()"],
+    ),
+    "directory": (
+        "import os\nclass Mine(Method):\n    def adapt(self, model):\n        os.chdir('/')\n",
+        {},
+        ["mine.py, line", "adapt: leaves another working directory"],
+    ),
+    "double": (
+        "class Mine(Method):\n    def adapt(self, model):\n        model.double()\n",
+        {},
+        ["mine.py, line", "adapt: makes parameters float64"],
+    ),
     "type": (
         FULL,
         {"rank": "eight"},

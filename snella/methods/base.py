@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -265,7 +266,7 @@ def prepare_model(method: Method, model: nn.Module) -> None:
     """
     method.check_supported(model)
     freeze(model)
-    heads = _heads(model)
+    heads, here, kinds = _heads(model), os.getcwd(), {p.dtype for p in model.parameters()}
     try:
         method.adapt(model)
     except Unsupported:
@@ -278,6 +279,7 @@ def prepare_model(method: Method, model: nn.Module) -> None:
             f"{file}: {type(method).__name__}.adapt does not fit {type(model).__name__}: "
             f"{one_line(error, file)}{_closest_module(model, error)}"
         ) from error
+    _check_left(method, model, here, kinds)
     marked = bool(trainable(model)) or method.head_only
     for parameter in unused_parameters(model):
         parameter.requires_grad_(False)
@@ -293,6 +295,21 @@ def prepare_model(method: Method, model: nn.Module) -> None:
     if not _calibrates(method) and not (marked and trainable(model)):
         raise _nothing_marked(method, "adapt")
     _in_single_precision(model)
+
+
+def _check_left(method: Method, model: nn.Module, here: str, kinds: set[torch.dtype]) -> None:
+    """Refuse what would make code elsewhere stumble, where the method's file is not named."""
+    problem = ""
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+        problem = "leaves gradients switched off; write `with torch.no_grad():`"
+    elif os.getcwd() != here:
+        os.chdir(here)
+        problem = "leaves another working directory; use absolute paths"
+    elif torch.float64 in {p.dtype for p in model.parameters()} - kinds:
+        problem = "makes parameters float64, which the images are not; keep float32"
+    if problem:
+        raise wrong_result(method, "adapt", problem)
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
