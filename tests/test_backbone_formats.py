@@ -71,6 +71,11 @@ def releases(state):
             "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
         },
         "compiled and parallel": {"model": named("_orig_mod.module.", state)},
+        "momentum encoder alone": {"state_dict": named("module.momentum_encoder.", encoder)},
+        "a criterion beside": {
+            "state_dict": named("model.", state) | {"criterion.weight": torch.ones(3)}
+        },
+        "torch's average": {"n_averaged": torch.tensor(5)} | named("module.", state),
         "mae": {
             "model": encoder
             | {"mask_token": torch.ones(1, 1, 8), "decoder_embed.bias": torch.ones(8)}
@@ -309,7 +314,7 @@ def test_the_two_vit_b16_releases_are_told_apart(tmp_path, source):
         build_backbone(entry(tmp_path / "orig.npz") | {"md5": "abc"}, 5)
 
 
-def test_blocks_and_heads_of_a_flax_file(tmp_path, source):
+def test_what_timm_does_not_check_of_a_flax_file(tmp_path, source):
     np.savez(tmp_path / "v.npz", **flax(source))
     with pytest.raises(UserError, match="it has 2 blocks, the model 1"):
         build_backbone(entry(tmp_path / "v.npz", depth=1), 5)
@@ -317,6 +322,18 @@ def test_blocks_and_heads_of_a_flax_file(tmp_path, source):
         build_backbone(entry(tmp_path / "v.npz", num_heads=2), 5)
     larger = build_backbone(entry(tmp_path / "v.npz", img_size=64), 5)
     assert larger.pos_embed.shape[1] == 17
+    with pytest.raises(UserError, match="it has 16 pixels along a patch, the model 8"):
+        build_backbone(entry(tmp_path / "v.npz", patch_size=8), 5)
+    scale = np.full_like(flax(source)["Transformer/encoder_norm/scale"], np.nan)
+    np.savez(tmp_path / "nan.npz", **flax(source) | {"Transformer/encoder_norm/scale": scale})
+    with pytest.raises(UserError, match=r"norm.weight holds NaN"):
+        build_backbone(entry(tmp_path / "nan.npz"), 5)
+
+
+def test_patches_of_another_size_are_not_resampled(tmp_path, source):
+    torch.save(source.state_dict(), tmp_path / "v.pth")
+    with pytest.raises(UserError, match="patches of 16 x 16 pixels, the model of 8 x 8"):
+        build_backbone(entry(tmp_path / "v.pth", patch_size=8), 5)
 
 
 @pytest.mark.parametrize(

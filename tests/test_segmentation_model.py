@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,23 @@ def test_wrong_checkpoints_are_one_clear_line(file: Path, tmp_path: Path) -> Non
         load_sam("sam_vit", SIZES, 32, cut.as_posix())
     with pytest.raises(UserError, match="is missing"):
         load_sam("sam_vit", SIZES, 32, (tmp_path / "none.pth").as_posix())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("pos_embed", (1, 2, 8, 96)), ("pos_embed", (1, 3, 3, 96)),
+     ("blocks.1.attn.rel_pos_h", (9, 48)), ("blocks.0.attn.rel_pos_w", (9, 48))],
+)  # fmt: skip
+def test_only_tables_of_the_sizes_that_are_said_are_interpolated(
+    file: Path, tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    state = torch.load(file, weights_only=True)
+    width = state[f"image_encoder.{name}"].shape[-1]
+    state[f"image_encoder.{name}"] = torch.zeros(*shape[:-1], width)
+    torch.save(state, tmp_path / "other.pth")
+    for image_size in (32, 64):
+        with pytest.raises(UserError, match=rf"{re.escape(name)} is .* there and .* here"):
+            load_sam("sam_vit", SIZES, image_size, (tmp_path / "other.pth").as_posix())
 
 
 @pytest.mark.parametrize(

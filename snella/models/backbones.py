@@ -67,7 +67,19 @@ def load_weights(model: nn.Module, path: Path, entry: Mapping[str, Any] | None =
     _check_parts(path, state, entry)
     if is_transformers(state):
         state = to_timm(state)
+    _check_patches(model, state, path)
     _load_state(model, _filtered(model, state, path), path, entry)
+
+
+def _check_patches(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse patches of another size, which timm would resample without a word."""
+    name = "patch_embed.proj.weight"
+    own, theirs = model.state_dict().get(name), state.get(name)
+    if own is not None and theirs is not None and theirs.shape[2:] not in ((), own.shape[2:]):
+        raise UserError(
+            f"Backbone file {path} has patches of {' x '.join(map(str, theirs.shape[2:]))} pixels, "
+            f"the model of {' x '.join(map(str, own.shape[2:]))}; correct `arch:` of the backbone."
+        )
 
 
 def _check_parts(path: Path, names: Iterable[str], entry: Mapping[str, Any]) -> None:
@@ -182,18 +194,28 @@ def _load_flax(model: nn.Module, path: Path, entry: Mapping[str, Any]) -> None:
             "check `arch:` and `kwargs:` of the backbone."
         ) from error
     model.load_state_dict(kept, strict=False)
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"Backbone file {path}: {name} holds NaN or infinity; download the file again."
+            )
 
 
 def _check_blocks(model: nn.Module, path: Path, names: list[str]) -> None:
-    """Compare numbers of blocks and heads, which timm's reader of the file does not."""
+    """Compare blocks, heads and patches, which timm's reader of the file does not."""
     depth = {match[1] for n in names if (match := re.search(r"encoderblock_(\d+)/", n))}
     blocks: Any = getattr(model, "blocks", ())
     queries = [n for n in names if n.endswith("/query/kernel")]
-    heads, own = 0, blocks[0].attn.num_heads if len(blocks) else 0
-    if queries:
-        with np.load(path, allow_pickle=False) as file:
-            heads = int(file[queries[0]].shape[1:2][0])
-    for kind, there, here in (("blocks", len(depth), len(blocks)), ("heads", heads, own)):
+    patch: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    with np.load(path, allow_pickle=False) as file:
+        heads = int(file[queries[0]].shape[1:2][0]) if queries else 0
+        pixels = int(file["embedding/kernel"].shape[0]) if "embedding/kernel" in names else 0
+    own = blocks[0].attn.num_heads if len(blocks) else 0
+    for kind, there, here in (
+        ("blocks", len(depth), len(blocks)),
+        ("heads", heads, own),
+        ("pixels along a patch", pixels, patch[0] if patch and pixels else pixels),
+    ):
         if there != here:
             raise UserError(
                 f"Backbone file {path} does not fit {type(model).__name__}: it has {there} "

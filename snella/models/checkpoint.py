@@ -36,6 +36,7 @@ ENCODERS = (
     "base_encoder.", "encoder_q.", "online_encoder.", "teacher.backbone.", "student.backbone.",
     "backbone.", "image_encoder.", "vision_encoder.", "vision_model.", "vit.", "deit.", "dinov2.",
     "dinov2_with_registers.", "swin.", "convnext.", "visual.", "encoder.",
+    "momentum_encoder.", "model.",
 )  # fmt: skip
 CHUNKED = re.compile(r"blocks\.(\d+)\.(\d+)\.")
 CLIP_KEPT = ("visual.class_embedding", "visual.trunk.")  # timm renames these itself
@@ -73,6 +74,7 @@ def read_tensors(path: Path, own: Collection[str], key: str | None = None) -> di
     content: Any = _unpacked(path)
     content = _container(path, content, key)
     state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    state.pop("n_averaged", None)  # the counter of torch's AveragedModel
     if not state:
         kinds = ", ".join(sorted({type(v).__name__ for v in content.values()})) or "nothing"
         raise UserError(f"Backbone file {path} holds no tensors ({kinds}); choose a weights file.")

@@ -132,21 +132,24 @@ def load_sam(arch: str, kwargs: Mapping[str, Any], image_size: int, file: str | 
         )
     state = read_tensors(path, model.state_dict().keys())
     if sizes["image_size"] != image_size:
-        own = model.state_dict()
-        state = {n: _resized(t, own[n]) if n in own else t for n, t in state.items()}
+        own, grid = model.state_dict(), sizes["image_size"] // sizes["patch_size"]
+        state = {n: _resized(t, own[n], grid) if n in own else t for n, t in state.items()}
     _check_fits(model, state, arch, path)
     model.load_state_dict(state)
     return model
 
 
-def _resized(table: Tensor, like: Tensor) -> Tensor:
-    """A position table at another size: (1, h, w, C) absolute, or (2 n - 1, C) relative."""
-    if table.shape == like.shape or table.ndim not in (2, 4) or table.shape[-1] != like.shape[-1]:
+def _resized(table: Tensor, like: Tensor, grid: int) -> Tensor:
+    """A position table of ``grid`` x ``grid`` patches at another size; any other tensor as it is.
+
+    Absolute tables are (1, grid, grid, C), relative ones (2 grid - 1, C).
+    """
+    if table.shape == like.shape or table.shape[-1:] != like.shape[-1:]:
         return table
-    if table.ndim == 2:
+    if table.ndim == 2 and len(table) == 2 * grid - 1:
         lines = table.float().T[None]
         return functional.interpolate(lines, size=len(like), mode="linear")[0].T.contiguous()
-    if table.shape[0] != 1 or like.shape[0] != 1:
+    if table.shape[:-1] != (1, grid, grid):
         return table
     plane = table.float().permute(0, 3, 1, 2)
     size = (like.shape[1], like.shape[2])
