@@ -28,9 +28,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from snella.files import digest_json
 from snella.records import provenance, write_record
-from snella.runs.identity import backbone_digest, code_key
+from snella.runs.identity import backbone_digest, identity
 from snella.runs.run import Run
 from snella.suite import config as configuration
 from snella.suite import plan
@@ -136,8 +135,6 @@ def write_records(file: Path, scores: bool) -> int:
 
 def record(run: Run, value: float, made: dict[str, Any], scores: bool) -> dict[str, Any]:
     """What :func:`snella.runs.execute.execute` would have recorded, with a number made up."""
-    training, evaluation, merge = code_key(run)
-    assert isinstance(training, dict)
     info = run.task.primary
     return {
         "schema": 2,
@@ -164,11 +161,7 @@ def record(run: Run, value: float, made: dict[str, Any], scores: bool) -> dict[s
         },
         "files": {"adapter.safetensors": "0" * 64, "predictions": "0" * 64},
         "warnings": list(run.notes),
-        "identity": {
-            **training, "run": "0" * 64, "training": "0" * 64, "merge": merge,
-            "evaluation": digest_json(evaluation), "backbone": backbone_digest(run),
-            "data": f"data of {run.dataset.name}",
-        },
+        "identity": identity(run, f"data of {run.dataset.name}", backbone_digest(run)),
         "provenance": made,
     }  # fmt: skip
 

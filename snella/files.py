@@ -21,6 +21,7 @@ from snella.errors import REMEDIES, UserError
 CHUNK = 1 << 24
 OWN = f"{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-"
 """Begins the ending of temporary files of this machine; the process number follows."""
+_canonical = json.JSONEncoder(sort_keys=True).encode
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -183,4 +184,4 @@ def digest_tree(folder: Path) -> str:
 
 def digest_json(content: Any) -> str:
     """SHA-256 of a value's canonical JSON."""
-    return sha256(json.dumps(content, sort_keys=True).encode())
+    return sha256(_canonical(content).encode())

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from snella.errors import UserError
 from snella.jobs import budget, tables
 from snella.jobs.inputs import missing_of
-from snella.jobs.prepare import moved
+from snella.jobs.prepare import inputs_of
 from snella.records import many
 from snella.runs.run import Run
 from snella.suite import plan
@@ -67,10 +67,10 @@ def _print(table: Table, rows: list[list[str]], fixed: int = 1) -> None:
 def run_list(config: Config, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Runs with their state and why."""
     found: list[dict[str, Any]] = []
-    other = moved(config, runs)
+    inputs = inputs_of(config, runs)
     for run in runs:
         try:
-            how = state(run, other)
+            how = state(run, inputs)
             name, reason, record = how.name, how.reason, how.record
         except UserError as error:
             name, reason, record = "damaged", str(error), None  # type: ignore[assignment]

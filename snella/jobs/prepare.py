@@ -17,6 +17,7 @@ from snella.runs.run import Run
 from snella.suite.checks import check_dataset
 from snella.suite.config import Config
 from snella.suite.plan import prepared_folder
+from snella.suite.status import Inputs
 from snella.tasks import find_task
 from snella.tasks.base import DatasetSpec
 
@@ -44,21 +45,22 @@ def prepare_dataset(config: Config, name: str, *, missing_only: bool = False) ->
     return folder
 
 
-def moved(config: Config, runs: Iterable[Run]) -> set[str]:
-    """The data sets of runs whose entry or files are others than those that were prepared.
+def inputs_of(config: Config, runs: Iterable[Run]) -> Inputs:
+    """What runs read, for comparing their records with it.
 
+    Prepared data count as moved if their entry or files are others than those they were made from.
     Another reading code is none of it: whether it reads otherwise shows when it has read. Files
     that are gone are none either, for nothing can be prepared from them.
     """
-    found = set()
+    moved = set()
     for name in {run.dataset.name for run in runs}:
         folder, path = prepared_folder(config, name), config.datasets[name].path
         made = _read(folder.with_name(f".{name}.origin.json"))
         if made is not None and (path is None or Path(path).exists()):
             now = origin_of(config, name)
             if any(made.get(part) != now[part] for part in ("entry", "files")):
-                found.add(name)
-    return found
+                moved.add(name)
+    return Inputs(moved)
 
 
 def warnings_of(folder: Path) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from snella import results
 from snella.errors import UserError, unknown
 from snella.files import atomic
-from snella.jobs.prepare import moved
+from snella.jobs.prepare import inputs_of
 from snella.records import many, read_failure
 from snella.report import (
     Missing,
@@ -29,7 +28,7 @@ from snella.report.write import statistics_texts, versus_texts, write_texts
 from snella.runs.run import Run
 from snella.suite import plan
 from snella.suite.config import Config
-from snella.suite.status import usable
+from snella.suite.status import Inputs, usable
 from snella.tasks import find_task
 
 COMPANIONS = ("cells", "statistics", "ranks", "vs_published")
@@ -108,8 +107,8 @@ def build(config: Config, name: str, stale: bool = False) -> Table:
     config = plan.for_table(config, name)
     spec, methods = _rows(config, name)
     runs = table_runs(config, name)
-    other = moved(config, runs)
-    records = (_read(run, stale, other) for run in runs)  # not all at once
+    inputs = inputs_of(config, runs)
+    records = (_read(run, stale, inputs) for run in runs)  # not all at once
     frame = tidy(records, subsets=spec.subsets)
     others = _others(config, spec)
     return build_table(name, spec, suite_info(config), methods, frame, others=others)
@@ -132,9 +131,9 @@ def table_runs(config: Config, name: str) -> list[Run]:
     return runs
 
 
-def _read(run: Run, stale: bool, other: Collection[str]) -> dict[str, Any] | Missing:
+def _read(run: Run, stale: bool, inputs: Inputs) -> dict[str, Any] | Missing:
     """A run's record; without one that counts, or with a later failure, why the cell is empty."""
-    record, found = usable(run, stale, other)
+    record, found = usable(run, stale, inputs)
     if record is None and found.name == "failed":
         record = read_failure(run.folder)
     if record is None:

@@ -23,9 +23,9 @@ _SHARED: dict[str, Any] = {
     **dict.fromkeys(("backbone", "method", "protocol", "settings", "tasks"), True),
     "dataset": {"task"},
 }
-_Stats = tuple[tuple[Path, int, int], ...]
+Stats = tuple[tuple[Path, int, int], ...]
 _digests: dict[str, str] = {}
-_latest: list[tuple[tuple[object, ...], str]] = []
+_latest: list[tuple[tuple[object, ...], tuple[str, dict[str, str]]]] = []
 
 
 def training_sources(run: Run) -> Sources:
@@ -58,18 +58,18 @@ def prepare_key(task: TaskInfo) -> dict[str, object]:
 
 def settings_digest(run: Run) -> str:
     """SHA-256 of the resolved settings; what a row's runs share of them is digested once."""
-    dataset = run.dataset.model_dump(exclude={"prepared"}, exclude_defaults=True)
-    return digest_json([_shared_digest(run), dataset, run.base_seed, run.seed])
+    return digest_json([*_cell(run), run.base_seed, run.seed])
 
 
-def _shared_digest(run: Run) -> str:
-    """The seeds of a cell follow each other and have these objects in common."""
+def _cell(run: Run) -> tuple[str, dict[str, str]]:
+    """What the seeds of a cell, which follow each other, have in common: settings and data set."""
     parts = (run.backbone, run.method, run.protocol, run.settings, run.dataset, run.tasks)
     if not (_latest and all(a is b for a, b in zip(parts, _latest[0][0], strict=True))):
         key = run.model_dump_json(include=_SHARED)
         if key not in _digests:
             _digests[key] = digest_json(run.shared())
-        _latest[:] = [(parts, _digests[key])]
+        dataset = run.dataset.model_dump(exclude={"prepared"}, exclude_defaults=True)
+        _latest[:] = [(parts, (_digests[key], dataset))]
     return _latest[0][1]
 
 
@@ -101,39 +101,40 @@ def _content(path: Path) -> str:
 
 
 @cache
-def _content_of(path: Path, stats: _Stats) -> str:
+def _content_of(path: Path, stats: Stats) -> str:
     return digest_json([[p.relative_to(path).as_posix(), digest_file(p)] for p, *_ in stats])
 
 
-def stats(path: Path) -> _Stats:
+def stats(path: Path) -> Stats:
     """Size and time of a file, or of all files of a folder."""
     parts = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     found = ((p, p.stat()) for p in parts)
     return tuple((p, s.st_size, s.st_mtime_ns) for p, s in found)
 
 
-def code_key(run: Run) -> list[object]:
+def code_key(run: Run) -> tuple[dict[str, object], dict[str, object], str]:
     """All that a run's job executes: training, scoring, merging."""
-    return [training_key(run), evaluation_key(run), merge_code(run.method.file)]
+    return training_key(run), evaluation_key(run), merge_code(run.method.file)
 
 
 def identity(run: Run, data: str, backbone: str) -> dict[str, object]:
     """All parts of a run's identity, given the digests of its data and of its weights."""
-    training, evaluation = training_key(run), evaluation_key(run)
+    training, evaluation, merge = code_key(run)
     trained = digest_json([training, data, backbone])
-    merge = merge_code(run.method.file)
     scored = digest_json([trained, evaluation, merge])
     return {
+        **code_parts(run),
         "run": scored,
         "training": trained,
-        "evaluation": digest_json(evaluation),
-        "settings": training["settings"],
-        "code": training["code"],
-        "libraries": training["libraries"],
         "data": data,
         "backbone": backbone,
-        "merge": merge,
     }
+
+
+def code_parts(run: Run) -> dict[str, object]:
+    """The parts of :func:`identity` that are known before data and weights are looked at."""
+    training, evaluation, merge = code_key(run)
+    return {**training, "evaluation": digest_json(evaluation), "merge": merge}
 
 
 def backbone_digest(run: Run) -> str:
@@ -149,6 +150,6 @@ def backbone_digest(run: Run) -> str:
 
 
 @cache
-def weights_digest(path: Path, changed: _Stats) -> str:
+def weights_digest(path: Path, changed: Stats) -> str:
     """The same of a file or folder with such :func:`stats`."""
     return file_digest(path)

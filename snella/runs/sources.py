@@ -11,13 +11,15 @@ from __future__ import annotations
 import ast
 import io
 import os
+import re
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
-from importlib.util import find_spec, resolve_name
+from importlib.util import decode_source, find_spec, resolve_name
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TypeGuard
 
@@ -38,6 +40,9 @@ DISTRIBUTIONS = {
     "PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml",
     "segment_anything": "segment-anything", "open_clip": "open_clip_torch",
 }  # fmt: skip
+COMPANION = re.compile(r"""["']([^"'\n]+\.(?:cpp|cu))["']""")
+MARKS = ("#", '"""', "'''", "\\\n")
+"""What a source has wherever it has a comment or a string of several lines."""
 NO_RESULT = frozenset({"rich", "pydantic", "yaml", "typing_extensions"})
 _ALL = "*"
 _Step = tuple["Module", str]
@@ -127,11 +132,11 @@ def _follow(
     """The modules that an import leads to; a library is added to ``libraries``."""
     name = module.absolute(found.module)
     top = name.partition(".")[0]
-    beside = module.file.with_name(f"{top}.py")
     if top in roots:
         return _steps(name, found.name, roots[top])
     if not top or top in sys.stdlib_module_names or top in NO_RESULT:
         return ()
+    beside = module.file.parent / f"{top}.py"
     if _version(top) is None and beside.is_file():  # a helper that the file finds itself
         return ((Module(top, beside), _ALL),)
     libraries.add(top)
@@ -183,9 +188,8 @@ def preload() -> None:
 def _parse(file: Path) -> tuple[ast.Module, list[str]]:
     """A source and its lines; raises ``UserError`` for one that Python would not read."""
     try:
-        tree = ast.parse(file.read_bytes(), str(file))
-        with tokenize.open(file) as stream:
-            return tree, stream.read().split("\n")
+        text = decode_source(file.read_bytes())
+        return ast.parse(text, str(file)), text.split("\n")
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{file} does not import: {one_line(error)}; correct the file.") from error
 
@@ -205,7 +209,8 @@ def _read(file: Path, changed: int, method: bool) -> _Source:
     if method:
         dropped |= _merge_lines(statements)
     names = {name for node in public for name in _public_names(node)}
-    names -= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    if names:
+        names -= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     own, handed = [], {}
     for node in imports:
         for alias in node.names:
@@ -214,13 +219,9 @@ def _read(file: Path, changed: int, method: bool) -> _Source:
                 handed[bound] = _imported(node, alias)
             else:
                 own.append((node, alias))
-    text = "\n".join(
-        (
-            *sorted(_statement(node, alias) for node, alias in own),
-            _normalised(lines, dropped),
-            *_companions(file, tree),
-        )
-    )
+    code = _normalised(tree, lines, dropped)
+    imported = sorted(_statement(node, alias) for node, alias in own)
+    text = "\n".join((*imported, code, *_companions(file, code)))
     return _Source(text, tuple(dict.fromkeys(_imported(*pair) for pair in own)), handed)
 
 
@@ -234,7 +235,7 @@ def _merge_code(file: str, changed: int) -> str:
     tree, lines = _parse(Path(file))
     statements = list(_statements(tree))
     rest = set(range(1, len(lines) + 1)) - _merge_lines(statements)
-    return sha256(_normalised(lines, rest | _docstrings(tree, statements, lines)).encode())
+    return sha256(_normalised(tree, lines, rest | _docstrings(tree, statements, lines)).encode())
 
 
 def _merge_lines(statements: Iterable[ast.AST]) -> set[int]:
@@ -259,9 +260,14 @@ def _statements(tree: ast.AST) -> Iterator[ast.AST]:
     for field in ("body", "orelse", "finalbody", "handlers", "cases"):
         for node in getattr(tree, field, ()):
             yield node
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            if isinstance(node, ast.If) and _name(node.test) == "TYPE_CHECKING":
                 node = ast.Module(node.orelse, [])
             yield from _statements(node)
+
+
+def _name(node: ast.expr) -> str:
+    """The name, or the attribute of a module, that an expression is; empty for any other."""
+    return str(getattr(node, "id", getattr(node, "attr", "")))
 
 
 def _docstrings(tree: ast.Module, statements: Iterable[ast.AST], source: Sequence[str]) -> set[int]:
@@ -285,7 +291,7 @@ def _whole_lines(node: ast.stmt, source: Sequence[str]) -> range:
 
 def _public_names(node: ast.stmt) -> tuple[str, ...]:
     """The names of ``__all__``, where this statement lists them."""
-    if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"):
+    if not (isinstance(node, ast.Assign) and _name(node.targets[0]) == "__all__"):
         return ()
     try:
         return tuple(ast.literal_eval(node.value))
@@ -306,32 +312,50 @@ def _statement(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
     return ast.unparse(ast.ImportFrom(node.module, [alias], node.level))
 
 
-def _companions(file: Path, tree: ast.AST) -> Iterator[str]:
+def _companions(file: Path, code: str) -> Iterator[str]:
     """The digests of the C++ and CUDA sources beside a file that it names."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            beside = file.parent / node.value
-            if node.value.endswith((".cpp", ".cu")) and beside.is_file():
-                yield sha256(beside.read_bytes())
+    for name in COMPANION.findall(code):
+        if (beside := file.parent / name).is_file():
+            yield sha256(beside.read_bytes())
 
 
-def _normalised(source: Sequence[str], dropped: set[int]) -> str:
-    """The source without comments, the lines ``dropped``, trailing space and blank lines.
+def _normalised(tree: ast.Module, source: Sequence[str], dropped: set[int]) -> str:
+    """The source without comments, the lines ``dropped``, trailing space and blank lines."""
+    starts = [*_starts(tree), len(source) + 1]
+    parts = (_stripped(source, range(*pair), dropped) for pair in pairwise(starts))
+    return "\n".join(chain.from_iterable(parts))
 
-    Within a string of several lines space is part of it.
+
+def _starts(tree: ast.Module) -> Iterator[int]:
+    """The lines at which a source can be cut into parts that are whole statements."""
+    yield 1
+    last = 0
+    for node in tree.body:
+        lines = _lines(node)
+        if lines[0] > last:
+            yield lines[0]
+        last = lines[-1]
+
+
+def _stripped(source: Sequence[str], rows: range, dropped: set[int]) -> Iterator[str]:
+    """Some rows of :func:`_normalised`; within a string of several lines space is part of it.
+
+    Only what may have a comment or such a string is taken apart, which takes Python long.
     """
-    lines, strings = list(source), set[int]()
-    for token in tokenize.generate_tokens(io.StringIO("\n".join(source)).readline):
-        (row, column), (end, _) = token.start, token.end
-        if token.type == tokenize.COMMENT:
-            lines[row - 1] = lines[row - 1][:column]
-        elif end > row and token.string.strip():
-            strings.update(range(row, end))
-    numbered = [(n, line) for n, line in enumerate(lines, 1) if n not in dropped]
-    kept = (line if n in strings else line.rstrip() for n, line in numbered)
-    return "\n".join(
-        line for (n, _), line in zip(numbered, kept, strict=True) if line or n in strings
-    )
+    lines, strings = {n: source[n - 1] for n in rows if n not in dropped}, set[int]()
+    text = "\n".join(lines.values())
+    if any(mark in text for mark in MARKS):
+        part = io.StringIO("\n".join(source[rows.start - 1 : rows.stop - 1]))
+        for token in tokenize.generate_tokens(part.readline):
+            first, last = (rows.start - 1 + row for row, _ in (token.start, token.end))
+            if token.type == tokenize.COMMENT and first in lines:
+                lines[first] = lines[first][: token.start[1]]
+            elif last > first and token.string.strip():
+                strings.update(range(first, last))
+    for n, line in lines.items():
+        line = line if n in strings else line.rstrip()
+        if line or n in strings:
+            yield line
 
 
 @cache

@@ -7,15 +7,13 @@ import json
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from snella.errors import UserError
-from snella.files import digest_json
 from snella.models.backbone_files import RANDOM, weights_path
 from snella.records import FINAL, Record, read_failure, read_record
-from snella.runs.identity import code_key, stats, weights_digest
+from snella.runs.identity import Stats, code_parts, stats, weights_digest
 from snella.runs.run import Run
 from snella.tasks.base import Backbone
 
@@ -29,7 +27,6 @@ PARTS = {
     "backbone": "other weights",
 }
 """What a record's identity may differ in from the plan's, in words."""
-_latest: list[tuple[Backbone, Path | None]] = []
 LARGE = 1 << 30
 """Bytes of weights that take seconds to read."""
 
@@ -43,11 +40,49 @@ class State:
     record: Record | None
 
 
-def state(run: Run, moved: Collection[str] = ()) -> State:
+class Inputs:
+    """Data and weights as they lie on the disk, looked at once for all runs that are compared.
+
+    The data sets ``moved`` are no longer what their prepared folders were made from.
+    """
+
+    def __init__(self, moved: Collection[str] = ()) -> None:
+        self._data: dict[str, str | None] = dict.fromkeys(moved, "")
+        self._weights: dict[str, tuple[Path | None, Stats]] = {}
+
+    def data(self, run: Run) -> str | None:
+        """The digest of the prepared data; None where there are none."""
+        name = run.dataset.name
+        if name not in self._data:
+            self._data[name] = _data_digest(run.dataset.prepared)
+        return self._data[name]
+
+    def weights(self, run: Run) -> str | None:
+        """Of the weights; None where they are missing, or large and no younger than the record."""
+        try:
+            path, files = self._files(run.backbone)
+            if path is None:
+                return RANDOM
+            if sum(size for _, size, _ in files) > LARGE:
+                written = os.stat(f"{run.place}/record.json").st_mtime_ns
+                if all(changed < written for *_, changed in files):
+                    return None
+            return weights_digest(path, files) if files else None
+        except (OSError, UserError):
+            return None
+
+    def _files(self, backbone: Backbone) -> tuple[Path | None, Stats]:
+        if backbone.name not in self._weights:
+            path = weights_path(backbone.entry)
+            self._weights[backbone.name] = path, () if path is None else stats(path)
+        return self._weights[backbone.name]
+
+
+def state(run: Run, inputs: Inputs | None = None) -> State:
     """Compare a run's folder with the plan, as the workflow does.
 
-    The data sets ``moved`` are no longer what their prepared folders were made from. Raises
-    :class:`~snella.errors.UserError` for a record that cannot be read or was changed.
+    Many runs share their ``inputs``. Raises :class:`~snella.errors.UserError` for a record that
+    cannot be read or was changed.
     """
     folder = run.place
     record = read_record(folder)
@@ -58,7 +93,7 @@ def state(run: Run, moved: Collection[str] = ()) -> State:
         if broken is None:
             return State("missing", "not run", None)
         return State("failed", f"{broken['status']}: {broken['reason']}", None)
-    differs = differences(run, record, moved)
+    differs = differences(run, record, inputs)
     if differs:
         why = f"made with {' and '.join(differs)}"
         if broken is not None:
@@ -67,16 +102,13 @@ def state(run: Run, moved: Collection[str] = ()) -> State:
     return State("done" if record["status"] == "ok" else "diverged", record["reason"] or "", record)
 
 
-def differences(run: Run, record: Record, moved: Collection[str] = ()) -> list[str]:
+def differences(run: Run, record: Record, inputs: Inputs | None = None) -> list[str]:
     """In which parts a record's identity differs from the plan's, in words."""
     known: dict[str, Any] = record.get("identity") or {}
     if "settings" not in known:
         return ["an earlier version, whose identity cannot be compared"]
-    training, evaluation, merge = code_key(run)
-    assert isinstance(training, dict)
-    planned = {**training, "evaluation": digest_json(evaluation), "merge": merge}
-    data = "" if run.dataset.name in moved else _data_digest(run.dataset.prepared)
-    planned |= {"data": data, "backbone": _weights_digest(run)}
+    inputs = inputs or Inputs()
+    planned = {**code_parts(run), "data": inputs.data(run), "backbone": inputs.weights(run)}
     return [
         words
         for part, words in PARTS.items()
@@ -84,40 +116,11 @@ def differences(run: Run, record: Record, moved: Collection[str] = ()) -> list[s
     ]
 
 
-def _weights_digest(run: Run) -> str | None:
-    """Of the weights; None where they are missing, or large and no younger than the record."""
-    try:
-        path = _weights_path(run.backbone)
-        if path is None:
-            return RANDOM
-        files = stats(path)
-        if sum(size for _, size, _ in files) > LARGE:
-            written = os.stat(f"{run.place}/record.json").st_mtime_ns
-            if all(changed < written for *_, changed in files):
-                return None
-        return weights_digest(path, files) if files else None
-    except (OSError, UserError):
-        return None
-
-
-def _weights_path(backbone: Backbone) -> Path | None:
-    """Where the weights lie; the runs of a suite follow each other and share their backbone."""
-    if not (_latest and _latest[0][0] is backbone):
-        _latest[:] = [(backbone, weights_path(backbone.entry))]
-    return _latest[0][1]
-
-
 def _data_digest(folder: str) -> str | None:
-    manifest = f"{folder}/manifest.json"
     try:
-        return _digest_in(manifest, os.stat(manifest).st_mtime_ns)
+        return str(json.loads(Path(folder, "manifest.json").read_bytes())["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-@cache
-def _digest_in(manifest: str, changed: int) -> str:
-    return str(json.loads(Path(manifest).read_text(encoding="utf-8"))["digest"])
 
 
 def _at_once(path: str, flags: int) -> int:
@@ -148,12 +151,12 @@ def whereabouts(folder: Path | str) -> str:
 
 
 def usable(
-    run: Run, stale: bool = False, moved: Collection[str] = ()
+    run: Run, stale: bool = False, inputs: Inputs | None = None
 ) -> tuple[Record | None, State]:
     """The record that a table may show for a run, and how the run stands.
 
     A stale one counts only where ``stale`` ones are asked for.
     """
-    found = state(run, moved)
+    found = state(run, inputs)
     shown = found.name in ("done", "diverged") or (stale and found.name == "stale")
     return (found.record if shown else None), found
