@@ -72,8 +72,8 @@ def test_a_run_is_found_by_its_folder_its_name_or_parts_of_it(results, monkeypat
             "Did you mean 'smoke/vit-quick/digits/lora-8/seed0'",
         ),
         ("tabel1", "Did you mean 'table1'"),
-        ("../../etc/x", "There is no run"),
-        ("results-of/nobody", "There is no run"),
+        ("../../etc/x", "There is no folder '../../etc/x', and no such run"),
+        ("results-of/nobody", "There is no folder 'results-of/nobody', and no such run"),
     ],
 )
 def test_a_run_that_is_not_there_is_one_line(results, capsys, name, words):

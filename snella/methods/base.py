@@ -266,7 +266,8 @@ def prepare_model(method: Method, model: nn.Module) -> None:
     """
     method.check_supported(model)
     freeze(model)
-    heads, here, kinds = _heads(model), os.getcwd(), {p.dtype for p in model.parameters()}
+    heads, kinds = _heads(model), {p.dtype for p in model.parameters()}
+    here, gradients = os.getcwd(), torch.is_grad_enabled()
     try:
         method.adapt(model)
     except Unsupported:
@@ -279,7 +280,7 @@ def prepare_model(method: Method, model: nn.Module) -> None:
             f"{file}: {type(method).__name__}.adapt does not fit {type(model).__name__}: "
             f"{one_line(error, file)}{_closest_module(model, error)}"
         ) from error
-    _check_left(method, model, here, kinds)
+    _check_left(method, model, kinds, here, gradients)
     marked = bool(trainable(model)) or method.head_only
     for parameter in unused_parameters(model):
         parameter.requires_grad_(False)
@@ -297,10 +298,12 @@ def prepare_model(method: Method, model: nn.Module) -> None:
     _in_single_precision(model)
 
 
-def _check_left(method: Method, model: nn.Module, here: str, kinds: set[torch.dtype]) -> None:
+def _check_left(
+    method: Method, model: nn.Module, kinds: set[torch.dtype], here: str, gradients: bool
+) -> None:
     """Refuse what would make code elsewhere stumble, where the method's file is not named."""
     problem = ""
-    if not torch.is_grad_enabled():
+    if gradients and not torch.is_grad_enabled():
         torch.set_grad_enabled(True)
         problem = "leaves gradients switched off; write `with torch.no_grad():`"
     elif os.getcwd() != here:
