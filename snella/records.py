@@ -192,14 +192,17 @@ def read_file(path: Path | str) -> Record:
 
 
 def _bytes(path: Path | str) -> bytes:
-    """The file's bytes; raises ``OSError`` for what is no regular file, which could block."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is a folder" if stat.S_ISDIR(found.st_mode) else "no regular file")
-    if found.st_size > LARGEST:
-        raise ValueError(f"it has {found.st_size:,} bytes")
-    with open(path, "rb") as file:
-        return file.read()
+    """The file's bytes; raises ``ValueError`` for what is no regular file, without waiting."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is a folder" if stat.S_ISDIR(found.st_mode) else "no regular file")
+        if found.st_size > LARGEST:
+            raise ValueError(f"it has {found.st_size:,} bytes")
+        return os.read(file, found.st_size)
+    finally:
+        os.close(file)
 
 
 def _parsed(text: bytes) -> Any:

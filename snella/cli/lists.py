@@ -224,7 +224,7 @@ def print_datasets(config: Config, as_json: bool = False) -> None:
             "kind": entry.kind,
             "path": entry.path,
             "made": plan.is_made(config, name),
-            "prepared": (plan.prepared_folder(config, name) / "manifest.json").exists(),
+            "prepared": plan.manifest(config, name).exists(),
             "in_suite": name in enabled,
         }
         for name, entry in config.datasets.items()

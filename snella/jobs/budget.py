@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from snella.data.official import OFFICIAL
-from snella.data.prepared import MANIFEST
 from snella.errors import UserError
 from snella.jobs.inputs import missing_of
 from snella.results import read, record_folders
@@ -133,7 +132,7 @@ def budget(config: Config, runs: Sequence[Run], title: str, known: Known, more: 
         size += cost.size if cost is not None else 0
     counts = [len({pick(run) for run in runs}) for pick in (_row, _column, _seed)]
     rows, columns, seeds = map(_count, counts, ("row", "data set", "seed"))
-    ready = sum((plan.prepared_folder(config, name) / MANIFEST).exists() for name in sizes)
+    ready = sum(plan.manifest(config, name).exists() for name in sizes)
     return Budget(
         title=title,
         shape=f"{rows}{more} x {columns} x {seeds}",
@@ -206,8 +205,7 @@ def _typical(group: Sequence[Measured]) -> Measured:
 def split_sizes(config: Config, name: str) -> dict[str, int] | None:
     """Examples per split: as prepared, else as published, else unknown."""
     try:
-        manifest = (plan.prepared_folder(config, name) / MANIFEST).read_text()
-        counts = json.loads(manifest)["counts"]
+        counts = json.loads(plan.manifest(config, name).read_bytes())["counts"]
         return {split: operator.index(count) for split, count in counts.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         official = OFFICIAL.get(str(config.datasets[name].options.get("official")))

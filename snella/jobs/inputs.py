@@ -10,7 +10,7 @@ from snella.files import user_path
 from snella.models.backbone_files import check_entry
 from snella.runs.run import Run
 from snella.suite.config import Config
-from snella.suite.plan import is_made, prepared_folder
+from snella.suite.plan import is_made, manifest
 
 
 def missing(config: Config, datasets: Iterable[str], runs: Iterable[Run]) -> list[str]:
@@ -52,7 +52,7 @@ def missing_of(config: Config, runs: Iterable[Run]) -> list[str]:
 
 def _is_there(config: Config, name: str) -> bool:
     """Whether a data set is prepared, or rendered on demand."""
-    return is_made(config, name) or (prepared_folder(config, name) / "manifest.json").exists()
+    return is_made(config, name) or manifest(config, name).exists()
 
 
 def faulty(config: Config, name: str) -> str:

@@ -140,6 +140,11 @@ def prepared_folder(config: Config, dataset: str) -> Path:
     return Path(config.data) / "prepared" / dataset
 
 
+def manifest(config: Config, dataset: str) -> Path:
+    """The file that is there once a data set is prepared."""
+    return prepared_folder(config, dataset) / "manifest.json"
+
+
 def is_made(config: Config, name: str) -> bool:
     """Whether a data set is rendered or packaged, and so needs no folder of raw files."""
     spec = config.datasets[name]
