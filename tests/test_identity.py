@@ -17,7 +17,7 @@ from PIL import Image
 from report_support import record
 
 from snella.cli import main
-from snella.jobs import tables
+from snella.jobs import budget, page, tables
 from snella.jobs.prepare import prepare_dataset
 from snella.records import write_record
 from snella.runs import execute as running
@@ -493,7 +493,11 @@ def test_plan_notices_that_files_behind_prepared_data_changed(tmp_path, capsys, 
     elif change == "gone":
         shutil.rmtree(raw)
     moved = "stale made with other data"
-    assert planned() == {"image": moved, "path": moved}.get(change, "done")
+    expected = {"image": moved, "path": moved}.get(change, "done")
+    assert planned() == expected
+    (shown,) = page.content(load(path)).runs.values()
+    assert shown.state == expected.split()[0]
+    assert budget.budget(load(path), [run], "mine", {}).done == (expected == "done")
 
 
 def folder_of_images(raw: Path) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 from snella.data.official import OFFICIAL
 from snella.errors import UserError
 from snella.jobs.inputs import missing_of
+from snella.jobs.prepare import inputs_of
 from snella.results import read, record_folders
 from snella.runs.run import Run
 from snella.suite import plan
 from snella.suite.config import Config
 from snella.suite.search import FOLDER
-from snella.suite.status import state
+from snella.suite.status import Inputs, state
 
 FINISHED = ("done", "diverged")
 PAPER = "paper"
@@ -118,7 +119,8 @@ def budget(config: Config, runs: Sequence[Run], title: str, known: Known, more: 
     unmeasured: dict[str, None] = {}
     unsized: dict[str, None] = {}
     sizes = {name: split_sizes(config, name) for name in {run.dataset.name for run in runs}}
-    todo = [run for run in runs if not _finished(run)]
+    inputs = inputs_of(config, runs)
+    todo = [run for run in runs if not _finished(run, inputs)]
     size = 0
     for run in todo:
         cost = known.get((run.backbone.name, run.method.name))
@@ -231,9 +233,9 @@ def _images(run: Run, sizes: Mapping[str, int] | None) -> tuple[int, int] | None
     return train * epochs, looks * looked
 
 
-def _finished(run: Run) -> bool:
+def _finished(run: Run, inputs: Inputs) -> bool:
     try:
-        return state(run).name in FINISHED
+        return state(run, inputs).name in FINISHED
     except UserError:
         return False
 

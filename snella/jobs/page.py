@@ -10,6 +10,7 @@ from snella.errors import UserError
 from snella.files import write_text
 from snella.jobs import tables
 from snella.jobs.figures import examples
+from snella.jobs.prepare import inputs_of
 from snella.report.page import Content, PageRun, PageSuite, PageTable, render
 from snella.report.page.content import RunKey
 from snella.report.published.audit import audit
@@ -19,7 +20,7 @@ from snella.report.table import Table
 from snella.runs.run import Run
 from snella.suite import plan
 from snella.suite.config import Config
-from snella.suite.status import state
+from snella.suite.status import Inputs, state
 
 
 def write_page(config: Config, out: Path, *, stale: bool = False) -> Path:
@@ -43,10 +44,11 @@ def content(config: Config, *, stale: bool = False) -> Content:
             planned = _runs(own, name)
             if not any(_started(run) for run in planned):
                 continue
+            inputs = inputs_of(own, planned)
             for run in planned:
                 key = run.suite, run.method.name, run.dataset.name, run.seed
                 if key not in runs:
-                    runs[key] = _page_run(own, run)
+                    runs[key] = _page_run(own, run, inputs)
             try:
                 shown.append(_table(own, name, stale))
             except UserError as error:
@@ -89,10 +91,10 @@ def _started(run: Run) -> bool:
     return any((run.folder / file).exists() for file in (*results.NAMES, "config.json"))
 
 
-def _page_run(config: Config, run: Run) -> PageRun:
+def _page_run(config: Config, run: Run, inputs: Inputs) -> PageRun:
     entry, data = config.methods[run.method.name], config.datasets[run.dataset.name]
     try:
-        how = state(run)
+        how = state(run, inputs)
         name, why = str(how.name), how.reason
         details = describe(run.folder, check=False) if _started(run) else None
     except UserError as error:
