@@ -305,6 +305,22 @@ def test_selection_without_a_window_or_with_full_buckets(long_rows: None) -> Non
     check_selection(matrix, [2000])
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@pytest.mark.parametrize("kept", [1, 3, 5997, 5999])
+def test_few_entries_kept_or_dropped_need_no_search(
+    kept: int, long_rows: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that lose the competition keep few entries, in every step; a search takes long."""
+    from snella.backends.triton import selection
+
+    def search(*_: Any) -> None:
+        raise AssertionError("searches the whole matrix")
+
+    monkeypatch.setattr(selection, "_search", search)
+    torch.manual_seed(0)
+    check_selection(torch.randn(1, 1, 6000), [kept])
+
+
 @on_device
 @settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -543,17 +559,17 @@ def test_compiled_by_torch() -> None:
         torch.testing.assert_close(mine, reference, rtol=1e-2, atol=scale)
 
 
-TYPES = {"workspace": "*i32", "done": "*i32", "selection": "*i32", "budgets": "*i64"}
+TYPES = {"done": "*i32", "selection": "*i32", "budgets": "*i64"}
 TYPES |= {"scale": "fp32"}
 HALVES = ("out", "dense", "base", "a", "b", "scalars", "grad_a", "grad_b", "grad_scalars")
 NUMBERS = {"inputs", "outputs", "height", "splits", "total"}
-NUMBERS |= {"size_a", "size_b", "column_blocks", "row_blocks"}
+NUMBERS |= {"size_a", "size_b", "column_blocks", "row_blocks", "before"}
 RECIPES = {
     "mix-k": {"PIECES": 2, "COORDINATES": 4, "MIXED": 1, "TEMPERATURE": 0, "LEARNED": 1},
     "released": {"PIECES": 2, "COORDINATES": 4, "MIXED": 1, "TEMPERATURE": 1, "LEARNED": 0},
     "linear": {"PIECES": 1, "COORDINATES": 9, "MIXED": 0, "TEMPERATURE": 0, "LEARNED": 1},
 }
-ABSENT = {"budgets": None, "workspace": None, "done": None}
+ABSENT = {"budgets": None, "done": None}
 
 
 SMALL = {"ROWS": 16, "COLUMNS": 16}  # the code is the same, and compiled in less time
@@ -564,13 +580,12 @@ def combinations() -> Iterator[tuple[str, dict[str, Any]]]:
     without_base: tuple[dict[str, Any], ...] = ({}, {"base": None})
     for name, recipe in RECIPES.items():
         mixed = bool(recipe["MIXED"])
-        weighted = {} if mixed else {"weighted": None}
         dense = {} if mixed else {"dense": None, "weighted": None}
         yield "prepare", recipe
         yield "merge", recipe | {"CAPACITY": 64}
         for form in ("released",) if name == "released" else ("paper", "none"):
             sparse = {"FORM": form} | ({"selection": None} if form == "none" else {})
-            yield "contract", recipe | weighted | sparse
+            yield "contract", recipe | sparse
             for base in without_base:
                 yield "apply", recipe | dense | sparse | {"work": None} | base
                 if mixed:  # without ∂L/∂x

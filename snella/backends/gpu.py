@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snella.backends.update import Found, Gradients, Update, new_tensor
+from snella.backends.update import Found, Gradients, Update
 from snella.equations.kernels import Kernel
 
 SELECTION_TYPE = torch.int32
@@ -126,19 +126,17 @@ class Launch:
         known = self.compiled.get(key)
         try:
             if known is not None:
-                run, function, metadata, constants = known
+                run, place, rest = known
                 pointers = [t.data_ptr() if isinstance(t, Tensor) else t for t in tensors]
-                run(
-                    *(*self.grid, stream, function, metadata, None, None, None),
-                    *(*pointers, *self.numbers, *constants),
-                )
+                run(*self.grid, stream, *place, *pointers, *rest)
                 return
             kernel = getattr(_kernels(), self.name)
             arguments = *tensors, *self.numbers
             compiled = kernel[self.grid](*arguments, **self.constants, **self.options)
             if stream is not None and hasattr(compiled, "packed_metadata"):
-                parts = compiled.run, compiled.function, compiled.packed_metadata
-                self.compiled[key] = *parts, tuple(self.constants.values())
+                place = compiled.function, compiled.packed_metadata, None, None, None
+                rest = *self.numbers, *self.constants.values()
+                self.compiled[key] = compiled.run, place, rest
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -163,18 +161,16 @@ class Plan:
         self.splits, self.height = self._walk("prepare")
         self.parts = 2 * self.splits * slices * inputs
         self.apply_splits, self.apply_height = self._walk("apply")
-        self.weighted = self.apply_splits * slices * inputs
-        # Floats: the merged matrices, and behind them the parts of columns.
-        self.matrices = slices * self.total
-        self.work = self.matrices + self.parts
-        # Integers.
+        self.weighted = self.apply_splits * slices * inputs if self.mixed else 0
         # A bucket holds a two-thousandth of a twelfth of the entries, more where they are dense.
         self.capacity = 1024 if self.total <= 2**22 else 2048
-        self.workspace = slices * (HEADER + BUCKETS * self.capacity)
+        # Floats: the merged matrices, the parts of columns, and room for the selection's integers.
+        self.unsorted = slices * self.total + self.parts
+        self.work = self.unsorted + slices * (HEADER + BUCKETS * self.capacity)
         self.sizes = kernel.rank * inputs, kernel.rank * outputs
         self.wide, self.tall = self._blocks("contract")[:2]
         shares = self.tall * self.sizes[0] + self.wide * self.sizes[1]
-        self.shares = slices * (shares + self.wide * self.tall * self.scalars)
+        self.shares = self.weighted + slices * (shares + self.wide * self.tall * self.scalars)
 
     def _walk(self, name: str) -> tuple[int, int]:
         """Parts of a column, and rows of a part."""
@@ -234,7 +230,8 @@ class Plan:
         programs = sum(math.ceil(size / GATHER) for size in self.sizes)
         grid = programs + math.ceil(self.scalars / 8), self.slices, 1
         constants = {"SCALARS": self.scalars, "BLOCK": GATHER}
-        return Launch("gather", grid, (*self.sizes, self.wide, self.tall), constants)
+        numbers = *self.sizes, self.wide, self.tall, self.weighted
+        return Launch("gather", grid, numbers, constants)
 
 
 @lru_cache(maxsize=1024)
@@ -280,9 +277,10 @@ def _key(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def found_like(update: Update, a: Tensor, b: Tensor) -> Found:
     """Uninitialised memory for what ``effective_weight`` finds."""
-    rows = update.kernel.rank + 2
-    selection = new_tensor(a, 4, a.shape[0], dtype=SELECTION_TYPE)
-    return Found(selection, new_tensor(a, a.shape[0], rows, a.shape[2]))
+    slices, _, inputs, _ = a.shape
+    selection = torch.empty(4, slices, dtype=SELECTION_TYPE, device=a.device)
+    shape = slices, update.kernel.rank + 2, inputs
+    return Found(selection, torch.empty(shape, dtype=torch.float32, device=a.device))
 
 
 def budgets_of(found: Found) -> Tensor:
@@ -307,7 +305,8 @@ def effective_weight(
     a, b, scalars = a.contiguous(), b.contiguous(), scalars.contiguous()
     base = None if weight is None else weight.contiguous()
     found = found_like(update, a, b)
-    work = torch.empty(plan.work, dtype=torch.float32, device=device)
+    size = plan.unsorted if update.form == "none" else plan.work
+    work = torch.empty(size, dtype=torch.float32, device=device)
     out = torch.empty(slices * plan.outputs, inputs, dtype=dtype, device=device)
     with _on(device):
         start: dict[str, Any] = {
@@ -315,18 +314,15 @@ def effective_weight(
             "stream": _stream(device),
         }
         if update.form == "none":
-            nothing = None, found.constants, work, None, None
-            plan.prepare(a, b, scalars, *nothing, **start)
+            plan.prepare(a, b, scalars, None, found.constants, work, None, **start)
             absent = None, base, out, None, None
             plan.apply_first(b, scalars, found.constants, work, *absent, update.scale, **start)
             return out, found
         if budgets.device != device:
             budgets = budgets.to(device)
-        workspace = torch.empty(plan.workspace, dtype=torch.int32, device=device)
-        shared = found.constants, work
-        plan.prepare(a, b, scalars, budgets, *shared, workspace, _counter(a, slices), **start)
-        places = workspace, found.selection
-        plan.merge(b, scalars, budgets, *shared, *places, **start)
+        rest = budgets, found.constants, work
+        plan.prepare(a, b, scalars, *rest, _counter(a, slices), **start)
+        plan.merge(b, scalars, *rest, found.selection, **start)
         plan.finish(work, found.selection, base, out, update.scale, **start)
     return out, found
 
@@ -350,11 +346,9 @@ def contract(
     base = None if weight is None else weight.contiguous()
     dense = dense.contiguous()
     selection = None if update.form == "none" else found.selection
-    out = weighted = None
+    out = None
     if needs_effective:
         out = torch.empty(slices * plan.outputs, inputs, dtype=dtype, device=device)
-    if plan.mixed:
-        weighted = torch.empty(plan.weighted, dtype=torch.float32, device=device)
     parts = torch.empty(plan.shares, dtype=torch.float32, device=device)
     gradients = torch.empty_like(a), torch.empty_like(b), torch.empty_like(scalars)
     with _on(device):
@@ -362,11 +356,11 @@ def contract(
         start: dict[str, Any] = {"key": key, "stream": _stream(device)}
         function = b, scalars, found.constants
         if plan.mixed:
-            places = selection, base, out, dense, weighted
+            places = selection, base, out, dense, parts
             plan.apply(*function, None, *places, update.scale, **start)
         elif out is not None:
             absent = None, None
             plan.apply(*function, None, selection, base, out, *absent, update.scale, **start)
-        plan.contract(*function, selection, dense, weighted, parts, update.scale, **start)
+        plan.contract(*function, selection, dense, parts, update.scale, **start)
         plan.gather(parts, selection, *gradients, **start)
     return out, gradients

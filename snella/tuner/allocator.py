@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snella.equations.allocation import Importance, Schedule, allocate, allocate_released
 from snella.equations.sparsify import budget_from_sparsity
@@ -177,7 +177,8 @@ class Allocator:
                 return
             raise UserError(NO_GRADIENTS)
         left_out = self.watch.on_step_end(grads)
-        self.late -= {i // 2 for i, grad in enumerate(grads) if grad is not None}
+        if self.late:
+            self.late -= {i // 2 for i, grad in enumerate(grads) if grad is not None}
         factors = values(factors)
         self._follow(factors)
         if self.config.score == "sensitivity":
@@ -325,8 +326,15 @@ def _factors(layers: list[SnellaLayer], name: str) -> list[Tensor]:
 
 def values(tensors: list[Tensor]) -> list[Tensor]:
     """Plain tensors, whole where ``fully_shard`` has left a part of each on every process."""
-    plain = [tensor.detach() for tensor in tensors]
-    return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in plain]
+    return [t.detach() if type(t) in _PLAIN else _whole(t.detach()) for t in tensors]
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
 
 
 def trains(layer: SnellaLayer, name: str) -> bool:

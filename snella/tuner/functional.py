@@ -46,7 +46,7 @@ def _backward(
         dense = torch.mm(flat.mT, rows, out=buffer)
     grad_weight = dense.to(weight.dtype, copy=True) if needs[1] and weight is not None else None
     effective, grads = contract(update, found, dense, weight, *tensors, needs[0], grad.dtype)
-    grad_x = None if effective is None else grad @ effective
+    grad_x = None if effective is None else torch.mm(flat, effective).view_as(x)
     return grad_x, grad_weight, flat.sum(0) if needs[2] else None, *_like(grads, tensors)
 
 

@@ -146,9 +146,7 @@ class SnellaLayer(BaseTunerLayer):
     def _watch(self, adapter_name: str) -> None:
         """Note a forward pass in training, for an adapter whose allocation needs the hooks."""
         allocator = self.allocators.get(adapter_name)
-        if allocator is None or not allocator.config.allocation:
-            return
-        if self.snella_A[adapter_name].requires_grad:
+        if allocator is not None and allocator.config.allocation:
             allocator.watch.on_forward(self, adapter_name)
 
     def set_scale(self, adapter: str, scale: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -145,11 +146,12 @@ class SnellaLinear(nn.Module, SnellaLayer):
 
     def _live_adapters(self) -> list[str]:
         """Adapters that act now, apart from those merged into the frozen weight."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
+        if self._disable_adapters or self.merged_adapters:
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
             return []
-        if torch._C._is_tracing():
+        # torch 2.11's compiler cannot look into the second.
+        if not torch.compiler.is_compiling() and torch._C._is_tracing():
             raise UserError(
                 "torch.jit.trace cannot follow SNELLA's operations: merge the adapter first "
                 "(merge_and_unload), or use torch.export."
@@ -158,28 +160,34 @@ class SnellaLinear(nn.Module, SnellaLayer):
 
     def _folds(self, names: list[str]) -> bool:
         """Whether one plain matrix does: no gradient for W or the update, and no dropout on it."""
-        if torch.compiler.is_compiling() or any(self._drops(name) for name in names):
+        if torch.compiler.is_compiling():
             return False
-        tensors = [tensor for name in names for tensor in self._tensors(name)]
-        if any(map(is_functorch_wrapped_tensor, tensors)):
-            return False  # which is refused
         if torch.is_grad_enabled():
-            tensors += [
-                self._base_matrix(),
-                *(g for n in names if (g := self._gate(n)) is not None),
-            ]
-            return not any(tensor.requires_grad for tensor in tensors)
-        # Training without gradients is a checkpointed forward; keeping matrices would undo it.
-        return not self.training
+            if any(tensor.requires_grad for tensor in self._learned(names)):
+                return False
+        elif self.training:
+            return False  # a checkpointed forward; keeping matrices would undo it
+        if any(map(is_functorch_wrapped_tensor, self._learned(names))):
+            return False  # which is refused
+        return not any(self._drops(name) for name in names)
+
+    def _learned(self, names: list[str]) -> Iterator[Tensor]:
+        """What may need a gradient; factors first, as one that does often answers the question."""
+        for name in names:
+            yield from self._tensors(name)[:3]
+            gate = self._gate(name)
+            if gate is not None:
+                yield gate
+        yield self._base_matrix()
 
     def _drops(self, name: str) -> bool:
-        config = self.settings[name]
-        return self.training and bool(self._dropout_rate(name) or config.drop_path)
+        return self.training and bool(self.settings[name].drop_path or self._dropout_rate(name))
 
     def _dropout_rate(self, name: str) -> float:
         config = self.settings[name]
-        exempt = any(f".{self.key}".endswith(f".{name}") for name in config.no_dropout)
-        return 0.0 if exempt else float(config.dropout or 0)
+        if not config.dropout or any(f".{self.key}".endswith(f".{n}") for n in config.no_dropout):
+            return 0.0
+        return float(config.dropout)
 
     def _dropout(self, x: Tensor, name: str) -> Tensor:
         return F.dropout(x, self._dropout_rate(name), self.training)
@@ -277,12 +285,12 @@ class SnellaLinear(nn.Module, SnellaLayer):
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling a linear layer does no more than ``F.linear`` with its weight and bias."""
-    if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:
+    own = layer.__dict__
+    if type(layer).forward is not nn.Linear.forward or "forward" in own:
         return False
-    if any(getattr(layer, name) for name in _HOOKS):
-        return False
-    return not any(getattr(torch_module, f"_global{name}") for name in _HOOKS)
+    return not any(own[name] for name in _HOOKS) and not any(_GLOBAL_HOOKS)

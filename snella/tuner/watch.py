@@ -62,19 +62,21 @@ class Watch:
         self.left_out: Tensor | None = None  # above 0: optimizers left S out, since the last H
 
     def on_forward(self, layer: Any, name: str) -> None:
-        """F of a layer whose adapter of this name trains."""
-        self.forward = self.forwards_ever = True
-        self.know(layer, name)
+        """F of a layer with this adapter."""
+        factor = _factor(layer, name)
+        if factor is not None and factor.requires_grad:
+            self.forward = self.forwards_ever = True
+            self.know(layer, name)
 
     def know(self, layer: Any, name: str) -> None:
         """Of this factor the optimizer steps are counted."""
-        factor = layer.snella_A[name]
-        known = _watched.get(id(factor))
+        key = id(_factor(layer, name))
+        known = _watched.get(key)
         if known is None or known[2] is not self or known[0]() is not layer:
             if len(_watched) > _MANY:
-                for key in [key for key, (alive, _, _) in _watched.items() if alive() is None]:
-                    del _watched[key]
-            _watched[id(factor)] = weakref.ref(layer), name, self
+                for old in [key for key, (alive, _, _) in _watched.items() if alive() is None]:
+                    del _watched[old]
+            _watched[key] = weakref.ref(layer), name, self
 
     def on_step(self, optimizer: Optimizer, grads: list[Tensor]) -> None:
         """S of an optimizer that holds factors with these gradients; raises ``UserError``."""
@@ -160,7 +162,13 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _holds(known: tuple[weakref.ref[Any], str, Watch], parameter: Tensor) -> bool:
     layer, name = known[0](), known[1]
-    return layer is not None and name in layer.snella_A and layer.snella_A[name] is parameter
+    return layer is not None and _factor(layer, name) is parameter
+
+
+def _factor(layer: Any, name: str) -> Tensor | None:
+    """A of this adapter. Not by attributes: modules look those up slowly, at every layer."""
+    found: Tensor | None = layer.__dict__["_modules"]["snella_A"].__dict__["_parameters"].get(name)
+    return found
 
 
 register_optimizer_step_post_hook(_after_step)

@@ -31,7 +31,7 @@ def _column_sums(parts, columns, inputs, splits, stride):
 
 @triton.jit
 def contract(
-    b, scalars, constants, selection, dense, weighted, parts,
+    b, scalars, constants, selection, dense, parts,
     scale, inputs, outputs, splits,
     PIECES: tl.constexpr, COORDINATES: tl.constexpr,
     MIXED: tl.constexpr, TEMPERATURE: tl.constexpr, LEARNED: tl.constexpr,
@@ -40,12 +40,14 @@ def contract(
     """Each block's share of the gradients; not written where nothing survives.
 
     With R = c_p ∂L/∂D / d_p, ∂L/∂A_i = A_i Σ_o R_oi − Σ_o R_oi B_o and ∂L/∂B_o = B_o Σ_i R_oi −
-    Σ_i R_oi A_i, skinny matrix products in full single precision. parts: of A, (blocks of rows,
-    *a.shape); of B, (blocks of columns, *b.shape); of the scalars, (all blocks, slices, K). Grid:
-    (blocks of columns, of rows, slices).
+    Σ_i R_oi A_i, skinny matrix products in full single precision. parts: what ``apply`` found, for
+    mix-k; then of A, (blocks of rows, *a.shape); of B, (blocks of columns, *b.shape); of the
+    scalars, (all blocks, slices, K). Grid: (blocks of columns, of rows, slices).
     """
     s, slices = tl.program_id(2), tl.num_programs(2)
     total = inputs * outputs
+    weighted = parts
+    parts += MIXED * splits * slices * inputs
     if is_alive(selection, s, slices):
         size_a, size_b = PIECES * inputs * COORDINATES, PIECES * outputs * COORDINATES
         b += s * size_b
@@ -140,10 +142,11 @@ def _sum_parts(
 @triton.jit
 def gather(
     parts, selection, grad_a, grad_b, grad_scalars,
-    size_a, size_b, column_blocks, row_blocks,
+    size_a, size_b, column_blocks, row_blocks, before,
     SCALARS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum every block's share; sizes are those of a slice. Grid: (blocks, slices)."""
+    """Sum every block's share, from ``before`` on; sizes are a slice's. Grid: (blocks, slices)."""
+    parts += before
     block, s, slices = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     blocks_a, blocks_b = tl.cdiv(size_a, BLOCK), tl.cdiv(size_b, BLOCK)
     alive = is_alive(selection, s, slices)

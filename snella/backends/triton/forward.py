@@ -20,7 +20,7 @@ from snella.backends.triton.evaluate import (
     scalars_of,
     turned_of,
 )
-from snella.backends.triton.selection import choose_window, count, select
+from snella.backends.triton.selection import choose_window, count, select, workspace_of
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _column_part(
 
 @triton.jit
 def prepare(
-    a, b, scalars, budgets, constants, work, workspace, done, inputs, outputs, height,
+    a, b, scalars, budgets, constants, work, done, inputs, outputs, height,
     PIECES: tl.constexpr, COORDINATES: tl.constexpr,
     MIXED: tl.constexpr, TEMPERATURE: tl.constexpr, LEARNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -86,8 +86,8 @@ def prepare(
     """Turn A, and find shift and Σ exp of ``height`` rows of some columns.
 
     With budgets also clear the workspace and choose the window. done: (slices) zeros, and so they
-    stay. work: floats, the merged matrices, then parts for ``combined_columns``. Grid: (blocks of
-    columns, splits, slices).
+    stay. work: floats, the merged matrices, then parts for ``combined_columns``, then the workspace
+    of ``selection``. Grid: (blocks of columns, splits, slices).
     """
     block, split, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, slices = tl.num_programs(1), tl.num_programs(2)
@@ -95,11 +95,12 @@ def prepare(
     total = inputs * outputs
     parts = work + slices * total
     dropped = rank_of(budgets, s, total)
-    if workspace is not None:
+    if budgets is not None:
+        workspace = workspace_of(work, total, inputs, splits, slices)
         header = workspace + s * 2064
-        for start in range(0, 2052, programs * 256):
+        for start in range(0, 2053, programs * 256):
             word = start + (split * tl.num_programs(0) + block) * 256 + tl.arange(0, 256)
-            tl.store(header + word, 0, word < 2052)
+            tl.store(header + word, 0, word < 2053)
     a += s * PIECES * inputs * COORDINATES
     b += s * PIECES * outputs * COORDINATES
     scalars = scalars_of(scalars, s, PIECES, MIXED, TEMPERATURE, LEARNED)
@@ -134,7 +135,7 @@ def prepare(
 
 @triton.jit
 def merge(
-    b, scalars, budgets, constants, work, workspace, selection,
+    b, scalars, budgets, constants, work, selection,
     inputs, outputs, splits,
     PIECES: tl.constexpr, COORDINATES: tl.constexpr,
     MIXED: tl.constexpr, TEMPERATURE: tl.constexpr, LEARNED: tl.constexpr,
@@ -144,6 +145,7 @@ def merge(
     column, row, s = tl.program_id(0) * COLUMNS, tl.program_id(1) * ROWS, tl.program_id(2)
     slices, total = tl.num_programs(2), inputs * outputs
     dropped = rank_of(budgets, s, total)
+    workspace = workspace_of(work, total, inputs, splits, slices)
     header = workspace + s * 2064
     buckets = workspace + slices * 2064 + s.to(tl.int64) * 2048 * CAPACITY
     merged, parts = work + s.to(tl.int64) * total, work + slices * total

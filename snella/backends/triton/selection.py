@@ -6,9 +6,9 @@ buckets, by the bits of their magnitudes, which order as integers. The program o
 last finds the threshold in one bucket. Should the guess be wrong, or a bucket overflow, it searches
 the whole matrix instead: the sample decides on time only.
 
-Workspace of a slice, integers: 2048 counts; entries below; programs done; the window's low end and
-the binary logarithm of a bucket's width; up to 2064, free. After all slices' 2064, the buckets:
-(slices, 2048, CAPACITY) flat indices.
+Workspace of a slice, integers behind the floats of ``work``: 2048 counts; entries below; programs
+done; the window's low end, the binary logarithm of a bucket's width and the number of buckets; up
+to 2064, free. After all slices' 2064, the buckets: (slices, 2048, CAPACITY) flat indices.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ import triton
 import triton.language as tl
 
 from snella.backends.triton.evaluate import bits_of, combined_columns, evaluate
+
+
+@triton.jit
+def workspace_of(work, total, inputs, splits, slices):
+    """All slices' workspace, behind the merged matrices and the parts of columns."""
+    place = work + slices * total.to(tl.int64) + 2 * splits * slices * inputs
+    return place.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
@@ -32,9 +39,9 @@ def _value_of_rank(values, used, rank, start, width_bits):
 
 @triton.jit
 def _values_of_ranks(values, first, last):
-    """Lower bounds of the values of two ranks, to 2^7, in one search."""
+    """Lower bounds of the values of two ranks, to 2^14, in one search."""
     low, high = 0, 0
-    for i in range(24):
+    for i in range(17):
         step = 1 << (30 - i)
         below = (values < low + step).to(tl.int32) + 65536 * (values < high + step).to(tl.int32)
         below = tl.sum(below)
@@ -51,7 +58,8 @@ def choose_window(
 ):  # fmt: skip
     """Write the slice's window: 3.6 standard deviations around the rank in the sample.
 
-    The sample lies where the buckets will be.
+    Where that reaches an end of the sample, the window goes on by 12 octaves below or 2 above, as
+    few entries are that small or that large. The sample lies where the buckets will be.
     """
     total = inputs * outputs
     stride = (total // 2048) | 1
@@ -73,11 +81,16 @@ def choose_window(
     first = tl.maximum(middle - spread, 1.0).to(tl.int32)
     last = tl.minimum(middle + spread, 2048.0).to(tl.int32)
     low, high = _values_of_ranks(bits, first, last)
-    shift = 0
+    if middle - spread < 1:
+        low = tl.maximum(low - (12 << 23), 0)
+    if middle + spread > 2048:
+        high = tl.minimum(high + (2 << 23), 0x7F800000)
+    width, shift = high - low + (1 << 14), 0
     for i in range(20):
-        shift = tl.where((2048 << shift) < high - low + 128, i + 1, shift)
+        shift = tl.where((2048 << shift) < width, i + 1, shift)
     tl.store(header + 2050, low)
     tl.store(header + 2051, shift)
+    tl.store(header + 2052, tl.minimum((width >> shift) + 1, 2048))
 
 
 @triton.jit
@@ -87,7 +100,7 @@ def count(header, buckets, bits, flat, inside, CAPACITY: tl.constexpr):
     below = tl.sum((inside & (bits < low)).to(tl.int32))
     tl.atomic_add(header + 2048, below, sem="relaxed")
     bucket = (bits - low) >> shift
-    listed = inside & (bits >= low) & (bucket < 2048)
+    listed = inside & (bits >= low) & (bucket < tl.load(header + 2052))
     bucket = tl.where(listed, bucket, 0)
     slot = tl.atomic_add(header + bucket, 1, listed, sem="relaxed")
     tl.store(buckets + bucket * CAPACITY + slot, flat, listed & (slot < CAPACITY))
