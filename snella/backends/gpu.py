@@ -29,8 +29,8 @@ SELECTION_TYPE = torch.int32
 # Rows, columns and warps of a program, by kernel: the fastest of several on an H100. prepare and
 # apply walk down their columns, which are split until there are PROGRAMS.
 BLOCKS = {
-    "prepare": (64, 32, 8),
-    "merge": (32, 64, 4),
+    "prepare": (128, 32, 8),
+    "merge": (32, 64, 8),
     "apply": (64, 32, 4),
     "contract": (32, 32, 1),
 }
@@ -172,6 +172,12 @@ class Plan:
         shares = self.tall * self.sizes[0] + self.wide * self.sizes[1]
         self.shares = self.weighted + slices * (shares + self.wide * self.tall * self.scalars)
 
+        self.variants: dict[Any, int] = {}
+
+    def variant(self, *kinds: Any) -> int:
+        """A number for what may differ between tensors of one shape, quicker to look up."""
+        return self.variants.setdefault(kinds, len(self.variants))
+
     def _walk(self, name: str) -> tuple[int, int]:
         """Parts of a column, and rows of a part."""
         rows, columns, _ = BLOCKS[name]
@@ -272,7 +278,7 @@ def _stream(device: torch.device) -> int | None:
 
 def _key(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The types and alignment of tensors that come from elsewhere."""
-    return tuple(None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors)
+    return tuple([None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors])
 
 
 def found_like(update: Update, a: Tensor, b: Tensor) -> Found:
@@ -310,7 +316,7 @@ def effective_weight(
     out = torch.empty(slices * plan.outputs, inputs, dtype=dtype, device=device)
     with _on(device):
         start: dict[str, Any] = {
-            "key": (*_key(a, b, scalars, base, budgets), dtype, device.index),
+            "key": plan.variant(*_key(a, b, scalars, base, budgets), dtype, device.index),
             "stream": _stream(device),
         }
         if update.form == "none":
@@ -352,8 +358,8 @@ def contract(
     parts = torch.empty(plan.shares, dtype=torch.float32, device=device)
     gradients = torch.empty_like(a), torch.empty_like(b), torch.empty_like(scalars)
     with _on(device):
-        key = *_key(a, b, scalars, base, dense), dtype, needs_effective, device.index
-        start: dict[str, Any] = {"key": key, "stream": _stream(device)}
+        kinds = *_key(a, b, scalars, base, dense), dtype, needs_effective, device.index
+        start: dict[str, Any] = {"key": plan.variant(*kinds), "stream": _stream(device)}
         function = b, scalars, found.constants
         if plan.mixed:
             places = selection, base, out, dense, parts

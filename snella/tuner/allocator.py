@@ -321,7 +321,7 @@ class Allocator:
 
 def _factors(layers: list[SnellaLayer], name: str) -> list[Tensor]:
     """A and B of every layer, in a fixed order."""
-    return [p for layer in layers for p in (layer.snella_A[name], layer.snella_B[name])]
+    return [factor for layer in layers for factor in layer._tensors(name)[:2]]
 
 
 def values(tensors: list[Tensor]) -> list[Tensor]:

@@ -113,8 +113,18 @@ class SnellaLayer(BaseTunerLayer):
 
     def _gate(self, adapter_name: str) -> Tensor | None:
         """The learned factor on S of every slice, of adapters that start at the identity."""
-        gates = self.snella_gate
-        return gates[adapter_name] if adapter_name in gates else None  # noqa: SIM401  no .get
+        return self._part("snella_gate", adapter_name)
+
+    def _part(self, container: str, adapter_name: str) -> Tensor | None:
+        """A parameter of an adapter.
+
+        Not by attributes: modules look those up slowly, which at every layer and step adds up.
+        """
+        own = self.__dict__["_modules"][container].__dict__
+        if adapter_name not in own["_keys"]:
+            return None
+        found: Tensor | None = own["_parameters"].get(adapter_name)
+        return own[adapter_name] if found is None else found  # FSDP leaves plain attributes
 
     def _per_output(self, values: Tensor) -> Tensor:
         """(slices,) to (out,)."""
@@ -122,12 +132,12 @@ class SnellaLayer(BaseTunerLayer):
 
     def _tensors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A, B, scalars and budgets."""
-        # Not by attributes: modules look those up slowly, which at every layer and step adds up.
-        own: Any = self.__dict__["_modules"]
-        a, b = own["snella_A"][adapter_name], own["snella_B"][adapter_name]
-        scalars = own["snella_scalars"]
-        values = scalars[adapter_name] if adapter_name in scalars else a.new_zeros(0)
-        return a, b, values, own["snella_budget"][adapter_name]
+        a, b = self._part("snella_A", adapter_name), self._part("snella_B", adapter_name)
+        if a is None or b is None:
+            raise KeyError(adapter_name)
+        scalars = self._part("snella_scalars", adapter_name)
+        budgets = self.__dict__["_modules"]["snella_budget"][adapter_name]
+        return a, b, a.new_zeros(0) if scalars is None else scalars, budgets
 
     def _update(self, adapter_name: str) -> Update:
         """The choices that make the adapter's function."""

@@ -48,7 +48,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
             return self._forward(names, *args, **kwargs)
 
     def _forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        base = self.base_layer
+        base = self.__dict__["_modules"]["base_layer"]  # see ``_part``
         absent = self._hidden()
         if not absent and self._folds(names):
             weight = self._fold(names)
@@ -86,7 +86,8 @@ class SnellaLinear(nn.Module, SnellaLayer):
     def _hidden(self) -> bool:
         """Whether the frozen weight cannot be read: offloaded until the base layer is called, or
         quantised."""
-        return self.base_layer.weight.is_meta or self.quantization_backend is not None
+        base = self.__dict__["_modules"]["base_layer"]
+        return base.weight.is_meta or self.quantization_backend is not None
 
     def _base_matrix(self) -> Tensor:
         """The frozen weight as a matrix (out, in)."""
@@ -156,7 +157,7 @@ class SnellaLinear(nn.Module, SnellaLayer):
                 "torch.jit.trace cannot follow SNELLA's operations: merge the adapter first "
                 "(merge_and_unload), or use torch.export."
             )
-        return [name for name in self.active_adapters if name in self.snella_A]
+        return [name for name in self.active_adapters if self._part("snella_A", name) is not None]
 
     def _folds(self, names: list[str]) -> bool:
         """Whether one plain matrix does: no gradient for W or the update, and no dropout on it."""

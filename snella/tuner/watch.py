@@ -63,14 +63,14 @@ class Watch:
 
     def on_forward(self, layer: Any, name: str) -> None:
         """F of a layer with this adapter."""
-        factor = _factor(layer, name)
+        factor = layer._part("snella_A", name)
         if factor is not None and factor.requires_grad:
             self.forward = self.forwards_ever = True
             self.know(layer, name)
 
     def know(self, layer: Any, name: str) -> None:
         """Of this factor the optimizer steps are counted."""
-        key = id(_factor(layer, name))
+        key = id(layer._part("snella_A", name))
         known = _watched.get(key)
         if known is None or known[2] is not self or known[0]() is not layer:
             if len(_watched) > _MANY:
@@ -162,13 +162,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _holds(known: tuple[weakref.ref[Any], str, Watch], parameter: Tensor) -> bool:
     layer, name = known[0](), known[1]
-    return layer is not None and _factor(layer, name) is parameter
-
-
-def _factor(layer: Any, name: str) -> Tensor | None:
-    """A of this adapter. Not by attributes: modules look those up slowly, at every layer."""
-    found: Tensor | None = layer.__dict__["_modules"]["snella_A"].__dict__["_parameters"].get(name)
-    return found
+    return layer is not None and layer._part("snella_A", name) is parameter
 
 
 register_optimizer_step_post_hook(_after_step)

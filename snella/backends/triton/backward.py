@@ -109,9 +109,11 @@ def contract(
                 of_b = (place < 7) & (k < COORDINATES) & (rows < outputs)
                 point_a = tl.load(piece_a + k * inputs + turned_columns, of_a, 0.0)
                 point_b = tl.load(piece_b + rows * COORDINATES + k, of_b, 0.0).to(tl.float32)
-                along_b = tl.dot(ratio, tl.where(ones, 1.0, point_a), input_precision="ieee")
+                along_b = tl.dot(ratio, tl.where(ones, 1.0, point_a), input_precision="tf32x3")
                 turned_ratio = tl.trans(ratio)
-                along_a = tl.dot(turned_ratio, tl.where(ones, 1.0, point_b), input_precision="ieee")
+                along_a = tl.dot(
+                    turned_ratio, tl.where(ones, 1.0, point_b), input_precision="tf32x3"
+                )
                 sum_a = tl.sum(tl.where(ones, along_a, 0.0), 1, keep_dims=True)
                 sum_b = tl.sum(tl.where(ones, along_b, 0.0), 1, keep_dims=True)
                 to_a = parts_a + (p * inputs + turned_columns) * COORDINATES + k
