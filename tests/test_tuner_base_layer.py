@@ -111,6 +111,14 @@ def test_compiles_without_graph_breaks(settings: dict[str, Any]) -> None:
     assert counted.frame_count <= 2, "neither new parameters nor new budgets compile again"
 
 
+def test_the_first_forward_may_be_a_compiled_one() -> None:
+    layer = layer_of(adapted(nn.Linear)).train()
+    layer.set_scale("default", 0.5)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")(X)
+    torch.testing.assert_close(compiled, layer(X))
+
+
 def test_exports() -> None:
     layer = layer_of(adapted(nn.Linear)).eval()
     program = torch.export.export(layer, (X,))

@@ -87,6 +87,7 @@ class SnellaLayer(BaseTunerLayer):
             config.sparsity_at_start, self.slice_size, str(config.budget_rule)
         )
         self.snella_budget[adapter_name] = torch.full((self.slices,), budget)
+        self._update(adapter_name)  # now: torch 2.11 cannot compile how it is made
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -163,18 +164,19 @@ class SnellaLayer(BaseTunerLayer):
         """Multiply the update by ``scale`` (1 is as trained)."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale
+            self._update(adapter)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scale of the active adapters."""
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] *= scale
+                self.set_scale(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo ``scale_layer``; without a scale, back to 1."""
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
+                self.set_scale(name, 1.0 if scale is None else self.scaling[name] / scale)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

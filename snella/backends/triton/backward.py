@@ -40,9 +40,10 @@ def contract(
     """Each block's share of the gradients; not written where nothing survives.
 
     With R = c_p ∂L/∂D / d_p, ∂L/∂A_i = A_i Σ_o R_oi − Σ_o R_oi B_o and ∂L/∂B_o = B_o Σ_i R_oi −
-    Σ_i R_oi A_i, skinny matrix products in full single precision. parts: what ``apply`` found, for
-    mix-k; then of A, (blocks of rows, *a.shape); of B, (blocks of columns, *b.shape); of the
-    scalars, (all blocks, slices, K). Grid: (blocks of columns, of rows, slices).
+    Σ_i R_oi A_i, skinny matrix products, each of three in TF32, as exact as single precision.
+    parts: what ``apply`` found, for mix-k; then of A, (blocks of rows, *a.shape); of B, (blocks of
+    columns, *b.shape); of the scalars, (all blocks, slices, K). Grid: (blocks of columns, of rows,
+    slices).
     """
     s, slices = tl.program_id(2), tl.num_programs(2)
     total = inputs * outputs
