@@ -56,7 +56,8 @@ class SnellaLinear(nn.Module, SnellaLayer):
                 return F.linear(x, weight, base.bias)
             return call_with(base, {"weight": weight}, (x, *args), kwargs)
         self._begin(names)
-        inside = None if absent else next((n for n in names if self._joins(n)), None)
+        joining = [] if absent else [name for name in names if self._joins(name)]
+        inside = joining[0] if joining else None
         if inside is None:
             y = base(x, *args, **kwargs)
         elif is_plain(base):
