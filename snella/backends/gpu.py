@@ -83,6 +83,10 @@ def _kernels() -> Any:
     if find_spec("triton") is None:
         return None
     try:
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+            raise RuntimeError(f"Triton {triton.__version__} is too old; torch 2.9 brings 3.5")
         from snella.backends import triton as kernels
     except Exception as error:
         _break(error)
