@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 LATEX := $(shell command -v pdflatex)
 SNAKEMAKE := snakemake --cores $(CORES) --quiet rules host reason
 
-.PHONY: table1 table5 table6 report test lint unit smoke slurm environment requirements docs pretrain clean
+.PHONY: table1 table5 table6 report test lint unit smoke slurm oldest environment requirements docs pretrain clean
 
 table1: environment
 	$(SNAKEMAKE) -- results/table1.tex $(if $(LATEX),results/table1.pdf)
@@ -50,6 +50,13 @@ unit: environment
 # The workflow on a SLURM of one node with pretended GPUs; skipped where there are no packages of it.
 slurm: environment
 	pytest -n 3 -rs tests/slurm
+
+# The tuner under the oldest torch that pyproject.toml allows, in an environment of its own.
+oldest:
+	uv venv --quiet --clear --python $(PYTHON) build/oldest
+	grep -vE '^(torch|triton|nvidia|cuda)' envs/requirements.txt | \
+	  uv pip install --quiet --python build/oldest/bin/python --requirement - --editable . 'torch==2.8.*'
+	build/oldest/bin/python -m pytest -n auto $(wildcard tests/test_tuner*.py)
 
 # The same Snakefile on a suite of seconds; a second call has nothing to do.
 smoke: environment
