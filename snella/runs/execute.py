@@ -90,18 +90,32 @@ def execute(
 
 
 def finished(folder: Path, ids: dict[str, Any]) -> Record | None:
-    """The finished record of this very identity, with ``record.json`` put back if it is gone."""
+    """The finished record of this very identity, with ``record.json`` put back if it is gone.
+
+    None if what it was made of is no longer as recorded: then that is made anew.
+    """
     for name in (RECORD, FINISHED):
         try:
             record = read_file(folder / name)
         except UserError:
             continue
         if record["status"] in FINAL and record["identity"].get("run") == ids["run"]:
-            if record["status"] == "ok" and finished_training(folder, ids) is None:
-                continue
+            if record["status"] == "ok" and not _intact(folder, ids, record):
+                return None
             write_record(folder, record)
             return record
     return None
+
+
+def _intact(folder: Path, ids: dict[str, Any], record: Record) -> bool:
+    """Whether the files of a finished run are those that its record saw."""
+    if finished_training(folder, ids) is None:
+        place = f"{folder}: the adapter or the predictions are gone or changed"
+        sys.stderr.write(f"snella: {place} since the run finished; training again\n")
+        return False
+    name = record["scores"]
+    file = folder / str(name)
+    return not name or (file.is_file() and digest_file(file) == record["files"].get(name))
 
 
 def _asked_now(folder: Path, done: Record, header: Record) -> Record:
