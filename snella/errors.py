@@ -9,14 +9,13 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-import textwrap
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 LINE = 300
 """Characters of an exception that a line of ours repeats; PyTorch's can fill pages."""
@@ -182,7 +181,8 @@ def one_line(error: BaseException, *places: Path) -> str:
         message = str(error)
     except Exception:  # whose class has a fault of its own
         message = "without a message"
-    text = textwrap.shorten(f"{type(error).__name__}: {message}", LINE, placeholder=" …")
+    text = plain(f"{type(error).__name__}: {message}")
+    text = text if len(text) <= LINE else f"{text[: LINE - 2]} …"
     frames = [
         (Path(f.filename).resolve(), f.lineno) for f in traceback.extract_tb(error.__traceback__)
     ]
@@ -199,17 +199,25 @@ def _last_frame(error: BaseException) -> str:
 
 
 @contextmanager
-def no_silent_end() -> Iterator[None]:
-    """Make ``os._exit`` an error in this process: who calls it would leave status 0, no record."""
-    end, process = os._exit, os.getpid()
+def contained() -> Iterator[None]:
+    """Make ``os._exit`` and ``os.chdir`` errors in this process, for code that is not ours.
 
-    def refused(status: int) -> NoReturn:
+    The one would leave status 0 and no record, the other files where no run looks for them.
+    """
+    end, move, process = os._exit, os.chdir, os.getpid()
+
+    def no_end(status: int) -> NoReturn:
         if os.getpid() != process:  # a child's own affair
             end(status)
         raise SystemExit(f"os._exit({status})")
 
-    os._exit = refused
+    def no_move(path: Any) -> None:
+        if os.getpid() == process:
+            raise RuntimeError(f"os.chdir({path!r}) while a run is at work; use absolute paths")
+        move(path)
+
+    os._exit, os.chdir = no_end, no_move
     try:
         yield
     finally:
-        os._exit = end
+        os._exit, os.chdir = end, move

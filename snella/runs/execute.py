@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from snella.data.prepared import Prepared
-from snella.errors import Diverged, UserError, no_silent_end, one_line
+from snella.errors import Diverged, UserError, contained, one_line
 from snella.files import digest_file, remove_leftovers, try_lock, write_text
 from snella.records import (
     FINAL,
@@ -55,7 +55,7 @@ def execute(
     """
     folder = run.folder
     _make(folder)
-    with exclusive(folder), _log_file(folder / "log.txt"), terminable(), no_silent_end():
+    with exclusive(folder), _log_file(folder / "log.txt"), terminable(), contained():
         remove_leftovers(folder)
         torch.set_num_threads(run.protocol.threads)
         write_text(folder / "config.json", run.to_json() + "\n")
@@ -242,6 +242,8 @@ def _reason(error: BaseException, run: Run) -> str:
     if isinstance(error, Diverged | Terminated):
         return " ".join(str(error).split())
     text = one_line(error, Path(run.method.file), Path(run.tasks, run.dataset.task))
+    if text == one_line(error) and not transient(error):
+        text = f"{text} (method file {run.method.file})"
     unexplained = _status(error) == "oom" and error.__cause__ is None
     return f"{text}; {MEMORY}" if unexplained else text
 
