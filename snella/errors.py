@@ -19,9 +19,10 @@ from typing import Any, NoReturn
 
 LINE = 300
 """Characters of an exception that a line of ours repeats; PyTorch's can fill pages."""
-CHOICES, CLOSEST = 25, 10
+CHOICES, CLOSEST = 10, 5
 """Names that a message lists of those that there are; of more, so many of the closest."""
 LISTED = {
+    "verb": "`snella --help` lists them",
     "method": "`snella methods` lists them",
     "data set": "`snella datasets` lists them",
     "download": "`snella data download` lists them",
@@ -145,12 +146,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     choices = sorted(known)
     near = _near(str(name), choices, CLOSEST)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    if len(choices) <= CHOICES:
+    where = next((f"; {text}" for of, text in LISTED.items() if kind.startswith(of)), "")
+    if len(choices) <= CHOICES or not (near or where):
         rest = f"Known: {', '.join(choices) or 'none'}"
     elif near:
-        rest = f"Closest of {len(choices)}: {', '.join(near)}"
+        rest = f"Closest of {len(choices)}: {', '.join(near)}{where}"
     else:
-        where = next((f"; {text}" for of, text in LISTED.items() if kind.startswith(of)), "")
         rest = f"None of the {len(choices)} is like it{where}"
     return UserError(f"Unknown {kind} {ascii_name(name)}.{hint} {rest}.")
 
