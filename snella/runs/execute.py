@@ -243,7 +243,7 @@ def _reason(error: BaseException, run: Run) -> str:
         return " ".join(str(error).split())
     text = one_line(error, Path(run.method.file), Path(run.tasks, run.dataset.task))
     if text == one_line(error) and not transient(error):
-        text = f"{text} (method file {run.method.file})"
+        text = f"{text} (method {Path(run.method.file).name})"
     unexplained = _status(error) == "oom" and error.__cause__ is None
     return f"{text}; {MEMORY}" if unexplained else text
 
