@@ -9,20 +9,20 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-import textwrap
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 LINE = 300
 """Characters of an exception that a line of ours repeats; PyTorch's can fill pages."""
-CHOICES, CLOSEST = 25, 10
+CHOICES, CLOSEST = 10, 5
 """Names that a message lists of those that there are; of more, so many of the closest."""
 LISTED = {
+    "verb": "`snella --help` lists them",
     "method": "`snella methods` lists them",
     "data set": "`snella datasets` lists them",
     "download": "`snella data download` lists them",
@@ -146,12 +146,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     choices = sorted(known)
     near = _near(str(name), choices, CLOSEST)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    if len(choices) <= CHOICES:
+    where = next((f"; {text}" for of, text in LISTED.items() if kind.startswith(of)), "")
+    if len(choices) <= CHOICES or not (near or where):
         rest = f"Known: {', '.join(choices) or 'none'}"
     elif near:
-        rest = f"Closest of {len(choices)}: {', '.join(near)}"
+        rest = f"Closest of {len(choices)}: {', '.join(near)}{where}"
     else:
-        where = next((f"; {text}" for of, text in LISTED.items() if kind.startswith(of)), "")
         rest = f"None of the {len(choices)} is like it{where}"
     return UserError(f"Unknown {kind} {ascii_name(name)}.{hint} {rest}.")
 
@@ -188,7 +188,8 @@ def one_line(error: BaseException, *places: Path) -> str:
         message = str(error)
     except Exception:  # whose class has a fault of its own
         message = "without a message"
-    text = textwrap.shorten(f"{type(error).__name__}: {message}", LINE, placeholder=" …")
+    text = plain(f"{type(error).__name__}: {message}")
+    text = text if len(text) <= LINE else f"{text[: LINE - 2]} …"
     frames = [
         (Path(f.filename).resolve(), f.lineno) for f in traceback.extract_tb(error.__traceback__)
     ]
@@ -205,17 +206,25 @@ def _last_frame(error: BaseException) -> str:
 
 
 @contextmanager
-def no_silent_end() -> Iterator[None]:
-    """Make ``os._exit`` an error in this process: who calls it would leave status 0, no record."""
-    end, process = os._exit, os.getpid()
+def contained() -> Iterator[None]:
+    """Make ``os._exit`` and ``os.chdir`` errors in this process, for code that is not ours.
 
-    def refused(status: int) -> NoReturn:
+    The one would leave status 0 and no record, the other files where no run looks for them.
+    """
+    end, move, process = os._exit, os.chdir, os.getpid()
+
+    def no_end(status: int) -> NoReturn:
         if os.getpid() != process:  # a child's own affair
             end(status)
         raise SystemExit(f"os._exit({status})")
 
-    os._exit = refused
+    def no_move(path: Any) -> None:
+        if os.getpid() == process:
+            raise RuntimeError(f"os.chdir({path!r}) while a run is at work; use absolute paths")
+        move(path)
+
+    os._exit, os.chdir = no_end, no_move
     try:
         yield
     finally:
-        os._exit = end
+        os._exit, os.chdir = end, move

@@ -119,6 +119,17 @@ def hyperparameter_error(file: Path, error: ValidationError) -> UserError:
     )
 
 
+def not_one_class(file: str | Path, names: Sequence[str]) -> UserError:
+    """The line for a method file with no or several classes of methods, ``names``."""
+    found, remedy = "none", "`snella new-baseline NAME` writes a file to begin with"
+    if names:
+        found = ", ".join(names)
+        remedy = "start the names of helper classes with an underscore"
+    return UserError(
+        f"Method file {file} must define exactly one Method class, found {found}; {remedy}."
+    )
+
+
 def shown(value: Any) -> str:
     """A value in a message, cut where it is long."""
     text = repr(value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,15 @@ def test_a_folder_in_the_community_layout(tmp_path, capsys):
     (root / "images" / "test" / "3.png").write_bytes(b"\x89PNG broken")
     message = fails(capsys, "prepare", "mine", "--config", *config)
     assert "test.txt" in message and "3.png" in message
+
+
+def test_a_thread_that_was_left_running_does_not_keep_the_program_alive():
+    code = (
+        "import sys, threading, time\n"
+        "from snella.cli import main\n"
+        "threading.Thread(target=time.sleep, args=[999]).start()\n"
+        "sys.argv = ['snella']\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True)
+    assert done.returncode == 0 and b"thread" in done.stderr

@@ -21,7 +21,7 @@ from snella.jobs import budget, page, tables
 from snella.jobs.prepare import prepare_dataset
 from snella.records import write_record
 from snella.runs import execute as running
-from snella.runs import identity, sources, train
+from snella.runs import identity, sources
 from snella.runs.train import load_run, open_data, run_identity
 from snella.suite import plan, status
 from snella.suite.config import load
@@ -266,17 +266,29 @@ def test_another_scorer_costs_no_training(make_run, monkeypatch):
     assert not epochs and record["status"] == "ok"
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "predictions/epoch0002/test/top1.npy"])
-def test_a_changed_adapter_or_prediction_is_no_finished_run(make_run, name):
+@pytest.mark.parametrize(
+    "name,again",
+    [
+        ("adapter.safetensors", True),
+        ("predictions/epoch0002/test/top1.npy", True),
+        ("training.json", True),
+        ("scores.npz", False),
+    ],
+)
+def test_a_changed_file_is_made_anew_and_training_again_is_said(make_run, capsys, name, again):
     run = make_run()
-    running.execute(run)
+    digest = running.execute(run)["files"]
     file = run.folder / name
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     ids = run_identity(run, open_data(run))
-    assert train.finished_training(run.folder, ids) is None
     assert running.finished(run.folder, ids) is None
+    assert ("training again" in capsys.readouterr().err) == again
+    epochs: list[int] = []
+    assert running.execute(run, lambda row, n: epochs.append(1))["files"] == digest
+    assert bool(epochs) == again
+    assert running.finished(run.folder, ids) is not None
 
 
 def test_a_flipped_byte_in_the_data_stops_the_run(make_run):

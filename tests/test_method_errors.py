@@ -135,11 +135,6 @@ BAD = {
         {},
         ["mine.py, line", "adapt: leaves gradients switched off", "torch.no_grad()"],
     ),
-    "directory": (
-        "import os\nclass Mine(Method):\n    def adapt(self, model):\n        os.chdir('/')\n",
-        {},
-        ["mine.py, line", "adapt: leaves another working directory"],
-    ),
     "double": (
         "class Mine(Method):\n    def adapt(self, model):\n        model.double()\n",
         {},
@@ -197,6 +192,7 @@ def test_one_line_names_file_field_and_remedy(tmp_path: Path, run, case: str) ->
 HOOKS = {
     "parameter_groups(self, model, lr, weight_decay)": (
         ("pass", 2, "parameter_groups: TypeError: 'NoneType'"),
+        ("return iter([])", 2, "parameter_groups: must return a list, no generator"),
         ("return []", 2, "parameter_groups: ValueError: optimizer got an empty parameter list"),
         ("return 2 * [{'params': [model.cls_token]}]", 2, "in more than one parameter group"),
     ),
@@ -204,7 +200,11 @@ HOOKS = {
         ("return 'much'", 2, "auxiliary_loss: it must return a scalar tensor or None"),
         ("return model.cls_token", 2, "auxiliary_loss: it must return a scalar tensor or None"),
     ),
-    "state(self, model)": (("return {'rank': 1}", 2, "state: it must return tensors by name"),),
+    "state(self, model)": (
+        ("return {'rank': 1}", 2, "state: it must return tensors by name"),
+        ("return {1: model.cls_token}", 2, "state: it must return tensors by name"),
+        ("return {'a': model.cls_token.to('meta')}", 2, "state: it must return tensors by name"),
+    ),
     "training_state(self, model)": (
         ("return [model.cls_token]", 2, "training_state: it must return tensors by name"),
     ),
@@ -214,6 +214,7 @@ HOOKS = {
     ),
     "on_step_end(self, model)": (
         ("import os; os._exit(0)", 1, "SystemExit: os._exit(0)"),
+        ("import os; os.chdir('/')", 1, "os.chdir('/') while a run is at work"),
         ("raise SystemExit", 1, "SystemExit:"),
         ("raise GeneratorExit", 1, "GeneratorExit:"),
         ("self.on_step_end(model)", 1, "RecursionError:"),
@@ -245,6 +246,22 @@ def test_a_merge_that_ends_the_process_costs_no_training(tmp_path: Path, run) ->
     assert run(file) == (0, "")
     record = json.loads(_failure(tmp_path).with_name("record.json").read_text())
     assert record["merge"]["failed"] and "SystemExit: 0 (mine.py, line 1" in str(record["merge"])
+
+
+def test_an_error_that_shows_in_other_code_names_the_method_file(tmp_path: Path, run) -> None:
+    file = tmp_path / "mine.py"
+    hook = "def on_step_end(self, model):\n        model.double()\n"
+    file.write_text(f"{IMPORTS}{FULL}\n    {hook}")
+    assert run(file)[0] == 1
+    assert "mine.py" in json.loads(_failure(tmp_path).read_text())["reason"]
+
+
+def test_a_file_without_a_class_that_imports_what_is_not_there(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("import torhc\n")
+    rows = f"methods.mine={{file: {file}}}"
+    assert main(["run", "--method", "mine", "--dataset", "digits", "--config", rows]) == 2
+    assert "mine.py does not import: there is no package 'torhc'" in capsys.readouterr().err
 
 
 def test_a_missing_method_file_is_one_line(capsys) -> None:

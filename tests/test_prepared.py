@@ -207,6 +207,13 @@ def test_damaged_manifest(tiny, text):
         Prepared.open(tiny)
 
 
+def test_a_changed_manifest_is_found(tiny):
+    manifest = json.loads((tiny / "manifest.json").read_text())
+    (tiny / "manifest.json").write_text(json.dumps(manifest | {"num_classes": 5}))
+    with pytest.raises(UserError, match=r"manifest.json has changed.*snella prepare tiny"):
+        Prepared.open(tiny)
+
+
 def test_truncated_and_missing_files(tiny):
     path = tiny / "val_image.npy"
     path.write_bytes(path.read_bytes()[:-1])

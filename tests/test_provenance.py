@@ -108,9 +108,11 @@ def test_a_run_without_a_record_yet_is_shown_by_its_settings(tmp_path):
 
 
 def test_a_file_that_is_not_as_recorded_is_named(tmp_path):
-    made = support.record("full", "digits", 0.5, files={"adapter.safetensors": "0" * 64})
+    files = dict.fromkeys(["adapter.safetensors", "predictions"], "0" * 64)
+    made = support.record("full", "digits", 0.5, files=files)
     folder = support.write_run(tmp_path, made)
-    assert describe(folder)["changed"] == ["adapter.safetensors"]
+    (folder / "predictions").mkdir()
+    assert describe(folder)["changed"] == ["adapter.safetensors", "predictions"]
 
 
 def test_the_repeating_command_is_the_run_itself(make_run, tmp_path):

@@ -49,7 +49,9 @@ def finding(check: str, family: str, file: Path, call: Callable[[], str]) -> Fin
         return Finding(check, family, "noted", "refused", str(reason))
     except (Failure, UserError) as failure:
         return Finding(check, family, "failed", "FAILED", str(failure))
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a method may raise what it likes
         return Finding(check, family, "failed", "FAILED", one_line(error, file))
 
 

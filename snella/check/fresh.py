@@ -21,7 +21,7 @@ from torch import Tensor
 from snella.check.contract import restore
 from snella.check.findings import Failure
 from snella.check.subject import Subject
-from snella.errors import no_silent_end, one_line
+from snella.errors import contained, one_line
 from snella.methods.base import build_method
 
 SECONDS = 120
@@ -92,5 +92,5 @@ def serve(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with no_silent_end():
+    with contained():
         serve(Path(sys.argv[1]))

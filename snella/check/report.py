@@ -16,7 +16,7 @@ from rich.table import Table
 from snella.check.contract import CHECKS, TRAINS
 from snella.check.findings import ALL, Finding
 from snella.check.suite import check_method
-from snella.errors import no_silent_end
+from snella.errors import contained
 from snella.models.tiny import BASE_SIZE
 
 _MARK = {"passed": "[green]✓[/]", "noted": "[yellow]•[/]", "failed": "[red]✗[/]"}
@@ -29,7 +29,7 @@ def check_and_report(
     torch.set_num_threads(1)  # the fastest for models this small
     console = Console()
     started = time.monotonic()
-    with no_silent_end(), console.status("loading") as status:
+    with contained(), console.status("loading") as status:
         findings = check_method(path, hyperparameters, others, status.update)
     seconds = time.monotonic() - started
     print_report(name, path, hyperparameters, findings, seconds, console)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from snella.check.toy import make_toy
-from snella.methods.base import Method, check_marked, prepare_model
+from snella.methods.base import Method, check_marked, kept_tensors, prepare_model
 from snella.methods.step import train_step
 from snella.models.parameters import count_parameters, seed_everything, trainable
 from snella.tasks.base import Toy
@@ -89,7 +89,7 @@ class Subject:
     def state(self) -> dict[str, Tensor]:
         """The trained adapter, as a file would hold it."""
         assert self.fit
-        state = self.method.state(self.model)
+        state = kept_tensors(self.method, self.model, "state")
         return {name: value.detach().contiguous().clone() for name, value in state.items()}
 
 

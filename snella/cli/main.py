@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -26,6 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     _open_streams()
     _speakable()
+    status = _do(given)
+    if arguments is None:
+        _leave_threads(status)
+    return status
+
+
+def _do(given: Sequence[str]) -> int:
     try:
         if given[:1] == ["execute"] and (done := _hand_over(given)) is not None:
             return done
@@ -44,11 +52,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except Exception as error:
+    except SystemExit:  # of the parser
+        raise
+    except BaseException as error:  # a method may raise what it likes
         outcome = explain(error)
         if outcome.status != MISTAKE:
             record_traceback(error)
         return _say(outcome.line, outcome.status)
+
+
+def _leave_threads(status: int) -> None:
+    """End a program in which a method left a thread running: Python would wait, maybe forever."""
+    main_thread = threading.main_thread()
+    if any(not t.daemon for t in threading.enumerate() if t is not main_thread):
+        sys.stderr.write("snella: a thread that was left running is ended.\n")
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _call(options: Namespace) -> int:

@@ -25,10 +25,12 @@ from snella.data.images import (
 )
 from snella.data.storage import hash_image, write_array
 from snella.errors import UserError, unknown
-from snella.files import atomic_folder, digest_file, digest_files, durable
+from snella.files import atomic_folder, digest_file, digest_files, digest_json, durable
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
+OWN = "manifest_digest"
+"""The manifest's key for the digest of all else in it."""
 SEALED = "sealed"
 STORED = ("train", "val", "test")
 ROLES = ("train", "val", "trainval", "test")
@@ -84,7 +86,8 @@ def write_prepared(
         manifest["files"] = {name: (partial / name).stat().st_size for name in files}
         manifest["sha256"] = {name: digest_file(partial / name) for name in files}
         manifest["digest"] = digest_files(partial, files)
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        own = digest_json(json.loads(json.dumps(manifest)))  # as it is read
+        text = json.dumps(manifest | {OWN: own}, indent=2, ensure_ascii=False) + "\n"
         (partial / MANIFEST).write_text(text, encoding="utf-8")
     return manifest
 
@@ -122,6 +125,8 @@ class Prepared:
                 f"The prepared data in {folder} have schema {schema}, "
                 f"this version reads schema {SCHEMA}: {again}."
             )
+        if manifest.pop(OWN, None) not in (None, digest_json(manifest)):
+            raise UserError(f"{folder / MANIFEST} has changed since it was written: {again}.")
         if scored not in manifest["counts"]:
             raise UserError(
                 f"Data set {manifest['name']!r} has no {scored} split, so that no settings can be "

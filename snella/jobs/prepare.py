@@ -56,7 +56,7 @@ def inputs_of(config: Config, runs: Iterable[Run]) -> Inputs:
     for name in {run.dataset.name for run in runs}:
         folder, path = prepared_folder(config, name), config.datasets[name].path
         made = _read(folder.with_name(f".{name}.origin.json"))
-        if made is not None and (path is None or Path(path).exists()):
+        if made and (path is None or Path(path).exists()):
             now = origin_of(config, name)
             if any(made.get(part) != now[part] for part in ("entry", "files")):
                 moved.add(name)
@@ -65,7 +65,7 @@ def inputs_of(config: Config, runs: Iterable[Run]) -> Inputs:
 
 def warnings_of(folder: Path) -> list[str]:
     """What the manifest of a prepared folder says is odd about the data, a sentence each."""
-    manifest = _read(folder / "manifest.json") or {}
+    manifest = _read(folder / "manifest.json")
     return [str(warning) for warning in manifest.get("warnings", ())]
 
 
@@ -112,8 +112,10 @@ def _stat(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _read(mark: Path) -> Any:
+def _read(mark: Path) -> dict[str, Any]:
+    """A file's mapping, empty where it holds none."""
     try:
-        return json.loads(mark.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        content = json.loads(mark.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -12,7 +12,6 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -28,7 +27,7 @@ from snella.errors import CannotMerge, Unsupported, UserError, one_line, unknown
 from snella.models.entries import restore_entries
 from snella.models.families import family, head, unused_parameters
 from snella.models.parameters import count_parameters, freeze, no_decay, trainable
-from snella.validation import hyperparameter_error
+from snella.validation import hyperparameter_error, not_one_class
 
 Batch = dict[str, Tensor]
 """What a task's loader yields, e.g. image (B, 3, H, W) float and label (B,) int64."""
@@ -180,11 +179,7 @@ def load_method(path: Path) -> type[Method]:
         and not value.__name__.startswith("_")
     ]
     if len(own) != 1:
-        names = ", ".join(cls.__name__ for cls in own) or "none"
-        raise UserError(
-            f"Method file {path} must define exactly one Method class, found {names}; "
-            "start the names of helper classes with an underscore."
-        )
+        raise not_one_class(path, [cls.__name__ for cls in own])
     if own[0].adapt is Method.adapt:
         raise UserError(f"{path}: {own[0].__name__} has no adapt(self, model); write one.")
     _check_hooks(path, own[0])
@@ -267,7 +262,7 @@ def prepare_model(method: Method, model: nn.Module) -> None:
     method.check_supported(model)
     freeze(model)
     heads, kinds = _heads(model), {p.dtype for p in model.parameters()}
-    here, gradients = os.getcwd(), torch.is_grad_enabled()
+    gradients = torch.is_grad_enabled()
     try:
         method.adapt(model)
     except Unsupported:
@@ -280,7 +275,7 @@ def prepare_model(method: Method, model: nn.Module) -> None:
             f"{file}: {type(method).__name__}.adapt does not fit {type(model).__name__}: "
             f"{one_line(error, file)}{_closest_module(model, error)}"
         ) from error
-    _check_left(method, model, kinds, here, gradients)
+    _check_left(method, model, kinds, gradients)
     marked = bool(trainable(model)) or method.head_only
     for parameter in unused_parameters(model):
         parameter.requires_grad_(False)
@@ -298,17 +293,12 @@ def prepare_model(method: Method, model: nn.Module) -> None:
     _in_single_precision(model)
 
 
-def _check_left(
-    method: Method, model: nn.Module, kinds: set[torch.dtype], here: str, gradients: bool
-) -> None:
+def _check_left(method: Method, model: nn.Module, kinds: set[torch.dtype], gradients: bool) -> None:
     """Refuse what would make code elsewhere stumble, where the method's file is not named."""
     problem = ""
     if gradients and not torch.is_grad_enabled():
         torch.set_grad_enabled(True)
         problem = "leaves gradients switched off; write `with torch.no_grad():`"
-    elif os.getcwd() != here:
-        os.chdir(here)
-        problem = "leaves another working directory; use absolute paths"
     elif torch.float64 in {p.dtype for p in model.parameters()} - kinds:
         problem = "makes parameters float64, which the images are not; keep float32"
     if problem:
@@ -337,6 +327,20 @@ def counted(method: Method, model: nn.Module) -> dict[str, int]:
     if not isinstance(counts, dict) or not all(type(counts.get(name)) is int for name in known):
         raise wrong_result(method, "count", f"must return whole numbers named {', '.join(known)}")
     return counts
+
+
+def kept_tensors(method: Method, model: nn.Module, hook: str) -> dict[str, Tensor]:
+    """What ``state`` or ``training_state`` returns; raises ``UserError`` if no file can hold it."""
+    found = getattr(method, hook)(model)
+    if not isinstance(found, dict) or not all(map(_can_be_kept, found, found.values())):
+        raise wrong_result(method, hook, "it must return tensors by name, dense ones with values")
+    return found
+
+
+def _can_be_kept(name: object, value: object) -> bool:
+    if not (isinstance(name, str) and isinstance(value, Tensor)):
+        return False
+    return value.layout is torch.strided and not value.is_meta
 
 
 def _calibrates(method: Method) -> bool:

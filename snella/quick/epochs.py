@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from snella.files import atomic, digest_file
+from snella.files import atomic, digest_file, write_text
 
 log = logging.getLogger(__name__)
 History = list[dict[str, float]]
@@ -80,8 +80,8 @@ def write(
     beside Python and torch.
     """
     plain = {name: value.detach().float().cpu().contiguous() for name, value in weights.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(plain, out)
+    with atomic(out) as temporary:
+        save_file(plain, temporary)
     record = {
         **about,
         "final": history[-1],
@@ -91,6 +91,6 @@ def write(
         "parameters": sum(value.numel() for value in plain.values()),
         "sha256": digest_file(out),
     }
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     checkpoint_of(out).unlink(missing_ok=True)
     return record

@@ -19,6 +19,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
+from snella.files import atomic, write_json, write_text
 from snella.quick.generation_scenes import vocabulary
 
 CONTEXT = 20
@@ -162,7 +163,6 @@ def save_pipeline(folder: Path, model: Any, encoders: list[Any]) -> None:
     """Write a folder in the layout of ``StableDiffusion3Pipeline``; weights in half precision."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    folder.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(folder / "transformer")
     for name, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=True):
         encoder.half().save_pretrained(folder / name)
@@ -184,32 +184,31 @@ def save_pipeline(folder: Path, model: Any, encoders: list[Any]) -> None:
         "transformer": ["diffusers", "SD3Transformer2DModel"],
         "vae": ["snella.quick.generation_models", "PixelCodec"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / "model_index.json", index)
 
 
 def save_clip(folder: Path, model: nn.Module) -> None:
     """Write a folder that open_clip reads with its ``local-dir:`` prefix."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "model_cfg": clip_config(),
         "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"},
     }
-    (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "open_clip_config.json", content)
     weights = {n: t.half().contiguous() for n, t in model.state_dict().items()}
-    save_file(weights, folder / "open_clip_model.safetensors")
+    with atomic(folder / "open_clip_model.safetensors") as temporary:
+        save_file(weights, temporary)
     save_tokenizer(folder)
 
 
 def save_tokenizer(folder: Path) -> None:
     """Write the tokenizer in CLIP's own files, which every version of transformers reads."""
-    folder.mkdir(parents=True, exist_ok=True)
     vocab, merges = bpe()
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-    (folder / "merges.txt").write_text("\n".join(lines))
+    write_text(folder / "merges.txt", "\n".join(lines))
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
     settings = {**special, "model_max_length": CONTEXT, "tokenizer_class": "CLIPTokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "special_tokens_map.json", special)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from snella.files import write_text
 from snella.methods.base import Batch, LossFn
 from snella.methods.step import train_step
 from snella.quick import generation_models as models
@@ -96,7 +97,7 @@ def write_record(
         "device": name,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    (out / "recipe.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "recipe.json", json.dumps(record, indent=1) + "\n")
     return record
 
 

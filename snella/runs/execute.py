@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from snella.data.prepared import Prepared
-from snella.errors import Diverged, UserError, no_silent_end, one_line
+from snella.errors import Diverged, UserError, contained, one_line
 from snella.files import digest_file, remove_leftovers, try_lock, write_text
 from snella.records import (
     FINAL,
@@ -55,7 +55,7 @@ def execute(
     """
     folder = run.folder
     _make(folder)
-    with exclusive(folder), _log_file(folder / "log.txt"), terminable(), no_silent_end():
+    with exclusive(folder), _log_file(folder / "log.txt"), terminable(), contained():
         remove_leftovers(folder)
         torch.set_num_threads(run.protocol.threads)
         write_text(folder / "config.json", run.to_json() + "\n")
@@ -90,18 +90,32 @@ def execute(
 
 
 def finished(folder: Path, ids: dict[str, Any]) -> Record | None:
-    """The finished record of this very identity, with ``record.json`` put back if it is gone."""
+    """The finished record of this very identity, with ``record.json`` put back if it is gone.
+
+    None if what it was made of is no longer as recorded: then that is made anew.
+    """
     for name in (RECORD, FINISHED):
         try:
             record = read_file(folder / name)
         except UserError:
             continue
         if record["status"] in FINAL and record["identity"].get("run") == ids["run"]:
-            if record["status"] == "ok" and finished_training(folder, ids) is None:
-                continue
+            if record["status"] == "ok" and not _intact(folder, ids, record):
+                return None
             write_record(folder, record)
             return record
     return None
+
+
+def _intact(folder: Path, ids: dict[str, Any], record: Record) -> bool:
+    """Whether the files of a finished run are those that its record saw."""
+    if finished_training(folder, ids) is None:
+        place = f"{folder}: the adapter or the predictions are gone or changed"
+        sys.stderr.write(f"snella: {place} since the run finished; training again\n")
+        return False
+    name = record["scores"]
+    file = folder / str(name)
+    return not name or (file.is_file() and digest_file(file) == record["files"].get(name))
 
 
 def _asked_now(folder: Path, done: Record, header: Record) -> Record:
@@ -228,6 +242,8 @@ def _reason(error: BaseException, run: Run) -> str:
     if isinstance(error, Diverged | Terminated):
         return " ".join(str(error).split())
     text = one_line(error, Path(run.method.file), Path(run.tasks, run.dataset.task))
+    if text == one_line(error) and not transient(error):
+        text = f"{text} (method {Path(run.method.file).name})"
     unexplained = _status(error) == "oom" and error.__cause__ is None
     return f"{text}; {MEMORY}" if unexplained else text
 

@@ -29,6 +29,7 @@ from snella.methods.base import (
     Method,
     check_marked,
     counted,
+    kept_tensors,
     method_file,
     wrong_result,
 )
@@ -151,6 +152,8 @@ class Trainer:
     def _optimizer(self) -> torch.optim.Optimizer:
         protocol = self.protocol
         groups = self.method.parameter_groups(self.model, protocol.lr, protocol.weight_decay)
+        if isinstance(groups, Iterator):
+            raise wrong_result(self.method, "parameter_groups", "must return a list, no generator")
         try:
             optimizer = build_optimizer(
                 protocol.optimizer, groups, protocol.lr, protocol.momentum, self.scaler is None
@@ -354,8 +357,8 @@ class Trainer:
             begun = {**vars(self.begun), "losses": torch.stack(self.begun.losses)}
         content = {
             "fingerprint": self.fingerprint,
-            "state": self._tensors("state"),
-            "training_state": self._tensors("training_state"),
+            "state": kept_tensors(self.method, self.model, "state"),
+            "training_state": kept_tensors(self.method, self.model, "training_state"),
             "optimizer": optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "ema": self.ema,
@@ -366,13 +369,6 @@ class Trainer:
         }
         with atomic(self.checkpoint) as path:
             torch.save(content, path)
-
-    def _tensors(self, hook: str) -> dict[str, Tensor]:
-        """What a hook wants kept; asked before the first step, so that no training is in vain."""
-        found: dict[str, Tensor] = getattr(self.method, hook)(self.model)
-        if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-            raise wrong_result(self.method, hook, "it must return tensors by name")
-        return found
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint of this very run; one of another identity or a damaged one is ignored."""

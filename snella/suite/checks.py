@@ -24,7 +24,7 @@ from snella.models.backbone_files import input_size
 from snella.suite import packages
 from snella.suite.config import Config, SuiteEntry
 from snella.tasks import TaskInfo, find_task, task_names
-from snella.validation import Strict, hyperparameter_error, shown
+from snella.validation import Strict, hyperparameter_error, not_one_class, shown
 
 log = logging.getLogger("snella")
 KNOWN: dict[str, Any] = {
@@ -326,16 +326,19 @@ def declared(file: str, changed: int) -> type[BaseModel] | None:
         ) from error
     except (OSError, ValueError, RecursionError):
         return None  # the job says what is wrong
-    for package in packages.lacking(tree, Path(file).parent):
+    lacking = packages.lacking(tree, Path(file).parent)
+    for package in lacking:
         log.warning("Method file %s imports %s, which is not installed here.", file, package)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     own = [node for node in classes.values() if node.name[0] != "_" and _family(node, classes)]
-    if len(own) > 1 or not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree)):
-        names = ", ".join(node.name for node in own) or "none"
+    classless = not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree))
+    if classless and lacking:
         raise UserError(
-            f"Method file {file} must define exactly one Method class, found {names}; start the "
-            "names of helper classes with an underscore."
+            f"Method file {file} does not import: there is no package {lacking[0]!r}; correct the "
+            "file, or install it."
         )
+    if len(own) > 1 or classless:
+        raise not_one_class(file, [node.name for node in own])
     if not own:
         return None
     fields: dict[str, Any] = {}

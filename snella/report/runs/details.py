@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from snella.errors import UserError
-from snella.files import digest_file
+from snella.files import digest_file, digest_tree
 from snella.records import Record, read_failure, read_record
 
 LOG_LINES, LOG_CHARACTERS = 20, 3000
@@ -123,14 +123,15 @@ def log_tail(folder: Path, lines: int = LOG_LINES) -> list[str]:
 
 
 def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """The single files that are gone or differ from what the record saw."""
+    """The files, and folders of files, that are gone or differ from what the record saw."""
     recorded = record.get("files") or {}
-    single = {name: digest for name, digest in recorded.items() if "." in name}
-    return [
-        name
-        for name, digest in single.items()
-        if not (folder / name).is_file() or digest_file(folder / name) != digest
-    ]
+    return [name for name, digest in recorded.items() if _digest(folder / name) != digest]
+
+
+def _digest(path: Path) -> str | None:
+    if path.is_dir():
+        return digest_tree(path)
+    return digest_file(path) if path.is_file() else None
 
 
 def commands(
