@@ -171,8 +171,8 @@ def test_swin_windows_see_prompts_like_appended_tokens() -> None:
     x = torch.randn(2, 16, 16, 16)
     windows = x.reshape(32, 16, 16)
     attention, p = block.attn, 3
-    attention.context = block.norm1(block.prompt)
-    tokens = torch.cat([attention.context.expand(32, -1, -1), windows], dim=1)
+    attention.context = block.norm1(block.prompt + torch.randn(2, p, 16))  # another per image
+    tokens = torch.cat([attention.context.repeat_interleave(16, 0), windows], dim=1)
     q, k, v = attention._heads(tokens)
     bias = torch.zeros(32, attention.num_heads, p + 16, p + 16)
     bias[:, :, p:, p:] = attention._get_rel_pos_bias() + block.attn_mask[:, None].repeat(2, 1, 1, 1)
@@ -211,6 +211,14 @@ def test_dropout_and_stochastic_depth_act_in_training_only() -> None:
         assert torch.equal(model(images("vit")), model(images("vit"))), file
         model.train()
         assert not torch.equal(model(images("vit")), model(images("vit"))), file
+
+
+def test_prompts_of_swin_drop_out_per_image() -> None:
+    _, model = adapted("swin", "vpt", prompts=3, dropout=0.5)
+    perturb(model)
+    same = images("swin", 1).repeat(2, 1, 1, 1)
+    torch.testing.assert_close(*model.eval()(same))
+    assert not torch.allclose(*model.train()(same))
 
 
 def test_convpass_handles_grids_that_are_not_square() -> None:
