@@ -226,6 +226,14 @@ def test_class_folders(tmp_path):
     assert info["class_names"] == ["cat", "dog"]
     root = class_folders(tmp_path / "y", ("train", "val"))
     refuse(r"no folder of test images.*test: val", root)
+    refuse(
+        r"no folder of train images, train/<class>/ \(it has cat, dog\)",
+        root / "train",
+        options={"layout": "classes"},
+    )
+    (root / "val/cat/1.jpg").symlink_to("gone.jpg")
+    refuse("a link that leads nowhere", root, options={"test": "val"})
+    (root / "val/cat/1.jpg").unlink()
     splits, _ = read_images(root, "pets", options={"test": "val"})
     assert counts(splits) == {"train": 2, "test": 2}
     formats.save(root / "val/emu/0.jpg", formats.pixels(9))
@@ -240,6 +248,8 @@ def test_nested_folders_and_archives_are_named(tmp_path):
     refuse(r"holds an archive \(data\.zip\); unpack", tmp_path / "y")
     (tmp_path / "z").mkdir()
     refuse("in no known layout", tmp_path / "z")
+    root = class_folders(tmp_path / "flat", ("train",)) / "train"
+    refuse(r"holds images \(cat, dog\), but neither .* below train/ and test/", root)
 
 
 @pytest.mark.parametrize(
