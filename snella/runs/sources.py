@@ -136,9 +136,10 @@ def _follow(
         return _steps(name, found.name, roots[top])
     if not top or top in sys.stdlib_module_names or top in NO_RESULT:
         return ()
-    beside = module.file.parent / f"{top}.py"
-    if _version(top) is None and beside.is_file():  # a helper that the file finds itself
-        return ((Module(top, beside), _ALL),)
+    if _version(top) is None:
+        beside = module.file.parent / f"{top}.py"
+        if beside.is_file():  # a helper that the file finds itself
+            return ((Module(top, beside), _ALL),)
     libraries.add(top)
     return ()
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from snella.data.options import options_of
 from snella.errors import UserError, unknown
 from snella.tasks.base import DatasetSpec
+
+if TYPE_CHECKING:
+    import numpy as np
 
 KINDS = ("quick", "folder")
 
@@ -48,6 +49,8 @@ def write_labelled(
 
     Without ``num_classes`` in ``info`` it is one more than the highest label.
     """
+    import numpy as np
+
     from snella.data.prepared import write_prepared
 
     highest = max(int(labels.max()) for _, labels in splits.values())
