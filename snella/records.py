@@ -37,7 +37,7 @@ SCHEMA = 2
 READABLE = (1, 2)
 FINAL = ("ok", "diverged")
 STATUSES = (*FINAL, "failed", "oom", "timeout")
-RECORD, FINISHED, FAILURE = "record.json", "finished.json", "failure.json"
+FILES = RECORD, FINISHED, FAILURE = "record.json", "finished.json", "failure.json"
 PACKAGES = ("torch", "timm", "peft", "numpy", "pillow", "safetensors", "snella")
 PACKAGE = Path(__file__).resolve().parent
 LARGEST = 64 * 2**20
@@ -131,7 +131,7 @@ def read_record(folder: Path | str) -> Record | None:
     Raises :class:`~snella.errors.UserError` for a file that is unreadable, of an unknown schema,
     or not as it was written.
     """
-    for name in (RECORD, FINISHED, FAILURE):
+    for name in FILES:
         if os.path.exists(f"{folder}/{name}"):
             return read_file(f"{folder}/{name}")
     return None

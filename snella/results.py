@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snella.records import FAILURE, FINISHED, RECORD, read_record
+from snella.records import FILES, read_record
 from snella.report.frame import Missing, tidy
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from snella.suite.config import Config
 
-NAMES = frozenset((RECORD, FINISHED, FAILURE))
 Stale = Callable[[Path, Mapping[str, Any]], str]
 """Says why a record does not fit the configuration; empty if it does."""
 
@@ -80,7 +79,7 @@ def record_folders(results: Path) -> Iterator[Path]:
         names.sort()
         if Path(folder) == results and "search" in names:  # trials are no results
             names.remove("search")
-        if not NAMES.isdisjoint(files):
+        if not set(FILES).isdisjoint(files):
             yield Path(folder)
 
 

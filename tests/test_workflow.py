@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from snella.jobs.workflow import WorkflowPlan
 from snella.records import write_record
+from snella.suite.config import load
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +53,24 @@ def test_a_table_with_gaps_says_why_and_is_rebuilt_when_a_run_arrives(tmp_path):
     write_record(folder, failure)
     assert snakemake(tmp_path, table, suite="smoke", allow_missing="true").returncode == 0
     assert "out of memory" in Path(table).read_text()
+
+
+@pytest.mark.parametrize(("content", "records", "named"), [
+    ("table", "table", {"table": "table1"}), ("search", "search", {"suite": "smoke"}),
+    ("figure", "figure", {"figure": "figure8"}), ("page", "table", {"table": "table1"}),
+])  # fmt: skip
+def test_what_may_lack_runs_is_made_again_when_one_arrives(tmp_path, content, records, named):
+    chosen = {"suite": "smoke", "results": str(tmp_path)}
+    whole = WorkflowPlan(load(overrides=chosen), {})
+    gaps = WorkflowPlan(load(overrides={**chosen, "allow_missing": True}), {})
+    wildcards = SimpleNamespace(**named)
+    record = Path(getattr(whole, f"{records}_records")(wildcards)[0])
+    shown = getattr(gaps, f"{content}_content")
+    before = shown(wildcards)
+    record.parent.mkdir(parents=True)
+    assert shown(wildcards) == before and not getattr(gaps, f"{records}_records")(wildcards)
+    record.write_text("{}")
+    assert shown(wildcards) != before
 
 
 def test_every_run_of_the_table_is_one_job(tmp_path):

@@ -11,6 +11,7 @@ from snella.files import write_text
 from snella.jobs import tables
 from snella.jobs.figures import examples
 from snella.jobs.prepare import inputs_of
+from snella.records import FILES
 from snella.report.page import Content, PageRun, PageSuite, PageTable, render
 from snella.report.page.content import RunKey
 from snella.report.published.audit import audit
@@ -88,7 +89,7 @@ def _runs(config: Config, name: str) -> list[Run]:
 
 
 def _started(run: Run) -> bool:
-    return any((run.folder / file).exists() for file in (*results.NAMES, "config.json"))
+    return any((run.folder / file).exists() for file in (*FILES, "config.json"))
 
 
 def _page_run(config: Config, run: Run, inputs: Inputs) -> PageRun:

@@ -8,11 +8,10 @@ from typing import Any
 
 from snella.errors import UserError, ascii_name, closest
 from snella.files import user_path
-from snella.records import FAILURE, FINISHED, RECORD, read_record
+from snella.records import FAILURE, FILES, FINISHED, RECORD, read_record
 from snella.results import record_folders
 from snella.suite.status import is_running
 
-MARKS = (RECORD, FINISHED, FAILURE)
 LISTED = 5
 
 
@@ -23,7 +22,7 @@ def find_run(results: Path, name: str) -> Path:
     :class:`~snella.errors.UserError` with the closest name if none fits, or with those that do.
     """
     folder = user_path(name)
-    if folder.name in (*MARKS, "config.json"):
+    if folder.name in (*FILES, "config.json"):
         folder = folder.parent
     if _holds_run(folder):
         return folder
@@ -48,7 +47,7 @@ def find_run(results: Path, name: str) -> Path:
 
 
 def _holds_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (*MARKS, "config.json"))
+    return any((folder / name).is_file() for name in (*FILES, "config.json"))
 
 
 def _within(wanted: Sequence[str], parts: Sequence[str]) -> bool:
@@ -63,7 +62,7 @@ def read_tree(place: Path) -> dict[str, dict[str, Any]]:
     A run's own folder is one record without a name. Raises :class:`~snella.errors.UserError` for a
     record that cannot be read.
     """
-    if any((place / name).is_file() for name in MARKS):
+    if any((place / name).is_file() for name in FILES):
         return {"": read_record(place) or {}}
     root = place / "runs" if (place / "runs").is_dir() else place
     found = {f.relative_to(root).as_posix(): read_record(f) for f in record_folders(place)}

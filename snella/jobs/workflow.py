@@ -31,7 +31,8 @@ from snella.jobs.inputs import missing, missing_of
 from snella.jobs.prepare import origin_of
 from snella.jobs.requests import Requests
 from snella.models.backbone_files import present
-from snella.runs.identity import code_key, training_key
+from snella.records import FILES
+from snella.runs.identity import code_key, entry_key, training_key
 from snella.runs.run import Run
 from snella.suite import config as configuration
 from snella.suite import plan
@@ -174,7 +175,12 @@ class WorkflowPlan:
             raise UserError(" ".join(lost))
 
     def _records(self, runs: Iterable[Run]) -> list[str]:
-        """The records of runs; a dry run, whose status is Snakemake's own, says what these lack."""
+        """The records that a result of runs needs; none are demanded with ``allow_missing``.
+
+        A dry run, whose status is Snakemake's own, says what the runs lack.
+        """
+        if self.config.allow_missing:
+            return []
         runs = list(runs)
         if self.workflow is not None and self.workflow.dryrun:
             for line in missing_of(self.config, runs):
@@ -259,42 +265,42 @@ class WorkflowPlan:
         return str(_user(lambda: self._origin(wildcards.dataset)))
 
     def table_records(self, wildcards: Any) -> list[str]:
-        """The records a table needs; none are demanded with ``allow_missing``."""
-        if self.config.allow_missing:
-            return []
+        """The records a table needs."""
         return self._records(self._table_runs(wildcards))
 
     def search_records(self, wildcards: Any) -> list[str]:
-        """The records of all trials of a suite's search; none with ``allow_missing``."""
-        if self.config.allow_missing:
-            return []
-        runs = _user(lambda: plan.search_runs(plan.with_suite(self.config, wildcards.suite)))
-        return self._records(runs)
+        """The records of all trials of a suite's search."""
+        return self._records(self._search_runs(wildcards))
 
     def search_content(self, wildcards: Any) -> str:
         """What a search shows besides its records."""
-        suite = _user(lambda: plan.with_suite(self.config, wildcards.suite))
+        runs = self._search_runs(wildcards)
+        suite = plan.with_suite(self.config, wildcards.suite)
         search = plan.current_suite(suite).search.model_dump(mode="json")
-        return json.dumps([search, _report_code()], sort_keys=True)
+        return self._content([search, _report_code()], runs)
 
-    def all_records(self, wildcards: Any) -> str:
-        """A digest over which records there are, of any suite, and when they were written."""
-        return self._written("record.json")
+    def _search_runs(self, wildcards: Any) -> list[Run]:
+        return _user(lambda: plan.search_runs(plan.with_suite(self.config, wildcards.suite)))
 
     def page_content(self, wildcards: Any) -> str:
-        """What the page shows: all records and failures, and the code that writes it."""
-        return digest_json(
-            [self._written("record.json"), self._written("failure.json"), _report_code()]
-        )
-
-    def _written(self, name: str) -> str:
-        found = sorted(Path(self.config.results).glob(f"runs/*/*/*/*/*/{name}"))
-        return digest_json([[p.as_posix(), p.stat().st_mtime_ns] for p in found])
+        """What page and audit show: all records and failures, and the code that writes them."""
+        found = sorted(Path(self.config.results).glob("runs/*/*/*/*/*/*.json"))
+        marks = [[p.as_posix(), p.stat().st_mtime_ns] for p in found if p.name in FILES]
+        return digest_json([marks, _report_code()])
 
     def figure_records(self, wildcards: Any) -> list[str]:
-        """The records a figure needs; none are demanded with ``allow_missing``."""
-        runs = _user(lambda: plan.figure_runs(self.config, wildcards.figure))
-        return [] if self.config.allow_missing else self._records(runs)
+        """The records a figure needs."""
+        return self._records(self._figure_runs(wildcards))
+
+    def figure_content(self, wildcards: Any) -> str:
+        """What a figure shows besides its records."""
+        runs, spec = self._figure_runs(wildcards), self.config.figures[wildcards.figure]
+        task = runs[0].task
+        code = entry_key(task.figures[task.figure_kind(spec.kind)])
+        return self._content([spec.model_dump(), code], runs)
+
+    def _figure_runs(self, wildcards: Any) -> list[Run]:
+        return _user(lambda: plan.figure_runs(self.config, wildcards.figure))
 
     @property
     def figure_names(self) -> str:
@@ -305,7 +311,7 @@ class WorkflowPlan:
         return "|".join(["figure[A-Za-z0-9_]+", *map(re.escape, self.config.figures)])
 
     def table_content(self, wildcards: Any) -> str:
-        """What a table shows besides its records, and with ``allow_missing`` which there are.
+        """What a table shows besides its records.
 
         A faulty description ends the planning: a job would have cost the older table.
         """
@@ -313,21 +319,21 @@ class WorkflowPlan:
 
         config = _user(lambda: plan.for_table(self.config, wildcards.table))
         _user(lambda: table_spec(config, wildcards.table))
-        content: dict[str, Any] = {
+        shown = {
             "spec": config.tables[wildcards.table],
             "suite": plan.current_suite(config).model_dump(mode="json"),
             "name": config.suite,
             "labels": {name: row.label for name, row in config.methods.items()},
             "code": _report_code(),
         }
-        if config.allow_missing:
-            content["records"] = [
-                f"{path}@{os.stat(path).st_mtime_ns}"
-                for run in self._table_runs(wildcards)
-                for path in (run.record, run.folder / "finished.json", run.folder / "failure.json")
-                if path.exists()
-            ]
-        return json.dumps(content, sort_keys=True)
+        return self._content(shown, self._table_runs(wildcards))
+
+    def _content(self, shown: Any, runs: Iterable[Run]) -> str:
+        """What is shown and, with ``allow_missing``, which records and failures there are."""
+        wanted = runs if self.config.allow_missing else ()
+        files = [run.folder / name for run in wanted for name in FILES]
+        there = [f"{path}@{path.stat().st_mtime_ns}" for path in files if path.exists()]
+        return json.dumps([shown, there], sort_keys=True)
 
     def _table_runs(self, wildcards: Any) -> list[Run]:
         from snella.jobs import tables

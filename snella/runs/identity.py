@@ -50,10 +50,14 @@ def _stage(method: str, entry: str, task: str, tasks: str, own: str) -> Sources:
 
 def prepare_key(task: TaskInfo) -> dict[str, object]:
     """What preparing a family's data executes."""
-    module = task.prepare.__module__
-    top = module.partition(".")[0]
+    return entry_key(f"{task.prepare.__module__}:{task.prepare.__name__}")
+
+
+def entry_key(entry: str) -> dict[str, object]:
+    """What "module:function" of a package that is imported executes."""
+    top = entry.partition(".")[0]
     folder = Path(sys.modules[top].__file__ or "").parent
-    return closure([f"{module}:{task.prepare.__name__}"], {"snella": PACKAGE, top: folder}).key
+    return closure([entry], {"snella": PACKAGE, top: folder}).key
 
 
 def settings_digest(run: Run) -> str:

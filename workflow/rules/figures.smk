@@ -20,6 +20,7 @@ rule figure:
         "../../envs/core.yaml"
     params:
         overlay=PLAN.overlay,
+        content=PLAN.figure_content,
     shell:
         "snella figure {wildcards.figure:q} --overlay {params.overlay:q} > {log:q} 2>&1"
         " || {{ tail -n 1 {log:q} >&2; exit 1; }}"

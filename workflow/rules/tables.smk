@@ -87,7 +87,7 @@ rule audit:
         "../../envs/core.yaml"
     params:
         overlay=PLAN.overlay,
-        records=PLAN.all_records,
+        content=PLAN.page_content,
     shell:
         "snella audit --overlay {params.overlay:q} > {log:q} 2>&1"
         " || {{ tail -n 1 {log:q} >&2; exit 1; }}"
