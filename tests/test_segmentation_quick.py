@@ -354,12 +354,12 @@ def test_suites_train_every_row_that_supports_their_model(
 
 def test_table_and_figure_come_from_the_quick_segmentation_suite(tmp_path: Path) -> None:
     from snella.errors import UserError
-    from snella.jobs import figures
+    from snella.jobs import figures, tables
     from snella.suite import plan
     from snella.suite.config import load
 
     config = load(overrides={"results": tmp_path.as_posix(), "data": tmp_path.as_posix()})
-    runs = plan.table_runs(config, "table5")
+    runs = tables.table_runs(config, "table5")
     assert {run.suite for run in runs} == {"quick_segmentation"} and len(runs) == 30
     assert all(run.dataset.task == "segmentation" for run in runs)
     shown = plan.figure_runs(config, "figure8")

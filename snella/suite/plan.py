@@ -215,13 +215,6 @@ def _listed(spec: dict[str, Any]) -> set[str]:
     return {name for group in spec.get("rows", []) for name in group["methods"]}
 
 
-def table_runs(config: Config, table: str) -> list[Run]:
-    """All runs whose records a table shows."""
-    config = for_table(config, table)
-    methods = [name for _, names in table_methods(config, table) for name in names]
-    return plan(config, methods=methods)
-
-
 def with_suite(config: Config, suite: str) -> Config:
     """The configuration with another suite, or with a trial of its search, chosen."""
     base, _, number = suite.rpartition(search.NAME)
