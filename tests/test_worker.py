@@ -134,6 +134,18 @@ def test_a_server_that_ends_before_it_serves_takes_no_job(environment):
     assert worker.call(["methods"]) is None
 
 
+def test_what_a_killed_server_leaves_is_removed_at_the_next_start(shared, environment):
+    killed = worker.start()
+    left = Path(os.environ[worker.PLACE])
+    killed.kill()
+    killed.wait()
+    assert left.exists()
+    following = worker.start()
+    assert not left.exists() and Path(shared).exists()
+    following.stdin.close()
+    following.wait()
+
+
 def test_a_server_is_of_the_clients_own_package(environment, tmp_path, monkeypatch):
     """Also where the working directory holds another checkout, which `python -m` prefers."""
     (tmp_path / "snella").mkdir()

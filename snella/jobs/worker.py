@@ -22,6 +22,8 @@ from snella.errors import BROKEN
 
 PLACE = "SNELLA_WORKER"
 """The environment variable with the folder of the socket."""
+TOP, PREFIX = "/tmp", "snella-worker-"
+"""Where folders of sockets lie, whose paths have to be short."""
 TAKEN = b"taken "
 """What a job answers first; its exit status follows at its end."""
 CRASHED = (
@@ -39,7 +41,8 @@ def start() -> subprocess.Popen[bytes] | None:
 
     null = subprocess.DEVNULL
     try:
-        folder = Path(tempfile.mkdtemp(prefix="snella-", dir="/tmp"))  # a socket's path is short
+        _sweep()
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=TOP))
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(_address(folder)))
             listener.listen()
@@ -56,6 +59,18 @@ def start() -> subprocess.Popen[bytes] | None:
         return None
     os.environ[PLACE] = str(folder)
     return server
+
+
+def _sweep() -> None:
+    """Remove what servers left that were killed: nobody listens at their sockets."""
+    for place in Path(TOP).glob(f"{PREFIX}*/*"):
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+            probe.setblocking(False)
+            try:
+                probe.connect(str(place))
+            except ConnectionRefusedError:
+                place.unlink()
+                place.parent.rmdir()
 
 
 def call(arguments: list[str]) -> int | None:
