@@ -11,7 +11,7 @@ import errno
 import os
 import textwrap
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -154,6 +154,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
         where = next((f"; {text}" for of, text in LISTED.items() if kind.startswith(of)), "")
         rest = f"None of the {len(choices)} is like it{where}"
     return UserError(f"Unknown {kind} {ascii_name(name)}.{hint} {rest}.")
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few of several names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def closest(name: str, choices: Iterable[str]) -> str | None:

@@ -451,10 +451,13 @@ def test_other_weights_are_no_current_record(make_run, tmp_path, monkeypatch, la
     assert status.state(run).reason == "made with other weights"
 
 
-@pytest.mark.parametrize("change", ["image", "path", "nothing", "gone"])
+@pytest.mark.parametrize("change", ["image", "image behind a link", "path", "nothing", "gone"])
 def test_plan_notices_that_files_behind_prepared_data_changed(tmp_path, capsys, change):
     raw = tmp_path / "raw"
     folder_of_images(raw)
+    if change == "image behind a link":
+        (raw / "images").rename(tmp_path / "elsewhere")
+        (raw / "images").symlink_to(tmp_path / "elsewhere")
     own = {
         "suite": "mine", "results": f"{tmp_path}/results", "data": f"{tmp_path}/data",
         "datasets": {"own": {"path": str(raw)}},
@@ -485,7 +488,7 @@ def test_plan_notices_that_files_behind_prepared_data_changed(tmp_path, capsys, 
     ours = {"protocols": {"quick": {"selection": "best-test"}}}
     table = tables.build(load(path, ours), "t")
     assert table.results.selection == "best-test"
-    if change == "image":
+    if change.startswith("image"):
         shutil.copy(raw / "images/train800_1.png", raw / "images/train800_0.png")
     elif change == "path":
         shutil.copytree(raw, tmp_path / "other")
@@ -493,7 +496,7 @@ def test_plan_notices_that_files_behind_prepared_data_changed(tmp_path, capsys, 
     elif change == "gone":
         shutil.rmtree(raw)
     moved = "stale made with other data"
-    expected = {"image": moved, "path": moved}.get(change, "done")
+    expected = "done" if change in ("nothing", "gone") else moved
     assert planned() == expected
     (shown,) = page.content(load(path)).runs.values()
     assert shown.state == expected.split()[0]

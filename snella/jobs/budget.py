@@ -7,13 +7,13 @@ import operator
 import shutil
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from snella.data.official import OFFICIAL
-from snella.errors import UserError
+from snella.errors import UserError, some
 from snella.jobs.inputs import missing_of
 from snella.jobs.prepare import inputs_of
 from snella.results import read, record_folders
@@ -77,7 +77,7 @@ class Budget:
         hours = [f"about {s / 3600:,.1f} hours on {name}" for name, s in self.seconds.items()]
         for names, what in ((self.unmeasured, "row"), (self.unsized, "data set")):
             if names:
-                hours.append(f"not measured: {_count(len(names), what)} ({_some(names)})")
+                hours.append(f"not measured: {_count(len(names), what)} ({some(names, LISTED)})")
         return "; ".join(hours)
 
 
@@ -247,9 +247,3 @@ def _free(folder: Path) -> int:
 
 def _bytes(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

@@ -8,10 +8,10 @@ from pathlib import Path
 from snella.data.prepared import Prepared
 from snella.errors import UserError
 from snella.jobs.tables import suite_info
-from snella.records import read_record
 from snella.runs.run import Run
 from snella.suite import plan
 from snella.suite.config import Config
+from snella.suite.status import usable
 from snella.tasks import find_task
 from snella.tasks.base import Gallery, Shown
 
@@ -22,8 +22,8 @@ MOST = 12
 def draw(config: Config, name: str) -> Path:
     """Draw the figure ``name`` of the configuration below the results folder; return its PDF.
 
-    A run that failed or is missing is left out. The predictions are those of the epoch that the
-    protocol selects. Raises :class:`~snella.errors.UserError` if no run is there.
+    A run that failed, is missing or stale is left out. The predictions are those of the epoch that
+    the protocol selects. Raises :class:`~snella.errors.UserError` if no run is there.
     """
     runs = plan.figure_runs(config, name)
     config = plan.figure_config(config, name)
@@ -58,10 +58,10 @@ def examples(config: Config) -> list[Gallery]:
 
 
 def shown_run(config: Config, run: Run) -> Shown | None:
-    """A run for a figure; None if it has not finished."""
+    """A run for a figure; None if it has not finished, or not as it is planned now."""
     from snella.runs.trainer import prediction_folder  # imports torch
 
-    record = read_record(run.folder)
+    record, _ = usable(run)
     if record is None or record["status"] != "ok":
         return None
     metrics = record["metrics"].get(run.protocol.selection, record["metrics"]["last"])

@@ -91,7 +91,13 @@ def source_stamp(spec: DatasetSpec, named: list[Path]) -> str:
 
 def _walk(folder: Path) -> list[tuple[str, int, int]]:
     found: list[tuple[str, int, int]] = []
-    for root, _, files in os.walk(folder):
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()  # of two links to one folder the same counts everywhere
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         for name in files:
             path = Path(root) / name
             found.append((path.relative_to(folder).as_posix(), *_stat(path)))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from snella.errors import UserError, ascii_name, closest
+from snella.errors import UserError, ascii_name, closest, some
 from snella.files import user_path
 from snella.records import FAILURE, FILES, FINISHED, RECORD, read_record
 from snella.results import record_folders
@@ -36,10 +36,8 @@ def find_run(results: Path, name: str) -> Path:
     if len(fitting) == 1:
         return known[fitting[0]]
     if fitting:
-        more = f" and {len(fitting) - LISTED} more" if len(fitting) > LISTED else ""
         raise UserError(
-            f"{ascii_name(name)} fits {len(fitting)} runs: {', '.join(fitting[:LISTED])}{more}; "
-            "name one."
+            f"{ascii_name(name)} fits {len(fitting)} runs: {some(fitting, LISTED)}; name one."
         )
     close = closest(name, known)
     hint = f" Did you mean {close!r}?" if close else ""

@@ -15,6 +15,7 @@ import yaml
 from snella import results
 from snella.errors import UserError
 from snella.files import write_text
+from snella.jobs.prepare import inputs_of
 from snella.records import Record, provenance
 from snella.report.frame import tidy
 from snella.runs.protocol import Protocol
@@ -73,8 +74,10 @@ class Done:
 
 def _trials(config: Config) -> list[Done]:
     found: list[Done] = []
-    for run in plan.search_runs(config):
-        record, state = usable(run)
+    runs = plan.search_runs(config)
+    inputs = inputs_of(config, runs)
+    for run in runs:
+        record, state = usable(run, inputs=inputs)
         found.append(Done(run, record, f"{run.key}: {state.reason or state.name}"))
     lost = [trial.state for trial in found if trial.record is None]
     if lost and not config.allow_missing:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from snella.errors import UserError
+from snella.errors import UserError, some
 from snella.report.columns import Column, Quantity
 from snella.report.frame import NOT_RUN, Seeds, as_text, seeds_of
 from snella.report.noise import NOTHING, Noise, measure
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 MEMBER_MISSING = "a member of this mean is missing"
 WORDS = {"oom": "out of memory", "timeout": "time limit reached"}
 TUNED = frozenset({"lr", "min_lr", "warmup_lr", "weight_decay", "drop_path"})
-LISTED = 3
 AT_CHANCE = "at chance level"  # a warning that is a footnote of the cell
 STATUSES = ("ok", "diverged", "failed", "oom", "timeout", NOT_RUN)
 
@@ -334,12 +333,6 @@ def _list_reasons(blocked: Sequence[tuple[str, str]]) -> str:
     for label, reason in blocked:
         by_reason[reason].append(label)
     return "; ".join(f"{some(labels)}: {reason}" for reason, labels in by_reason.items())
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of several names."""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def _tally(counts: Counter[str]) -> str:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from snella.errors import UserError
+from snella.errors import UserError, some
 from snella.report.columns import Column, Metrics, Unit, expand_columns, expand_rows
 from snella.report.frame import COST, PARAMETERS
 from snella.report.noise import ALPHA, leading, p_value
-from snella.report.results import Outcome, Results, column_outcome, some
+from snella.report.results import Outcome, Results, column_outcome
 from snella.report.spec import RowGroup, Spread, SuiteInfo, TableSpec
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from snella.errors import UserError
+from snella.errors import UserError, some
 from snella.report.columns import Column, Unit
 from snella.report.frame import as_text
 from snella.report.published.papers import (
@@ -33,7 +33,6 @@ from snella.report.published.papers import (
     where_ours,
     where_printed,
 )
-from snella.report.results import some
 from snella.report.spec import PublishedTable, SuiteInfo
 from snella.report.table import Cell, Table
 from snella.report.text import Grid, Line, Section, comments, headings
