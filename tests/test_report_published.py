@@ -551,3 +551,10 @@ def test_costs_are_compared_in_our_unit():
 )
 def test_a_difference_is_noise_has_a_cause_or_refutes(difference, values, causes, verdict):
     assert judge(difference, 0.05, values, causes)[0] == verdict
+
+
+def test_nothing_to_compare_is_said(tmp_path, capsys):
+    from snella.cli import main
+
+    assert main(["versus", "table1", "--config", "suite=smoke", f"results={tmp_path}"]) == 0
+    assert "No published number can be compared with table1" in capsys.readouterr().err

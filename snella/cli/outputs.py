@@ -94,7 +94,14 @@ def versus(options: argparse.Namespace) -> None:
     from snella.jobs import tables
 
     config = load(options)
-    _list(tables.write_versus(config, table_of(config, options), stale=options.stale))
+    table = table_of(config, options)
+    written = tables.write_versus(config, table, stale=options.stale)
+    if not written:
+        sys.stderr.write(
+            f"No published number can be compared with {table} of suite {config.suite!r}; nothing "
+            "was written.\n"
+        )
+    _list(written)
 
 
 def search(options: argparse.Namespace) -> None:
