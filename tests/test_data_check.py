@@ -234,6 +234,19 @@ def make_zip(path, *entries, change=None):
     return path
 
 
+def as_bytes(path, name):
+    """A .zip with one file in a folder of a name in some encoding, which nothing says."""
+    placeholder = "x" * len(name)
+    data = make_zip(path, (f"{placeholder}/y.txt", "hi")).read_bytes()
+    path.write_bytes(data.replace(placeholder.encode(), name))
+    return path
+
+
+def test_names_that_macos_zips_without_saying_that_they_are_utf_8(tmp_path):
+    unpack(as_bytes(tmp_path / "a.zip", "é".encode()), tmp_path)
+    assert (tmp_path / "é/y.txt").read_bytes() == b"hi"
+
+
 def special(kind):
     info = zipfile.ZipInfo("x")
     info.create_system, info.external_attr = 3, kind << 16
@@ -251,6 +264,9 @@ ARCHIVES = {
     "escape": (lambda p: make_zip(p, GOOD, ("a\x1b[31m", "")), "control characters"),
     "file as folder": (lambda p: make_zip(p, ("a", "1"), ("a/b", "2")), "Not a directory"),
     "empty": (lambda p: make_zip(p), "holds no file"),
+    "backslashes": (lambda p: make_zip(p, ("data\\x.txt", "1")), "a name with backslashes"),
+    "gbk": (lambda p: as_bytes(p, "图像".encode("gbk")), "names in an unknown encoding; unpack"),
+    "rar": (lambda p: p.write_bytes(b"Rar!\x1a\7\0"), "no archive .*; unpack it by hand"),
     "bomb": (lambda p: make_zip(p, GOOD, ("b", bytes(2**20))), "that unpack to"),
     "cut": (lambda p: p.write_bytes(make_zip(p, GOOD).read_bytes()[:60]), "damaged .cut short"),
     "page": (lambda p: p.write_bytes(b"<!doctype html>"), "damaged .a web page"),

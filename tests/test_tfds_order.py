@@ -110,7 +110,7 @@ def test_images_that_tfds_changes_are_those_that_it_wrote(tmp_path, name):
 @pytest.mark.parametrize(
     "content, problem",
     [(b"<html>", "decoded: it is a web page"), (b"", "decoded: the file is empty"),
-     (b"text", "read: cannot identify"), (None, "read: No such file")],
+     (b"text", "read: no image in a format"), (None, "read: No such file")],
 )  # fmt: skip
 def test_an_eye_that_is_no_image_is_named(tmp_path, content, problem):
     root = make(tmp_path / "raw", "retinopathy")

@@ -71,6 +71,8 @@ class _Checks:
         place = (self.root / name.replace("\\", "/")).resolve()
         if not place.is_relative_to(self.root):
             raise self.refused(f"would write outside {self.folder}: {ascii_name(name)}")
+        if "\\" in name:  # of folders, by a program of Windows
+            raise self.refused(f"holds a name with backslashes, {ascii_name(name)}")
         if is_file:
             key = PurePosixPath(name).as_posix()
             if key in self.files:
@@ -97,7 +99,7 @@ class _Checks:
 
 def _extract(archive: Path, partial: Path, checks: _Checks) -> None:
     if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as content:
+        with _zip(archive, checks) as content:
             for info in content.infolist():
                 if info.flag_bits & 1:
                     raise checks.refused("is encrypted; unpack it by hand")
@@ -122,6 +124,14 @@ def _extract(archive: Path, partial: Path, checks: _Checks) -> None:
         raise _no_archive(archive)
 
 
+def _zip(archive: Path, checks: _Checks) -> zipfile.ZipFile:
+    """A zip file, whose names are UTF-8 also where it does not say so, as macOS writes them."""
+    try:
+        return zipfile.ZipFile(archive, metadata_encoding="utf-8")
+    except UnicodeDecodeError:
+        raise checks.refused("holds names in an unknown encoding; unpack it by hand") from None
+
+
 def _no_archive(archive: Path) -> UserError:
     reason = web_page_or_pointer(archive)
     if reason is None:
@@ -130,7 +140,9 @@ def _no_archive(archive: Path) -> UserError:
         reason = "cut short" if cut else None
     if reason is not None:
         return UserError(f"{archive} is damaged ({reason}); delete it and download it again.")
-    return UserError(f"{archive} is no archive that is unpacked here (.zip, .tar, .gz).")
+    return UserError(
+        f"{archive} is no archive that is unpacked here (.zip, .tar, .gz); unpack it by hand."
+    )
 
 
 @contextmanager

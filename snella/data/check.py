@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from snella.data.official import OFFICIAL
 from snella.data.options import Options, options_of
-from snella.data.readers import list_images
+from snella.data.readers import list_images, look
 from snella.data.readers.classes import SUFFIXES
 from snella.data.readers.findings import (
     check_labels,
@@ -25,7 +25,7 @@ from snella.data.readers.findings import (
     warnings_of,
 )
 from snella.data.readers.listing import Listing, few
-from snella.data.readers.pixels import Seen, look_at_all
+from snella.data.readers.pixels import Seen
 from snella.errors import UserError
 
 Level = Literal["ok", "note", "warning", "error"]
@@ -86,7 +86,7 @@ def _look(name: str, entry: Entry) -> Iterable[Finding]:
     num_classes = check_labels(listing, entry.num_classes, options, name)
     check_listing(listing)
     yield from _classes(listing, num_classes)
-    seen = look_at_all(listing)
+    seen = look(listing, name)
     yield from _pixels(listing, seen, options)
     for warning in warnings_of(listing, seen, num_classes, options):
         yield Finding("warning", warning)

@@ -17,8 +17,8 @@ import numpy as np
 from snella.data.images import EncodedFiles
 from snella.data.options import Options, check_layout, options_of
 from snella.data.readers import classes, original, tfds, vpt, vtab
-from snella.data.readers.findings import check_labels, check_listing, warnings_of
-from snella.data.readers.listing import ROLES, Images, Listing, picked
+from snella.data.readers.findings import check_counts, check_labels, check_listing, warnings_of
+from snella.data.readers.listing import ROLES, Images, Listing, left_behind, picked
 from snella.data.readers.pixels import SMALL, Seen, decoded, look_at_all
 from snella.errors import UserError, one_line, record_traceback
 from snella.files import user_path
@@ -60,9 +60,14 @@ def read_images(
     listing = list_images(root, name, chosen)
     classes_found = check_labels(listing, num_classes, chosen, name)
     check_listing(listing)
-    with _readable(f"Data set {name!r}: the images of {listing.root} cannot be read"):
-        seen = look_at_all(listing)
+    seen = look(listing, name)
     return read_listing(listing, seen, name, classes_found, chosen)
+
+
+def look(listing: Listing, name: str) -> dict[str, Seen]:
+    """What :func:`~snella.data.readers.pixels.look_at_all` sees, or one line that says why not."""
+    with _readable(f"Data set {name!r}: the images of {listing.root} cannot be read"):
+        return look_at_all(listing)
 
 
 def list_images(root: str | Path, name: str, options: Options) -> Listing:
@@ -76,6 +81,7 @@ def list_images(root: str | Path, name: str, options: Options) -> Listing:
         layout = "tfds"  # VTAB's part of it, by the order that TFDS gives it
     with _readable(f"Data set {name!r}: {root} cannot be read as a copy in {layout} layout"):
         listing: Listing = LAYOUTS[layout].read(root, options)
+    check_counts(listing)
     check_layout(name, options, listing.layout, "val" in listing.lines)
     if options.first_label:
         listing.lines = {role: [_lowered(line, options.first_label) for line in lines]
@@ -143,7 +149,8 @@ def _layout(root: Path, name: str) -> str:
             return layout
     nested = [
         folder for pattern in ("*", "*/*") for folder in sorted(root.glob(pattern))
-        if folder.is_dir() and any(reader.found(folder) for reader in LAYOUTS.values())
+        if folder.is_dir() and not any(map(left_behind, folder.relative_to(root).parts))
+        and any(reader.found(folder) for reader in LAYOUTS.values())
     ]  # fmt: skip
     if nested:
         raise UserError(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from snella.data.options import Options
-from snella.data.readers.listing import Line, Listing, few
+from snella.data.readers.listing import Line, Listing, few, left_behind
 from snella.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
@@ -63,18 +63,23 @@ def read(root: Path, options: Options) -> Listing:
 
 def _is_other(path: Path) -> bool:
     """Whether a file is no image by its name, and none of those that systems leave behind."""
-    hidden = path.name[0] == "." or path.name in ("Thumbs.db", "desktop.ini")
-    return path.suffix.lower() not in SUFFIXES and not hidden and path.is_file()
+    named = path.suffix.lower() in SUFFIXES or left_behind(path.name)
+    return not named and path.is_file()
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [Path(e.path) for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
+    return [Path(e.path) for e in os.scandir(folder) if e.is_dir() and not left_behind(e.name)]
 
 
 def _images(folder: Path) -> list[Path]:
-    """Image files at any depth; hidden ones and hidden folders are what systems leave behind."""
-    return sorted(
-        p for p in folder.rglob("*")
-        if p.suffix.lower() in SUFFIXES and p.is_file()
-        and not any(part[0] == "." for part in p.relative_to(folder).parts)
-    )  # fmt: skip
+    """Image files at any depth, links that lead nowhere too: the look at the images names them."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if any(left_behind(part) for part in path.relative_to(folder).parts):
+            continue
+        if path.is_dir():
+            if path.is_symlink():  # not followed: it may lead back here
+                raise UserError(f"{path} is a link to a folder; copy its images there instead.")
+        elif path.suffix.lower() in SUFFIXES:
+            found.append(path)
+    return found

@@ -22,6 +22,18 @@ COMMUNITY_JPEG = (75, "4:2:0")
 """Pillow's defaults, with which NOAH's script wrote every image of the community's copies."""
 
 
+def check_counts(listing: Listing) -> None:
+    """Every split has images, and as many as labels."""
+    for role, lines in listing.lines.items():
+        if not lines:
+            raise UserError(f"{listing.root} has no {role} images; every split needs at least one.")
+        held = len(lines) if listing.images is None else len(listing.images[role])
+        if held != len(lines):
+            raise UserError(
+                f"{lines[0].where}: {held} images and {len(lines)} labels; fetch it anew."
+            )
+
+
 def check_labels(listing: Listing, given: int | None, options: Options, name: str) -> int:
     """Return the number of classes after checking every label against it."""
     names = listing.class_names
@@ -45,6 +57,8 @@ def check_labels(listing: Listing, given: int | None, options: Options, name: st
                     f": labels start at 0 and the files' start at {lowest}; set "
                     f"`options: {{first_label: {lowest}}}` of data set {name!r}"
                 )
+            if line.label < 0 and listing.layout in ("original", "tfds"):
+                hint = ": the release counts its classes from 1; fetch its own files"
             if options.first_label:
                 hint = (
                     f": `options.first_label` of data set {name!r} is {options.first_label}, which "

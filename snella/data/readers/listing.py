@@ -13,6 +13,8 @@ ROLES = ("train", "val", "test")
 MAX_CLASSES = 2**15
 """Predicted classes are stored as int16; more is hardly ever meant, but a mistake in a list."""
 
+LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "lost+found"})
+
 Images = np.ndarray | Sequence[bytes]
 
 
@@ -48,6 +50,11 @@ class Listing:
     def files_root(self) -> Path:
         """The folder that paths of images are relative to."""
         return self.image_root or self.root
+
+
+def left_behind(name: str) -> bool:
+    """Whether a file or folder is none of the data's: hidden, or what systems leave in folders."""
+    return name.startswith(".") or name in LEFT_BEHIND
 
 
 def picked(images: Images, rows: Sequence[int]) -> Images:

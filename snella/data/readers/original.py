@@ -46,33 +46,46 @@ def read(root: Path, options: Options) -> Listing:
 
 def _release(root: Path) -> _Release | None:
     return next(
-        (r for r in RELEASES.values() if all((root / mark).exists() for mark in r.marks)), None
+        (r for r in RELEASES.values() if all((root / mark).is_file() for mark in r.marks)), None
     )
 
 
 def _birds(root: Path) -> Listing:
     """CUB-200-2011 and NABirds share one set of text files."""
-    paths = {key: path for _, (key, path) in rows(root / "images.txt", 2)}
-    labels: dict[str, int] = {}
-    flags: dict[str, int] = {}
-    for file, table in (("image_class_labels.txt", labels), ("train_test_split.txt", flags)):
-        for number, (key, value) in rows(root / file, 2):
-            if key not in paths:
-                raise UserError(f"{root / file}:{number}: image {key} is not in images.txt.")
-            table[key] = whole_number(value, f"{root / file}:{number}")
+    paths = _table(root / "images.txt")
+    labels, flags = (
+        {key: whole_number(value, f"{root / file}: image {key}")
+         for key, value in _table(root / file).items()}
+        for file in ("image_class_labels.txt", "train_test_split.txt")
+    )  # fmt: skip
     present = sorted(set(labels.values()))
     index = {class_id: i for i, class_id in enumerate(present)}
-    names = {whole_number(k, "classes.txt"): n for _, (k, n) in rows(root / "classes.txt", 2)}
+    file = root / "classes.txt"
+    names = {whole_number(k, str(file)): name for k, name in _table(file).items()}
     lines: dict[str, list[Line]] = {"train": [], "test": []}
+    if unknown := sorted({*labels, *flags} - set(paths)):
+        raise UserError(
+            f"{root / 'images.txt'} lacks image {unknown[0]}, which has a class or split."
+        )
     for key, path in paths.items():
-        if key not in labels or key not in flags:
-            raise UserError(f"{root}: image {key} ({path}) has no class or no split.")
+        if key not in labels or flags.get(key) not in (0, 1):
+            raise UserError(f"{root}: image {key} ({path}) has no class, or no split of 0 or 1.")
         role = "train" if flags[key] == 1 else "test"
         lines[role].append(Line(str(root / "images.txt"), path, index[labels[key]]))
     listing = Listing("original", root, lines, image_root=root / "images")
     if set(present) <= set(names):
         listing.class_names = [names[class_id] for class_id in present]
     return listing
+
+
+def _table(file: Path) -> dict[str, str]:
+    """The second column of a text file by the first, in which nothing may stand twice."""
+    found: dict[str, str] = {}
+    for number, (key, value) in rows(file, 2):
+        if key in found:
+            raise UserError(f"{file}:{number}: {key} stands there twice; fetch the original file.")
+        found[key] = value
+    return found
 
 
 def _flowers(root: Path) -> Listing:
@@ -151,8 +164,8 @@ def _cifar(root: Path) -> Listing:
     lines, images = {}, {}
     for role in ("train", "test"):
         content = _safe_pickle(root / role)
-        pixels = np.asarray(content[b"data"], dtype=np.uint8)
-        images[role] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy()
+        pixels = np.asarray(content[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        images[role] = _squares(root / role, pixels)
         lines[role] = _numbered(root / role, role, content[b"fine_labels"])
     meta = _safe_pickle(root / "meta")
     names = [name.decode() for name in meta[b"fine_label_names"]]
@@ -165,9 +178,20 @@ def _svhn(root: Path) -> Listing:
     for role in ("train", "test"):
         file = root / f"{role}_32x32.mat"
         content = _mat(file)
-        images[role] = np.ascontiguousarray(np.moveaxis(content["X"], -1, 0), dtype=np.uint8)
-        lines[role] = _numbered(file, role, [int(y) % 10 for y in np.ravel(content["y"])])
+        images[role] = _squares(file, np.moveaxis(content["X"], -1, 0))
+        digits = [0 if y == 10 else int(y) for y in np.ravel(content["y"])]
+        lines[role] = _numbered(file, role, digits)
     return Listing("original", root, lines, images=dict(images))
+
+
+def _squares(file: Path, images: np.ndarray) -> np.ndarray:
+    """Colour images of 32 pixels in bytes, as the releases have them, in C's order."""
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
+        raise UserError(
+            f"{file} holds images of {images.dtype} {images.shape[1:]} where the release has uint8 "
+            "(32, 32, 3); fetch the original file."
+        )
+    return np.ascontiguousarray(images)
 
 
 def _numbered(file: Path, role: str, labels: Any) -> list[Line]:
@@ -178,7 +202,7 @@ RELEASES = {
     "NABirds and CUB-200-2011": _Release(
         ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"), _birds
     ),
-    "Oxford Flowers 102": _Release(("imagelabels.mat", "setid.mat", "jpg"), _flowers),
+    "Oxford Flowers 102": _Release(("imagelabels.mat", "setid.mat"), _flowers),
     "Stanford Dogs": _Release(("train_list.mat", "test_list.mat"), _dogs),
     "Stanford Dogs (lists/)": _Release(("lists/train_list.mat", "lists/test_list.mat"), _dogs),
     "Stanford Cars": _Release(("devkit/cars_train_annos.mat",), _cars),
@@ -202,6 +226,11 @@ def _mat(file: Path) -> dict[str, Any]:
         return content
     except FileNotFoundError:
         raise UserError(f"{file} is missing.") from None
+    except NotImplementedError as error:  # HDF5
+        raise UserError(
+            f"{file} is of MATLAB's version 7.3, the release's is not; fetch that one, or save it "
+            "anew with `-v7`."
+        ) from error
     except Exception as error:
         raise UserError(f"{file} is damaged or no .mat file of version 5 ({error}).") from error
 

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import threading
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,14 +91,23 @@ def _remedy(root: Path, path: str) -> str:
         except (OSError, ValueError):
             break
         other = part if part in names else None
-        other = other or next((n for n in names if n.casefold() == part.casefold()), None)
+        other = other or next((n for n in names if _alike(n) == _alike(part)), None)
         other = other or next((n for n in names if Path(n).stem == place.stem), None)
         if other is None:
             break
         folder /= other
     if folder != root and is_file(folder):
         return f"there is {folder.relative_to(root)}: correct the name in the list"
+    for depth in range(len(place.parts)):
+        for inner in sorted(root.joinpath(*place.parts[:depth]).glob("*/")):
+            if is_file(inner.joinpath(*place.parts[depth:])):
+                return f"it lies one folder deeper, in {inner}: move up what is there"
     return "unpack the archive completely"
+
+
+def _alike(name: str) -> str:
+    """A name without case, and with its accents in one form: macOS stores another than lists do."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _look_at_file(root: Path, line: Line) -> Seen:

@@ -49,6 +49,8 @@ def tfrecord_spans(file: Path) -> list[tuple[int, int]]:
     """
     spans: list[tuple[int, int]] = []
     size = file.stat().st_size
+    if not size:
+        raise UserError(f"{file} is empty; copy it again.")
     with open(file, "rb") as stream:
         position = 0
         while position < size:

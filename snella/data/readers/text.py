@@ -23,7 +23,8 @@ def read_text(file: Path, needed: str = "") -> str:
             raise UserError(f"{file} has over {LARGEST >> 20} MB: no list; correct the path.")
         return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{file} is missing{needed and ': ' + needed}.") from None
+        remedy = f": {needed}" if needed else "; unpack the archive completely"
+        raise UserError(f"{file} is missing{remedy}.") from None
     except IsADirectoryError:
         raise UserError(f"{file} is a folder; a text file is expected there.") from None
     except UnicodeDecodeError:

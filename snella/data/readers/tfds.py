@@ -190,9 +190,12 @@ def _shards(folder: Path) -> dict[str, list[Path]]:
     for split, shards in splits.items():
         total = re.search(r"-of-(\d+)$", shards[0].name)
         if total and len(shards) != int(total[1]):
+            remedy = (
+                "copy the others" if len(shards) < int(total[1]) else "remove those of another copy"
+            )
             raise UserError(
                 f"{folder}: {len(shards)} of {int(total[1])} shards of split {split} are there; "
-                "copy the others."
+                f"{remedy}."
             )
     return splits
 

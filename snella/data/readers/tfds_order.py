@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snella.data.readers import original
-from snella.data.readers.classes import SUFFIXES
-from snella.data.readers.listing import Images
+from snella.data.readers.listing import Images, left_behind
 from snella.data.readers.records import Column, Feature, Records, parse_example
 from snella.data.readers.text import read_text, rows, whole_number
 from snella.data.readers.tfds_pixels import Remade, retinopathy, sun397
@@ -74,6 +73,9 @@ def read_originals(root: Path, name: str) -> dict[str, Examples]:
             f"original archive cannot take their place: {why}; prepare it with TFDS, or use an "
             "extracted copy (docs/data.md)."
         )
+    held = [p for p in root.iterdir() if not left_behind(p.name)]
+    if len(held) == 1 and held[0].is_dir():
+        raise UserError(f"{root} holds nothing but {held[0].name}; set `path: {held[0]}`.")
     return SOURCES[name](root)
 
 
@@ -185,11 +187,16 @@ def _pets(root: Path) -> dict[str, Examples]:
 
 def _class_folders(root: Path) -> dict[str, Examples]:
     """EuroSAT and RESISC45: a folder per class and one split; the key is class and file name."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not left_behind(p.name))
     files = [(label, p) for label, folder in enumerate(folders) for p in sorted(folder.iterdir())
-             if p.suffix.lower() in SUFFIXES and p.name[0] != "."]  # fmt: skip
-    if not files:
-        raise UserError(f"{root} has no class folders with images; correct `path:` (docs/data.md).")
+             if p.suffix == ".jpg" and not left_behind(p.name)]  # fmt: skip
+    if not folders:
+        raise UserError(f"{root} has no class folders; correct `path:` (docs/data.md).")
+    if without := set(folders) - {p.parent for _, p in files}:
+        raise UserError(
+            f"{min(without)} holds no images (*.jpg), where every folder is a class; remove it, or "
+            "correct `path:` (docs/data.md)."
+        )
     keys = [f"{p.parent.name}_{p.name}" for _, p in files]
     paths = [p.relative_to(root).as_posix() for _, p in files]
     return {"train": _files("train", keys, paths, [label for label, _ in files])}
@@ -221,7 +228,8 @@ def _retinopathy(root: Path) -> dict[str, Examples]:
         ("validation", "retinopathy_solution.csv", "Public"),
         ("test", "retinopathy_solution.csv", "Private"),
     ):
-        lines = csv.DictReader(read_text(root / file).splitlines())
+        text = [line for line in read_text(root / file).splitlines() if line.strip()]
+        lines = csv.DictReader(text)
         taken = [line for line in lines if usage is None or line["Usage"] == usage]
         keys = [line["image"] for line in taken]
         paths = [f"{'test' if usage else 'train'}/{key}.jpeg" for key in keys]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from snella.data.images import EncodedFiles
-from snella.data.readers.pixels import image_bytes, refuse_text
+from snella.data.readers.pixels import image_bytes, refuse_text, why_undecodable
 from snella.errors import UserError
 
 PIXELS = 120_000
@@ -39,7 +39,7 @@ class Remade(EncodedFiles):
             refuse_text(data, f"Image {path}")
             return self.make(data)
         except OSError as error:
-            reason = error.strerror or error
+            reason = why_undecodable(error)
             raise UserError(f"{path} cannot be read: {reason}; unpack it again.") from error
 
 
@@ -72,8 +72,8 @@ def retinopathy(data: bytes) -> bytes:
 def _opened(data: bytes) -> tuple[Any, np.ndarray]:
     """OpenCV, and an image in its order of channels, blue first.
 
-    What it does not decode (GIF, in the older versions) TFDS decodes otherwise, red first, and
-    takes for the same.
+    GIF, which its older versions do not decode, TFDS decodes otherwise, red first, and takes for
+    the same.
     """
     try:
         import cv2
@@ -86,7 +86,7 @@ def _opened(data: bytes) -> tuple[Any, np.ndarray]:
     if image is None:
         from PIL import Image
 
-        with Image.open(io.BytesIO(data)) as found:
+        with Image.open(io.BytesIO(data), formats=["GIF"]) as found:
             image = np.array(found.convert("RGB"))
     return cv2, image
 
