@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +183,40 @@ def _deep_image(root: Path) -> None:
     Image.fromarray(square().astype(np.uint16) * 257).save(root / "images" / "image05.png")
 
 
+def _deep_colour(root: Path) -> None:
+    """Sixteen bits per channel, which Pillow would cut to eight."""
+    (root / "images" / "image05.jpg").unlink()
+    rows = zlib.compress(b"".join(b"\0" + bytes(range(104)) * 3 for _ in range(40)))
+    header = struct.pack(">IIBBBBB", 52, 40, 16, 2, 0, 0, 0)
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    ]
+    (root / "images" / "image05.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def _void(root: Path) -> None:
+    """VOC's way: objects are 1, their uncertain rim is 255."""
+    (root / "masks" / "image05.jpg").unlink()
+    mask = (square() > 0).astype(np.uint8)
+    mask[8] = 255
+    Image.fromarray(mask).save(root / "masks" / "image05.png")
+
+
+def _suffixed(root: Path) -> None:
+    (root / "masks" / "image05.jpg").rename(root / "masks" / "image05_mask.jpg")
+
+
+def _unread(root: Path) -> None:
+    (root / "masks" / "image05.jpg").rename(root / "masks" / "image05.gif")
+
+
+def _nested(root: Path) -> None:
+    (root / "images").rename(root / "moving")
+    (root / "images").mkdir()
+    (root / "moving").rename(root / "images" / "images")
+
+
 def _truncated(root: Path) -> None:
     file = root / "images" / "image05.jpg"
     file.write_bytes(file.read_bytes()[:300])
@@ -203,6 +239,11 @@ def _twice(root: Path) -> None:
         (_alpha, r"parts of the mask are transparent"),
         (_deep_mask, r"more than 8 bits"),
         (_deep_image, r"image05.png: the image cannot be decoded"),
+        (_deep_colour, r"image05.png: .* more than 8 bits \(16\)"),
+        (_void, r"three values \(0, 1, 255\)"),
+        (_suffixed, r"there is .*image05_mask.jpg: give it the same name"),
+        (_unread, r"there is .*image05.gif: give it the same name, as JPEG or PNG"),
+        (_nested, r"images holds no picture .*; move up what .*images/images holds"),
         (_truncated, r"image05.jpg: the image cannot be decoded"),
         (_twice, r"have the same name"),
     ],

@@ -139,13 +139,12 @@ def look(data: bytes, where: str) -> Seen:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             encoding = image.format or "unknown"
-            bits, size = _bits(data, image), image.size
+            size = image.size
             settings = jpeg_settings(image) if encoding == "JPEG" else None
             image.verify()  # checksums, which decoding does not look at
         if encoding == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
             raise OSError("image file is truncated (its end marker is missing)")
-        if bits > 8:
-            raise Unusable(f"pixels of more than 8 bits ({bits})")
+        refuse_deep(data)
         with _LARGE if size[0] * size[1] > LARGE else nullcontext():
             pixels = decode(data)
             height, width = pixels.shape[:2]
@@ -193,8 +192,18 @@ def orientation(data: bytes) -> int:
     return found if found in range(1, 9) else 1
 
 
+def refuse_deep(data: bytes) -> None:
+    """Raise :class:`Unusable` for channels of more than 8 bits, which Pillow cuts silently."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        bits = _bits(data, image)
+    if bits > 8:
+        raise Unusable(f"pixels of more than 8 bits ({bits})")
+
+
 def _bits(data: bytes, image: object) -> int:
-    """Bits per channel as stored; Pillow cuts 16-bit colour to 8 without a word."""
+    """Bits per channel as stored."""
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 24:
         return data[24]
     if data[:2] in (b"P2", b"P3", b"P5", b"P6"):

@@ -152,11 +152,18 @@ def _checked(path: Path) -> bytes:
     from PIL import Image, ImageOps
 
     from snella.data.images import decode
-    from snella.data.readers.pixels import image_bytes, orientation, refuse_text, why_undecodable
+    from snella.data.readers.pixels import (
+        image_bytes,
+        orientation,
+        refuse_deep,
+        refuse_text,
+        why_undecodable,
+    )
 
     try:
         data = image_bytes(path)
         refuse_text(data, str(path))
+        refuse_deep(data)
         decode(data)
         if orientation(data) == 1:
             return data

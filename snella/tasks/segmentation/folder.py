@@ -6,13 +6,20 @@ JSON of bounding boxes that comes with Kvasir-SEG is not read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from snella.data.images import decode
-from snella.data.readers.pixels import image_bytes, orientation, refuse_text, why_undecodable
+from snella.data.readers.pixels import (
+    image_bytes,
+    orientation,
+    refuse_deep,
+    refuse_text,
+    why_undecodable,
+)
 from snella.data.readers.text import read_text
 from snella.data.storage import hash_image
 from snella.errors import UserError
@@ -72,20 +79,36 @@ def read_pairs(root: Path, allow_empty: bool = False) -> dict[str, Pair]:
     """
     images, masks = pictures(root / "images"), pictures(root / "masks")
     if not images:
-        raise UserError(f"{root / 'images'} holds no picture ({', '.join(sorted(SUFFIXES))}).")
+        inner = sorted((root / "images").glob("*/"))
+        remedy = f"; move up what {inner[0]} holds" if inner else "; put the images there"
+        raise UserError(
+            f"{root / 'images'} holds no picture ({', '.join(sorted(SUFFIXES))}){remedy}."
+        )
     for lone, other, where in ((images, masks, "mask"), (masks, images, "image")):
         missing = [path for name, path in lone.items() if name not in other]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise UserError(f"{missing[0]} has no {where}{more}; add or remove it.")
+            raise UserError(
+                f"{missing[0]} has no {where}{more}; {_remedy(root, missing[0], where)}."
+            )
     with ThreadPoolExecutor(DECODERS) as pool:
         pairs = pool.map(lambda name: _read(name, images[name], masks[name], allow_empty), images)
         return {pair.name: pair for pair in pairs}
 
 
+def _remedy(root: Path, path: Path, where: str) -> str:
+    """What to do about a picture without its other half, which may be there by another name."""
+    like = re.compile(rf"{re.escape(path.stem)}[^0-9a-z].*", re.IGNORECASE)
+    for other in sorted((root / f"{where}s").iterdir()):
+        if like.fullmatch(other.name):
+            return f"there is {other}: give it the same name, as JPEG or PNG"
+    return "add or remove it"
+
+
 def _read(name: str, image: Path, mask: Path, allow_empty: bool) -> Pair:
     data = _bytes(image, "image")
     try:
+        refuse_deep(data)
         pixels = decode(data)
     except Exception as error:  # Pillow's decoders raise whatever went wrong inside them
         raise UserError(

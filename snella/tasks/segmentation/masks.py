@@ -29,12 +29,19 @@ def read_mask(path: Path, allow_empty: bool = False) -> Mask:
     """A mask file as bool (H, W).
 
     Raises :class:`~snella.errors.UserError` for a file that is no picture, has 16 bits, colours or
-    transparency, is not binary by the rule above, or is empty (unless allowed).
+    transparency, is not binary by the rule above, has three values, or is empty (unless allowed).
     """
     try:
         with Image.open(path) as image:
             image.load()
             grey = _grey(path, image)
+            values = np.unique(grey).tolist()
+            if len(values) == 3 and image.format != "JPEG":
+                raise UserError(
+                    f"{path}: the mask holds three values ({', '.join(map(str, values))}), so one "
+                    "is a second class or an uncertain rim; save foreground as 255 and background "
+                    "as 0."
+                )
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever went wrong inside them
