@@ -177,6 +177,16 @@ def test_a_container_can_be_chosen(tmp_path, source):
         build_backbone(chosen | {"key": "ema"}, 5)
 
 
+def test_torch_files_without_checksums(tmp_path, source):
+    """`set_crc32_options(False)` writes zeros in their place."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(source.state_dict(), tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert same_backbone(build_backbone(entry(tmp_path / "x.pth"), 5), source)
+
+
 def test_legacy_tar_files(tmp_path, source):
     torch.save({"state_dict": source.state_dict()}, tmp_path / "old.pth.tar",
                _use_new_zipfile_serialization=False)  # fmt: skip

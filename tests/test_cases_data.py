@@ -431,6 +431,16 @@ def sharded(index: str) -> Callable[[Path], Path]:
     return write
 
 
+def zeroed(folder: Path) -> Path:
+    """A block that a disk or a download lost: torch itself would load the rest."""
+    file = saved(model())(folder)
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(64)
+    file.write_bytes(data)
+    return file
+
+
 def weights_pipe(folder: Path) -> Path:
     os.mkfifo(folder / "w.pth")
     return folder / "w.pth"
@@ -448,6 +458,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     ),
     "cut short": (written(b"PK\x03\x04" + bytes(300)), ["is damaged or not a weights file"]),
     "header": (written(b"\xff" * 8 + b"{}", "w.safetensors"), ["is damaged"]),
+    "zeros within": (zeroed, ["is damaged", "Bad CRC-32", "download it again"]),
     "list": (saved([1, 2]), ["holds a list instead of named tensors"]),
     "nothing": (saved({}), ["holds no tensors"]),
     "optimizer": (saved({"optimizer": {"state": {}}, "epoch": 3}), ["holds no tensors"]),

@@ -167,6 +167,9 @@ def test_other_folders_are_refused_in_one_line(folder: Path, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"has no model_index.json.*from_single_file"):
         PipelineFolder(tmp_path / "empty")
+    (tmp_path / "sd3_medium.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"sd3_medium.safetensors has no .*from_single_file"):
+        PipelineFolder(tmp_path / "sd3_medium.safetensors")
     flux = edited_index(folder, tmp_path / "flux", _class_name="FluxPipeline")
     with pytest.raises(UserError, match="holds a FluxPipeline; generation trains a Stable"):
         PipelineFolder(flux)

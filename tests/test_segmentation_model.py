@@ -113,6 +113,8 @@ def test_wrong_checkpoints_are_one_clear_line(file: Path, tmp_path: Path) -> Non
         load_sam("sam_vit", SIZES, 32, cut.as_posix())
     with pytest.raises(UserError, match="is missing"):
         load_sam("sam_vit", SIZES, 32, (tmp_path / "none.pth").as_posix())
+    with pytest.raises(UserError, match=r"is a folder; name a file in segment-anything's"):
+        load_sam("sam_vit", SIZES, 32, tmp_path.as_posix())
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from snella.errors import UserError
+from snella.files import CHUNK
 from snella.models.backbone_files import sniff, weights_files
 
 CONTAINERS = (
@@ -142,6 +143,8 @@ def _load(file: Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(file)
+    if zipfile.is_zipfile(file):
+        _check_sums(file)
     if is_torchscript(file):
         return torch.jit.load(str(file), map_location="cpu").state_dict()
     try:
@@ -169,6 +172,15 @@ def _is_safetensors(file: Path) -> bool:
     length = int.from_bytes(start[:8], "little")
     named = file.suffix == ".safetensors" and start[:2] != b"PK"
     return named or (start[8:9] == b"{" and length < file.stat().st_size)
+
+
+def _check_sums(file: Path) -> None:
+    """Compare the checksums of torch's zip files, which torch does not; 0 stands for none."""
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as stream:
+                while member.CRC and stream.read(CHUNK):
+                    pass
 
 
 def is_torchscript(file: Path) -> bool:

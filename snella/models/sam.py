@@ -125,6 +125,11 @@ def load_sam(arch: str, kwargs: Mapping[str, Any], image_size: int, file: str | 
     if file in (None, "random"):
         return model
     path = Path(file)
+    if path.is_dir():
+        raise UserError(
+            f"Backbone file {path} is a folder; name a file in segment-anything's own layout "
+            "(docs/segmentation.md)."
+        )
     if not path.is_file():
         raise UserError(
             f"Backbone file {path} is missing; download it (docs/segmentation.md) or correct "

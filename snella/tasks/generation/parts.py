@@ -63,7 +63,7 @@ def part_of(index: Mapping[str, Any], name: str) -> Part | None:
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
+    if not folder.exists():
         raise UserError(
             f"Pipeline folder {folder} is missing; download it (docs/generation.md) or correct "
             "`file:` of the backbone."
