@@ -8,7 +8,8 @@ tokens (Bolya et al., ICLR 2023). s and t are the merged pairs (r, D), w_a has r
 w_b D, zero at the start. ViT-B/16, LoRA-8, ``low``: 294,912 + 8,448 + 176 = 303,536 parameters,
 0.30 million as published; ``norm_affine``, which the public code has and the paper does not count,
 adds 16,896. The last block's 778, which the class token cannot see, are left out. ``low`` and
-``high`` are the published numbers of merged tokens per block, in proportion for other depths.
+``high`` are the released numbers of merged tokens per block, those of 12 blocks in proportion for
+depths other than 12 and 24.
 """
 
 import math
@@ -23,9 +24,12 @@ from torch.nn import functional as F
 from snella.method import CannotMerge, Method, Unsupported
 
 SCHEDULES = {
-    "low": (16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 10),
-    "high": (40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3),
+    ("low", 12): (*[16] * 11, 10),
+    ("low", 24): (*[8] * 23, 6),
+    ("high", 12): (40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3),
+    ("high", 24): (20, 19, 18, 17, 15, 13, 13, 12, 10, 9, 8, 6, 6, 4, 4, 4, 3, 3, 2, 2, 1, 1, 1, 1),
 }
+"""Name and depth: those of ViT-B and ViT-L for 196 patches."""
 _PATCHES = 196
 
 
@@ -63,7 +67,7 @@ class PYRA(Method):
 
 def merged_tokens(schedule: str, depth: int, patches: int) -> list[int]:
     """How many tokens each block merges: the published numbers, in proportion."""
-    published = SCHEDULES[schedule]
+    published = SCHEDULES.get((schedule, depth), SCHEDULES[schedule, 12])
     places = [round(i * (len(published) - 1) / max(1, depth - 1)) for i in range(depth)]
     picked = [published[place] for place in places]
     share = sum(published) / _PATCHES * patches / sum(picked)

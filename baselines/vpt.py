@@ -150,7 +150,8 @@ class _PromptedSwinBlock(SwinTransformerBlock):
     """A Swin block whose windows attend to ``prompt`` (p, C), normalised like any token."""
 
     def _attn(self, x: Tensor) -> Tensor:
-        prompt = F.dropout(self.prompt, self.prompt_dropout, self.training)
+        prompt = self.prompt.expand(len(x), -1, -1)
+        prompt = F.dropout(prompt, self.prompt_dropout, self.training)  # one mask per image
         self.attn.context = self.norm1(prompt)
         try:
             return super()._attn(x)
@@ -159,7 +160,7 @@ class _PromptedSwinBlock(SwinTransformerBlock):
 
 
 class _PromptedWindowAttention(WindowAttention):
-    """Window attention with extra keys and values from ``context`` (p, C).
+    """Window attention with extra keys and values from each image's ``context`` (B, p, C).
 
     Prompts ask nothing themselves, because the next block replaces what they would answer;
     they carry no position bias and no mask.
@@ -168,8 +169,10 @@ class _PromptedWindowAttention(WindowAttention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map windows (B * windows, N, C) to the same shape; mask is (windows, N, N)."""
         q, k, v = self._heads(x)
-        prompts = len(self.context)
-        keys, values = (t.expand(len(x), -1, -1, -1) for t in self._heads(self.context[None])[1:])
+        images, prompts = self.context.shape[:2]
+        keys, values = (
+            t.repeat_interleave(len(x) // images, 0) for t in self._heads(self.context)[1:]
+        )
         bias = self._get_rel_pos_bias()
         if mask is not None:
             bias = (bias + mask[:, None]).repeat(len(x) // len(mask), 1, 1, 1)

@@ -213,6 +213,14 @@ def test_dropout_and_stochastic_depth_act_in_training_only() -> None:
         assert not torch.equal(model(images("vit")), model(images("vit"))), file
 
 
+def test_prompts_of_swin_drop_out_per_image() -> None:
+    _, model = adapted("swin", "vpt", prompts=3, dropout=0.5)
+    perturb(model)
+    same = images("swin", 1).repeat(2, 1, 1, 1)
+    torch.testing.assert_close(*model.eval()(same))
+    assert not torch.allclose(*model.train()(same))
+
+
 def test_convpass_handles_grids_that_are_not_square() -> None:
     model = tiny("vit", img_size=(32, 48)).eval()
     prepare_model(method("convpass"), model)

@@ -205,6 +205,9 @@ def test_pyra_schedules() -> None:
     merged_tokens = functions(make("pyra")).merged_tokens
     assert merged_tokens("low", 12, 196) == [16] * 11 + [10]
     assert sum(merged_tokens("high", 12, 196)) == 192
+    assert merged_tokens("low", 24, 196) == [8] * 23 + [6]
+    assert merged_tokens("high", 24, 196)[:6] == [20, 19, 18, 17, 15, 13]
+    assert sum(merged_tokens("high", 24, 196)) == 192
     for depth, patches in ((2, 16), (6, 16), (24, 196), (12, 49)):
         numbers = merged_tokens("high", depth, patches)
         assert len(numbers) == depth and sum(numbers) < patches
