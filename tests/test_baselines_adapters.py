@@ -171,8 +171,8 @@ def test_swin_windows_see_prompts_like_appended_tokens() -> None:
     x = torch.randn(2, 16, 16, 16)
     windows = x.reshape(32, 16, 16)
     attention, p = block.attn, 3
-    attention.context = block.norm1(block.prompt)
-    tokens = torch.cat([attention.context.expand(32, -1, -1), windows], dim=1)
+    attention.context = block.norm1(block.prompt + torch.randn(2, p, 16))  # another per image
+    tokens = torch.cat([attention.context.repeat_interleave(16, 0), windows], dim=1)
     q, k, v = attention._heads(tokens)
     bias = torch.zeros(32, attention.num_heads, p + 16, p + 16)
     bias[:, :, p:, p:] = attention._get_rel_pos_bias() + block.attn_mask[:, None].repeat(2, 1, 1, 1)
