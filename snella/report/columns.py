@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 from snella.errors import UserError, unknown
 from snella.report.spec import (
+    Columns,
     DatasetColumns,
+    GroupColumns,
     MeanColumn,
     MetricColumns,
     RowGroup,
@@ -201,8 +203,12 @@ def expand_columns(
     ]  # fmt: skip
     found = [column for part in parts for column in part]
     if not found:
-        names = ", ".join(dict.fromkeys([suite.name, *spec.suites]))
-        raise UserError(f"The table's suites ({names}) have none of its groups.")
+        shown = dict.fromkeys(g for part in spec.columns for g in _groups(part))
+        raise UserError(
+            f"The table shows the groups {', '.join(shown)}, and suite {suite.name!r} has only "
+            f"{', '.join(suite.groups)}. Give its group one of those names, or describe a table "
+            "of your own with `datasets_of: GROUP` (docs/tables.md)."
+        )
     for part, columns in zip(spec.columns, parts, strict=True):
         if isinstance(part, ValueColumn):
             home = homes.get(part.suite)
@@ -246,12 +252,10 @@ def _columns(
     home = first.suite
     if isinstance(part, SubsetColumns):
         return _subsets(part, first, suffix, subsets)
+    members = _members(_groups(part), home, part.optional)
     if isinstance(part, MeanColumn):
-        members = _members(part.mean_of, home, part.optional)
         mean = replace(first, key=f"mean{suffix}", label=part.label, members=members)
         return _means(part.mean, mean)
-    groups = [part.datasets_of] if isinstance(part, DatasetColumns) else part.groups
-    members = _members(groups, home, part.optional)
     if isinstance(part, DatasetColumns):
         columns = [
             replace(first, key=d + suffix, label=home.label(d), members={g: (d,)})
@@ -264,7 +268,7 @@ def _columns(
             replace(first, key=g + suffix, label=_capital(home.label(g)), members={g: ds})
             for g, ds in members.items()
         ]
-    key = f"{part.block or groups[0]} mean{suffix}"
+    key = f"{part.block or _groups(part)[0]} mean{suffix}"
     mean = replace(first, key=key, label="Mean", members=members, visible=True)
     return columns + _means(part.mean, mean)
 
@@ -301,6 +305,15 @@ def _means(kind: str | None, mean: Column) -> list[Column]:
         replace(mean, key=f"{mean.key} over {over}", label=f"{mean.label} ({over})", kind=name)
         for over, name in MEANS.items()
     ]
+
+
+def _groups(part: Columns) -> list[str]:
+    """The groups whose data sets an entry shows."""
+    if isinstance(part, DatasetColumns):
+        return [part.datasets_of]
+    if isinstance(part, GroupColumns):
+        return part.groups
+    return part.mean_of if isinstance(part, MeanColumn) else []
 
 
 def _members(groups: Sequence[str], suite: SuiteInfo, optional: bool) -> dict[str, tuple[str, ...]]:
