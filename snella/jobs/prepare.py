@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from snella.errors import UserError, unknown
-from snella.files import digest_json, write_json
+from snella.files import digest_json, user_path, write_json
 from snella.jobs.inputs import faulty
 from snella.runs.identity import prepare_key
 from snella.runs.run import Run
@@ -52,15 +52,18 @@ def inputs_of(config: Config, runs: Iterable[Run]) -> Inputs:
     Another reading code is none of it: whether it reads otherwise shows when it has read. Files
     that are gone are none either, for nothing can be prepared from them.
     """
-    moved = set()
-    for name in {run.dataset.name for run in runs}:
-        folder, path = prepared_folder(config, name), config.datasets[name].path
-        made = _read(folder.with_name(f".{name}.origin.json"))
-        if made is not None and (path is None or Path(path).exists()):
-            now = origin_of(config, name)
-            if any(made.get(part) != now[part] for part in ("entry", "files")):
-                moved.add(name)
-    return Inputs(moved)
+    names = {run.dataset.name for run in runs}
+    return Inputs({name for name in names if moved(config, name) & {"entry", "files"}})
+
+
+def moved(config: Config, name: str) -> set[str]:
+    """In which parts a prepared folder's origin is no longer that; none where its data are gone."""
+    path = config.datasets[name].path
+    made = _read(prepared_folder(config, name).with_name(f".{name}.origin.json"))
+    if made is None or (path is not None and not user_path(path).exists()):
+        return set()
+    now = origin_of(config, name)
+    return {part for part in now if made.get(part) != now[part]}
 
 
 def warnings_of(folder: Path) -> list[str]:

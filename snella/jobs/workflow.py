@@ -28,15 +28,17 @@ from snella.jobs import cells, devices, retries, submission, worker
 from snella.jobs.arguments import targets
 from snella.jobs.coordinator import Coordinator, start_over, watch_pending
 from snella.jobs.inputs import missing, missing_of
-from snella.jobs.prepare import origin_of
+from snella.jobs.prepare import moved, origin_of
 from snella.jobs.requests import Requests
 from snella.models.backbone_files import present
+from snella.records import read_record
 from snella.runs.identity import code_key, training_key
 from snella.runs.run import Run
 from snella.suite import config as configuration
 from snella.suite import plan
 from snella.suite.checks import look_up
 from snella.suite.config import Config
+from snella.suite.status import Inputs, differences
 
 Answer = TypeVar("Answer")
 
@@ -68,6 +70,8 @@ class WorkflowPlan:
         self.runs = {run.record.as_posix(): run for run in plan.plan(config)}
         self.main_table = plan.main_table(config)
         devices.announce(config.gpu_share)
+        self._inputs = Inputs()
+        self._moved = cache(partial(moved, config))
         self._origin = cache(lambda name: json.dumps(origin_of(config, name), sort_keys=True))
 
     @classmethod
@@ -226,9 +230,30 @@ class WorkflowPlan:
         return [f"{run.folder.as_posix()}/training.json"] if run.task.expensive_scoring else []
 
     def backbone_file(self, wildcards: Any) -> list[str]:
-        """The files of the backbone's weights that are there."""
+        """The files of the backbone's weights that are there.
+
+        What the run left that no longer fits the plan is made again: asked here, once for each job.
+        """
         self._settle_in_job()
-        return [file.as_posix() for file in present(self.run(wildcards).backbone.entry)]
+        run = self.run(wildcards)
+        if self.workflow is not None and not self.workflow.remote_exec:
+            self.workflow.dag.forcefiles.update(_user(lambda: self._outdated(run)))
+        return [file.as_posix() for file in present(run.backbone.entry)]
+
+    def _outdated(self, run: Run) -> list[str]:
+        """The files of a run, and its data, that were made from something else than planned.
+
+        Snakemake sees that by its notes on the jobs it ran, and has none of what `snella run` made
+        or another folder's workflow.
+        """
+        found = [f"{run.dataset.prepared}/manifest.json"] if self._moved(run.dataset.name) else []
+        try:
+            record = read_record(run.place)
+        except UserError:
+            return found  # damaged: the table says so
+        if record is not None and differences(run, record, self._inputs):
+            found += [run.record.as_posix(), f"{run.place}/training.json"]
+        return found
 
     def method_file(self, wildcards: Any) -> str:
         """The method's source file, for reports; what counts of it is in :meth:`code`."""
