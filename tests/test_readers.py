@@ -240,6 +240,8 @@ def test_nested_folders_and_archives_are_named(tmp_path):
     refuse(r"holds an archive \(data\.zip\); unpack", tmp_path / "y")
     (tmp_path / "z").mkdir()
     refuse("in no known layout", tmp_path / "z")
+    root = class_folders(tmp_path / "flat", ("train",)) / "train"
+    refuse(r"holds images \(cat, dog\), but neither .* below train/ and test/", root)
 
 
 @pytest.mark.parametrize(

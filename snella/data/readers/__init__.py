@@ -18,7 +18,7 @@ from snella.data.images import EncodedFiles
 from snella.data.options import Options, check_layout, options_of
 from snella.data.readers import classes, original, tfds, vpt, vtab
 from snella.data.readers.findings import check_labels, check_listing, warnings_of
-from snella.data.readers.listing import ROLES, Images, Listing, picked
+from snella.data.readers.listing import ROLES, Images, Listing, few, picked
 from snella.data.readers.pixels import SMALL, Seen, decoded, look_at_all
 from snella.errors import UserError, one_line, record_traceback
 from snella.files import user_path
@@ -150,11 +150,16 @@ def _layout(root: Path, name: str) -> str:
             f"Data set {name!r}: {root} holds no data set itself, but {nested[0]} does; "
             f"set `path: {nested[0]}`."
         )
-    flat = next((root / n for n in classes.NAMES["train"] if (root / n).is_dir()), None)
-    if flat is not None and any(p.suffix.lower() in classes.SUFFIXES for p in flat.iterdir()):
+    held = [p.name for p in sorted(root.iterdir()) if p.is_dir() and classes.holds_images(p)]
+    if flat := next((root / n for n in classes.NAMES["train"] if n in held), None):
         raise UserError(
             f"Data set {name!r}: {flat} holds images but no class folders; sort them into one "
             "folder per class, or write lists (docs/data.md)."
+        )
+    if held:
+        raise UserError(
+            f"Data set {name!r}: {root} holds images ({few(held)}), but neither lists nor a "
+            "split; put class folders below train/ and test/, or write lists (docs/data.md)."
         )
     archives = sorted(p.name for p in root.iterdir() if p.name.endswith(ARCHIVES))
     if archives:

@@ -18,6 +18,11 @@ def found(root: Path) -> bool:
     return any((root / n).is_dir() and any(_folders(root / n)) for n in NAMES["train"])
 
 
+def holds_images(folder: Path) -> bool:
+    """Whether images lie in the folder itself."""
+    return any(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
+
+
 def read(root: Path, options: Options) -> Listing:
     """List the class folders; classes are numbered in sorted order of their names."""
     folders = {role: next((root / n for n in names if (root / n).is_dir()), None)
@@ -29,8 +34,8 @@ def read(root: Path, options: Options) -> Listing:
     if folders["test"] is None or not folders["test"].is_dir():
         held = sorted(p.name for p in root.iterdir() if p.is_dir())
         raise UserError(
-            f"{root} has class folders but no folder of test images (it has {few(held)}); name it: "
-            "`options: {test: val}` if the images of val/ are what the papers test on."
+            f"{root} has class folders but no folder of test images (it has {few(held)}): add "
+            "test/, or name it, `options: {test: val}` if the images of val/ are those to test on."
         )
     for role, folder in folders.items():
         if folder is not None and (inner := folder / folder.name).is_dir() and _folders(inner):
