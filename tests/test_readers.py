@@ -226,6 +226,14 @@ def test_class_folders(tmp_path):
     assert info["class_names"] == ["cat", "dog"]
     root = class_folders(tmp_path / "y", ("train", "val"))
     refuse(r"no folder of test images.*test: val", root)
+    refuse(
+        r"no folder of train images, train/<class>/ \(it has cat, dog\)",
+        root / "train",
+        options={"layout": "classes"},
+    )
+    (root / "val/cat/1.jpg").symlink_to("gone.jpg")
+    refuse("a link that leads nowhere", root, options={"test": "val"})
+    (root / "val/cat/1.jpg").unlink()
     splits, _ = read_images(root, "pets", options={"test": "val"})
     assert counts(splits) == {"train": 2, "test": 2}
     formats.save(root / "val/emu/0.jpg", formats.pixels(9))

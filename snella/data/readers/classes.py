@@ -31,12 +31,14 @@ def read(root: Path, options: Options) -> Listing:
         folders["test"] = root / options.test
         if folders["val"] == folders["test"]:
             folders["val"] = None
-    if folders["test"] is None or not folders["test"].is_dir():
-        held = sorted(p.name for p in root.iterdir() if p.is_dir())
-        raise UserError(
-            f"{root} has class folders but no folder of test images (it has {few(held)}): add "
-            "test/, or name it, `options: {test: val}` if the images of val/ are those to test on."
-        )
+    for role in ("train", "test"):
+        if (folder := folders[role]) is None or not folder.is_dir():
+            held = sorted(p.name for p in root.iterdir() if p.is_dir())
+            wanted = (options.test if role == "test" else None) or role
+            raise UserError(
+                f"{root} has no folder of {role} images, {wanted}/<class>/ (it has {few(held)}). "
+                "Images to test on may lie elsewhere: `options: {test: val}`."
+            )
     for role, folder in folders.items():
         if folder is not None and (inner := folder / folder.name).is_dir() and _folders(inner):
             raise UserError(
@@ -80,6 +82,6 @@ def _images(folder: Path) -> list[Path]:
     """Image files at any depth; hidden ones and hidden folders are what systems leave behind."""
     return sorted(
         p for p in folder.rglob("*")
-        if p.suffix.lower() in SUFFIXES and p.is_file()
+        if p.suffix.lower() in SUFFIXES and not p.is_dir()  # also a link that leads nowhere
         and not any(part[0] == "." for part in p.relative_to(folder).parts)
     )  # fmt: skip
