@@ -38,7 +38,7 @@ from snella.suite import config as configuration
 from snella.suite import plan
 from snella.suite.checks import look_up
 from snella.suite.config import Config
-from snella.suite.status import Inputs, differences
+from snella.suite.status import PARTS, Inputs, differences
 
 Answer = TypeVar("Answer")
 
@@ -256,8 +256,11 @@ class WorkflowPlan:
             record = read_record(run.place)
         except UserError:
             return found  # damaged: the table says so
-        if record is not None and differences(run, record, self._inputs):
-            found += [run.record.as_posix(), f"{run.place}/training.json"]
+        changed = set() if record is None else set(differences(run, record, self._inputs))
+        if changed:
+            found.append(run.record.as_posix())
+        if changed - {PARTS["evaluation"], PARTS["merge"]}:  # those cost no training
+            found.append(f"{run.place}/training.json")
         return found
 
     def method_file(self, wildcards: Any) -> str:
