@@ -181,7 +181,10 @@ def test_a_broken_run_is_retried_and_its_failure_forgotten(make_run, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(running, "evaluate", broken)
         record = execute(make_run(), tmp_path / "x")
-    assert (record["status"], record["reason"]) == ("failed", "RuntimeError: no luck")
+    assert (record["status"], record["reason"]) == (
+        "failed",
+        "RuntimeError: no luck (method full.py)",
+    )
     assert not file(tmp_path / "x", "record.json").exists()
     assert execute(make_run(), tmp_path / "x")["status"] == "ok"
     assert not file(tmp_path / "x", "failure.json").exists()

@@ -55,7 +55,7 @@ def prepare_key(task: TaskInfo) -> dict[str, object]:
 
 def entry_key(entry: str) -> dict[str, object]:
     """What "module:function" of a package that is imported executes."""
-    top = entry.partition(".")[0]
+    top = entry.partition(":")[0].partition(".")[0]
     folder = Path(sys.modules[top].__file__ or "").parent
     return closure([entry], {"snella": PACKAGE, top: folder}).key
 
