@@ -117,4 +117,4 @@ def test_a_thread_that_was_left_running_does_not_keep_the_program_alive():
         "sys.exit(main())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True)
-    assert done.returncode == 0 and b"thread" in done.stderr
+    assert done.returncode == 0 and done.stdout and b"thread" in done.stderr

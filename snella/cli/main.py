@@ -66,7 +66,8 @@ def _leave_threads(status: int) -> None:
     main_thread = threading.main_thread()
     if any(not t.daemon for t in threading.enumerate() if t is not main_thread):
         sys.stderr.write("snella: a thread that was left running is ended.\n")
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         os._exit(status)
 
 
