@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -320,10 +319,11 @@ def test_the_workflow_has_the_page(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(tmp_path_factory):
     if browser_support.CHROMIUM is None:
         pytest.skip("no Chromium here (Debian: apt-get install chromium)")
-    with tempfile.TemporaryDirectory() as folder, browser_support.browser(Path(folder)) as opened:
+    # Not a folder that is removed here: the browser's children write on for a moment.
+    with browser_support.browser(tmp_path_factory.mktemp("browser")) as opened:
         yield opened
 
 
